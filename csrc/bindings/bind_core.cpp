@@ -1,0 +1,174 @@
+// Python's door to the core: the thread table, segments and steps.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "core/step.h"
+#include "core/thread_table.h"
+
+namespace apr::bindings {
+
+namespace py = pybind11;
+
+namespace {
+
+// (segment, offset or None, hi or None, lo, inherited)
+using EntryTuple =
+    std::tuple<SegmentId, std::optional<int64_t>, std::optional<int64_t>, int64_t, bool>;
+
+Entry entry_of(const EntryTuple& t) {
+  Entry entry;
+  entry.segment = std::get<0>(t);
+  entry.offset = std::get<1>(t).value_or(kMoving);
+  entry.hi = std::get<2>(t).value_or(kLive);
+  entry.lo = std::get<3>(t);
+  entry.inherited = std::get<4>(t);
+  return entry;
+}
+
+std::vector<Entry> entries_of(const std::vector<EntryTuple>& tuples) {
+  std::vector<Entry> entries;
+  for (const EntryTuple& t : tuples) entries.push_back(entry_of(t));
+  return entries;
+}
+
+EntryTuple tuple_of(const Entry& e) {
+  return {e.segment, e.offset == kMoving ? std::nullopt : std::optional(e.offset),
+          e.hi == kLive ? std::nullopt : std::optional(e.hi), e.lo, e.inherited};
+}
+
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+std::unique_ptr<Step> make_step(ThreadTable& table, const std::vector<ThreadId>& threads,
+                                const std::vector<bool>& has_logits, int64_t step_tokens) {
+  std::vector<StepThread> requests;
+  requests.reserve(threads.size());
+  for (size_t i = 0; i < threads.size(); ++i) requests.push_back({threads[i], has_logits[i]});
+  return std::make_unique<Step>(table, requests, step_tokens);
+}
+
+void bind_plan(py::module_& module) {
+  py::class_<Plan>(module, "Plan", "Flat work arrays of one packed forward.")
+      .def_property_readonly("num_rows", &Plan::num_rows)
+      .def_property_readonly("num_pairs", [](const Plan& p) { return p.pairs.size(); })
+      .def_property_readonly("num_segments", &Plan::num_segments)
+      .def_property_readonly("ids", [](const Plan& p) { return array_of(p.ids); })
+      .def_property_readonly("positions", [](const Plan& p) { return array_of(p.positions); })
+      .def_property_readonly("rotations", [](const Plan& p) { return array_of(p.rotations); })
+      .def_property_readonly("num_copies", [](const Plan& p) { return p.copies.size(); });
+}
+
+void bind_segments(py::class_<ThreadTable>& table) {
+  table
+      .def("create_segment",
+           [](ThreadTable& t, const std::vector<int32_t>& tokens, int64_t base,
+              const std::vector<EntryTuple>& after) {
+             return t.create_segment(tokens, base, entries_of(after));
+           },
+           py::arg("tokens"), py::arg("base"), py::arg("after"))
+      .def("create_region", &ThreadTable::create_region, py::arg("tokens"), py::arg("base"),
+           py::arg("stride"))
+      .def("seal", &ThreadTable::seal)
+      .def("retain_segment", [](ThreadTable& t, SegmentId id) { t.segments().retain(id); })
+      .def("release_segment", [](ThreadTable& t, SegmentId id) { t.segments().release(id); })
+      .def("segment_length",
+           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).length(); })
+      .def("segment_encoded",
+           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).encoded; })
+      .def("segment_base", [](ThreadTable& t, SegmentId id) { return t.segments().at(id).base; })
+      .def("segment_stride",
+           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).stride; })
+      .def("segment_sealed",
+           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).sealed; })
+      .def("segment_pages",
+           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).pages; })
+      .def("segment_tokens", [](ThreadTable& t, SegmentId id) {
+        const Segment& s = t.segments().at(id);
+        return std::vector<int32_t>(s.tokens.begin() + s.head, s.tokens.end());
+      });
+}
+
+void bind_table(py::module_& module) {
+  py::class_<ThreadTable> table(module, "ThreadTable",
+                                "Threads, views and segments over a pool of pages.");
+  table
+      .def(py::init<int64_t, int64_t, bool>(), py::arg("num_pages"), py::arg("page_size"),
+           py::arg("can_rotate"))
+      .def("create", &ThreadTable::create)
+      .def("create_with_view",
+           [](ThreadTable& t, const std::vector<EntryTuple>& view, std::optional<SegmentId> writes,
+              bool current) {
+             return t.create_with_view(entries_of(view), writes.value_or(kNone),
+                                       current ? Visibility::kCurrent : Visibility::kPrevious);
+           },
+           py::arg("view"), py::arg("writes"), py::arg("current"))
+      .def("extend", &ThreadTable::extend)
+      .def("fork", &ThreadTable::fork)
+      .def("join",
+           [](ThreadTable& t, ThreadId parent, const std::vector<ThreadId>& children,
+              const std::string& positions, bool reencode) {
+             const JoinPositions p = positions == "sum"    ? JoinPositions::kSum
+                                     : positions == "keep" ? JoinPositions::kKeep
+                                                           : JoinPositions::kMax;
+             t.join(parent, children, p, reencode);
+           },
+           py::arg("parent"), py::arg("children"), py::arg("positions"), py::arg("reencode"))
+      .def("trim", &ThreadTable::trim)
+      .def("release", &ThreadTable::release)
+      .def("alive", &ThreadTable::alive)
+      .def("length", &ThreadTable::length)
+      .def("position", &ThreadTable::position)
+      .def("tokens", &ThreadTable::tokens)
+      .def("own_tokens", [](const ThreadTable& t, ThreadId id) { return t.at(id).own_tokens; })
+      .def("tail", [](const ThreadTable& t, ThreadId id) { return t.at(id).tail; })
+      .def("is_current",
+           [](const ThreadTable& t, ThreadId id) {
+             return t.at(id).visibility == Visibility::kCurrent;
+           })
+      .def("queued",
+           [](ThreadTable& t, ThreadId id) { return t.segments().at(t.at(id).tail).queued(); })
+      .def("set_writes", &ThreadTable::set_writes)
+      .def("set_view",
+           [](ThreadTable& t, ThreadId id, const std::vector<EntryTuple>& view) {
+             t.set_view(id, entries_of(view));
+           })
+      .def("view",
+           [](const ThreadTable& t, ThreadId id) {
+             std::vector<EntryTuple> view;
+             for (const Entry& entry : t.at(id).view) view.push_back(tuple_of(entry));
+             return view;
+           })
+      .def_property_readonly("num_threads", &ThreadTable::num_threads)
+      .def_property_readonly("num_segments",
+                             [](ThreadTable& t) { return t.segments().size(); })
+      .def_property_readonly("num_pages", [](ThreadTable& t) { return t.pool().num_pages(); })
+      .def_property_readonly("used_pages", [](ThreadTable& t) { return t.pool().num_used(); })
+      .def_property_readonly("peak_pages", [](ThreadTable& t) { return t.pool().peak_used(); })
+      .def_property_readonly("page_size", [](ThreadTable& t) { return t.pool().page_size(); });
+  bind_segments(table);
+}
+
+}  // namespace
+
+void bind_core(py::module_& module) {
+  bind_plan(module);
+  bind_table(module);
+  py::class_<Step>(module, "Step", "One step as a transaction.")
+      .def(py::init(&make_step), py::arg("table"), py::arg("threads"), py::arg("has_logits"),
+           py::arg("step_tokens"), py::keep_alive<1, 2>())
+      .def("next", &Step::next)
+      .def("commit", &Step::commit)
+      .def("rollback", &Step::rollback)
+      .def_property_readonly("plan", &Step::plan, py::return_value_policy::reference_internal)
+      .def_property_readonly("copied_tokens", &Step::copied_tokens)
+      .def_property_readonly("logits_rows", &Step::logits_rows);
+}
+
+}  // namespace apr::bindings

@@ -1,0 +1,48 @@
+// The plan of one packed forward: flat arrays that kernels read; made by a step or by the user's row sets.
+#include "core/plan.h"
+
+namespace apr {
+
+void Plan::clear(int64_t page_size_in_tokens) {
+  page_size = page_size_in_tokens;
+  runs.clear();
+  pairs.clear();
+  segment_pairs.clear();
+  segment_pages.assign(1, 0);
+  page_table.clear();
+  slots.clear();
+  ids.clear();
+  positions.clear();
+  rotations.clear();
+  copies.clear();
+}
+
+int32_t Plan::add_segment(const std::vector<PageId>& pages) {
+  page_table.insert(page_table.end(), pages.begin(), pages.end());
+  segment_pages.push_back(static_cast<int32_t>(page_table.size()));
+  return static_cast<int32_t>(segment_pages.size()) - 2;
+}
+
+void Plan::finish() {
+  // Counting sort: stable, so a segment's readers stay in the order of the step.
+  segment_pairs.assign(num_segments() + 1, 0);
+  for (const PlanPair& pair : pairs) ++segment_pairs[pair.segment + 1];
+  for (int64_t s = 0; s < num_segments(); ++s) segment_pairs[s + 1] += segment_pairs[s];
+  unsorted_.swap(pairs);
+  pairs.resize(unsorted_.size());
+  std::vector<int32_t> next(segment_pairs.begin(), segment_pairs.end() - 1);
+  rotation_rows_.clear();
+  for (PlanPair pair : unsorted_) {
+    pair.rotation_row = -1;
+    if (pair.rotation != 0) {
+      const auto [found, fresh] =
+          rotation_rows_.try_emplace(pair.rotation, static_cast<int32_t>(rotations.size()));
+      if (fresh) rotations.push_back(pair.rotation);
+      pair.rotation_row = found->second;
+    }
+    pairs[next[pair.segment]++] = pair;
+  }
+  unsorted_.clear();
+}
+
+}  // namespace apr

@@ -1,0 +1,72 @@
+// Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
+#pragma once
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/page_pool.h"
+#include "core/types.h"
+
+namespace apr {
+
+struct Segment {
+  int64_t base = 0;    // position at which token 0 is written
+  int64_t stride = 1;  // positions from one token to the next
+  int64_t head = 0;    // copied tokens of an ancestor that lie before token 0 on the same pages
+  int64_t encoded = 0; // tokens [0, encoded) have keys and values; the rest is queued
+  std::vector<int32_t> tokens;  // head first, then token 0, 1, ...
+  std::vector<PageId> pages;
+  ThreadId writer = kNone;
+  ThreadId origin = kNone;  // the last thread that wrote it
+  bool sealed = false;
+  bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
+  int64_t references = 0;    // views, contexts and Python handles that hold it
+
+  // The view that encodes queued tokens once their writer is gone; it lists this segment too.
+  std::vector<Entry> context;
+  Visibility context_visibility = Visibility::kPrevious;
+
+  // Scratch of the step in progress, valid where `stamp` is the step's number.
+  uint64_t stamp = 0;
+  int64_t encoded_before = 0;
+  int64_t required = 0;  // tokens that the step must leave encoded
+  uint64_t chunk_stamp = 0;
+  int32_t local = -1;  // index in the plan of the chunk
+  uint64_t run_stamp = 0;
+  int64_t run_from = 0, run_to = 0, run_row = 0;  // tokens that the chunk encodes, and their row
+
+  int64_t length() const { return static_cast<int64_t>(tokens.size()) - head; }
+  int64_t queued() const { return length() - encoded; }
+  int64_t written_position(int64_t index) const { return base + stride * index; }
+};
+
+class SegmentStore {
+ public:
+  explicit SegmentStore(PagePool& pool) : pool_(pool) {}
+
+  SegmentId create(int64_t base, int64_t stride);
+  Segment& at(SegmentId id);
+  const Segment& at(SegmentId id) const;
+  bool contains(SegmentId id) const { return segments_.count(id) != 0; }
+  int64_t size() const { return static_cast<int64_t>(segments_.size()); }
+
+  void retain(SegmentId id) { ++at(id).references; }
+  void release(SegmentId id);  // frees pages and context with the last reference
+
+  void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
+  void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
+  void clear_context(Segment& segment);
+
+  template <typename Function>
+  void for_each(Function&& function) {
+    for (auto& [id, segment] : segments_) function(id, segment);
+  }
+
+ private:
+  PagePool& pool_;
+  SegmentId next_ = 0;
+  std::unordered_map<SegmentId, Segment> segments_;
+};
+
+}  // namespace apr

@@ -1,0 +1,313 @@
+// One step as a transaction: which queued tokens run, in which forwards, and how to take it all back.
+#include "core/step.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "core/error.h"
+
+namespace apr {
+namespace {
+
+// Stamps mark scratch fields as belonging to one step or forward; never reused, so never cleared.
+uint64_t fresh_stamp() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
+}  // namespace
+
+Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens)
+    : table_(table), step_tokens_(step_tokens), stamp_(fresh_stamp()) {
+  if (step_tokens < 1) {
+    throw Error(ErrorKind::kInvalidInput,
+                "step_tokens: got " + std::to_string(step_tokens) + "; expected at least 1");
+  }
+  for (const StepThread& request : threads) table_.at(request.thread);
+  replay_views_.reserve(threads.size());
+  try {
+    for (const StepThread& request : threads) copy_short_inheritance(request.thread);
+    for (const StepThread& request : threads) collect(request);
+  } catch (...) {
+    rollback();
+    throw;
+  }
+}
+
+Step::~Step() {
+  if (open_) rollback();
+}
+
+// ---- what has to run ------------------------------------------------------------------------
+
+void Step::collect(const StepThread& request) {
+  Thread& thread = table_.at(request.thread);
+  const Segment& tail = table_.segments().at(thread.tail);
+  if (tail.queued() > 0) {
+    visit(thread.tail, tail.length(), thread.view, thread.visibility);
+    return;
+  }
+  if (thread.logits_segment == kNone) {
+    throw Error(ErrorKind::kInvalidInput,
+                "step: thread " + std::to_string(request.thread) +
+                    " has nothing queued and no logits (after a join or a new view there are "
+                    "none); extend it before the step");
+  }
+  for (const Entry& entry : thread.view) require(entry);
+  const Segment& last = table_.segments().at(thread.logits_segment);
+  if (request.has_logits || thread.logits_index >= last.encoded) return;
+  std::vector<Entry> view;
+  for (Entry entry : thread.view) {
+    if (entry.segment == thread.logits_segment) entry.hi = thread.logits_index + 1;
+    view.push_back(entry);
+    if (entry.segment == thread.logits_segment) break;
+  }
+  replay_views_.push_back(std::move(view));
+  runs_.push_back({thread.logits_segment, thread.logits_index, thread.logits_index + 1,
+                   &replay_views_.back(), thread.visibility, request.thread});
+}
+
+void Step::require(const Entry& entry) {
+  const Segment& segment = table_.segments().at(entry.segment);
+  int64_t upto;
+  if (entry.hi != kLive) {
+    upto = std::min(entry.hi, segment.length());
+  } else if (segment.sealed) {
+    upto = segment.length();
+  } else {
+    return;  // live: its writer decides when it runs
+  }
+  if (upto <= segment.encoded) return;
+  if (segment.writer != kNone) {
+    const Thread& writer = table_.at(segment.writer);
+    visit(entry.segment, upto, writer.view, writer.visibility);
+  } else {
+    visit(entry.segment, upto, segment.context, segment.context_visibility);
+  }
+}
+
+void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
+                 Visibility visibility) {
+  Segment& segment = table_.segments().at(id);
+  if (upto <= segment.encoded) return;
+  if (segment.stamp == stamp_) {
+    segment.required = std::max(segment.required, upto);
+    return;
+  }
+  segment.stamp = stamp_;
+  segment.encoded_before = segment.encoded;
+  segment.required = upto;
+  touched_.push_back(id);
+  for (const Entry& entry : view) {
+    if (entry.segment != id) require(entry);
+  }
+  runs_.push_back({id, segment.encoded, 0, &view, visibility});  // `to` is `required`, known later
+}
+
+// A child whose last inherited entry is short takes a copy of it into its own pages, so that repeated
+// forks do not pile up short segments.
+void Step::copy_short_inheritance(ThreadId id) {
+  Thread& thread = table_.at(id);
+  SegmentStore& segments = table_.segments();
+  Segment& tail = segments.at(thread.tail);
+  const size_t own = thread.tail_entry();
+  if (own == 0 || tail.encoded != 0 || tail.head != 0 || tail.queued() == 0) return;
+  const Entry before = thread.view[own - 1];
+  const Entry mine = thread.view[own];
+  if (!before.inherited || before.hi == kLive || before.offset == kMoving ||
+      mine.offset == kMoving || mine.lo != 0) {
+    return;
+  }
+  const Segment& source = segments.at(before.segment);
+  const int64_t count = before.hi - before.lo;
+  const bool continues = before.offset + before.hi == mine.offset &&
+                         source.base + before.hi == tail.base && source.stride == 1 &&
+                         tail.stride == 1;
+  if (!source.forked_tail || !continues || count <= 0 || count >= table_.pool().page_size() ||
+      source.encoded < before.hi) {
+    return;
+  }
+  head_copies_.push_back({id, thread.view, before.segment});
+  segments.grow_pages(tail, count);
+  const int64_t page_size = table_.pool().page_size();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = source.head + before.lo + i;
+    copies_.push_back({source.pages[from / page_size] * page_size + from % page_size,
+                       tail.pages[i / page_size] * page_size + i % page_size});
+  }
+  const auto first = source.tokens.begin() + source.head + before.lo;
+  tail.tokens.insert(tail.tokens.begin(), first, first + count);
+  tail.head = count;
+  thread.view[own].lo = -count;
+  thread.view.erase(thread.view.begin() + static_cast<int64_t>(own) - 1);
+  copied_tokens_ += count;
+}
+
+// ---- one forward ----------------------------------------------------------------------------
+
+bool Step::next() {
+  if (next_run_ >= runs_.size()) return false;
+  chunk_ = fresh_stamp();
+  plan_.clear(table_.pool().page_size());
+  plan_.copies.swap(copies_);
+  chunk_runs_.clear();
+  int64_t room = step_tokens_;
+  while (room > 0 && next_run_ < runs_.size()) {
+    Run run = runs_[next_run_];
+    if (run.replay == kNone) {
+      run.from = std::max(run.from, next_from_);
+      run.to = table_.segments().at(run.segment).required;
+    }
+    const int64_t take = std::min(room, run.to - run.from);
+    const bool done = run.from + take == run.to;
+    run.to = run.from + take;
+    add_rows(run);
+    chunk_runs_.push_back(run);
+    room -= take;
+    next_from_ = done ? 0 : run.to;
+    if (done) ++next_run_;
+  }
+  for (size_t i = 0; i < chunk_runs_.size(); ++i) {
+    add_pairs(chunk_runs_[i], static_cast<int32_t>(i));
+  }
+  plan_.finish();
+  collect_logits_rows();
+  return true;
+}
+
+void Step::add_rows(const Run& run) {
+  Segment& segment = table_.segments().at(run.segment);
+  const int64_t page_size = plan_.page_size;
+  const bool appends = run.replay == kNone;
+  if (appends) {
+    table_.segments().grow_pages(segment, segment.head + run.to);
+    segment.encoded = run.to;
+    segment.run_stamp = chunk_;
+    segment.run_from = run.from;
+    segment.run_to = run.to;
+    segment.run_row = plan_.num_rows();
+  }
+  PlanRun flat{};
+  flat.row_begin = static_cast<int32_t>(plan_.num_rows());
+  flat.row_count = static_cast<int32_t>(run.to - run.from);
+  flat.stride = static_cast<int32_t>(segment.stride);
+  plan_.runs.push_back(flat);
+  for (int64_t i = run.from; i < run.to; ++i) {
+    const int64_t slot = segment.head + i;
+    plan_.slots.push_back(
+        appends ? segment.pages[slot / page_size] * page_size + slot % page_size : -1);
+    plan_.ids.push_back(segment.tokens[slot]);
+    plan_.positions.push_back(segment.written_position(i));
+  }
+}
+
+int64_t Step::visible_end(const Entry& entry, const Run& run) const {
+  const Segment& segment = table_.segments().at(entry.segment);
+  if (entry.segment == run.segment) return run.to;
+  if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
+  if (segment.sealed || run.visibility == Visibility::kCurrent) return segment.encoded;
+  return segment.stamp == stamp_ ? segment.encoded_before : segment.encoded;
+}
+
+void Step::add_pairs(const Run& run, int32_t run_index) {
+  SegmentStore& segments = table_.segments();
+  const std::vector<Entry>& view = *run.view;
+  const size_t first_pair = plan_.pairs.size();
+  int64_t end = 0, own_difference = 0;
+  bool own_seen = false;
+  const auto add = [&](const Entry& entry, int64_t offset, int64_t hi) {
+    Segment& segment = segments.at(entry.segment);
+    if (segment.chunk_stamp != chunk_) {
+      segment.chunk_stamp = chunk_;
+      segment.local = plan_.add_segment(segment.pages);
+    }
+    PlanPair pair{};
+    pair.run = run_index;
+    pair.segment = segment.local;
+    pair.lo = static_cast<int32_t>(segment.head + entry.lo);
+    pair.hi = static_cast<int32_t>(segment.head + hi);
+    pair.view_offset = static_cast<int32_t>(offset - segment.stride * segment.head);
+    pair.stride = static_cast<int32_t>(segment.stride);
+    pair.rotation = static_cast<int32_t>(-(offset - segment.base));
+    pair.first_own = -1;
+    if (entry.segment == run.segment) {
+      own_seen = true;
+      own_difference = offset - segment.base;
+      pair.first_own = static_cast<int32_t>(segment.head + run.from);
+      plan_.runs[run_index].view_position =
+          static_cast<int32_t>(offset + segment.stride * run.from);
+    }
+    plan_.pairs.push_back(pair);
+  };
+  for (const Entry& entry : view) {
+    const int64_t hi = visible_end(entry, run);
+    const int64_t offset = entry.offset == kMoving ? end : entry.offset;
+    end = std::max(end, offset + segments.at(entry.segment).stride * hi);
+    if (hi > entry.lo) add(entry, offset, hi);
+  }
+  if (!own_seen) {  // a region pinned by a reader before any thread wrote it
+    Entry own;
+    own.segment = run.segment;
+    add(own, segments.at(run.segment).base, run.to);
+  }
+  for (size_t i = first_pair; i < plan_.pairs.size(); ++i) {
+    plan_.pairs[i].rotation += static_cast<int32_t>(own_difference);
+    if (plan_.pairs[i].rotation != 0 && !table_.can_rotate()) {
+      throw Error(ErrorKind::kUnsupportedRope,
+                  "step: a segment would be read " + std::to_string(plan_.pairs[i].rotation) +
+                      " positions from where it was written, and this model's positions cannot "
+                      "be re-rotated; keep every segment at its written position");
+    }
+  }
+}
+
+void Step::collect_logits_rows() {
+  logits_rows_.clear();
+  for (size_t i = 0; i < chunk_runs_.size(); ++i) {
+    if (chunk_runs_[i].replay != kNone) {
+      logits_rows_.emplace_back(chunk_runs_[i].replay, plan_.runs[i].row_begin);
+    }
+  }
+  for (const auto& [id, thread] : table_.threads()) {
+    if (thread.logits_segment == kNone) continue;
+    const Segment& segment = table_.segments().at(thread.logits_segment);
+    const int64_t index = thread.logits_index;
+    if (segment.run_stamp == chunk_ && index >= segment.run_from && index < segment.run_to) {
+      logits_rows_.emplace_back(id,
+                                static_cast<int32_t>(segment.run_row + index - segment.run_from));
+    }
+  }
+}
+
+// ---- the transaction ------------------------------------------------------------------------
+
+void Step::commit() {
+  open_ = false;
+  SegmentStore& segments = table_.segments();
+  for (const SegmentId id : touched_) {
+    Segment& segment = segments.at(id);
+    if (segment.queued() == 0) segments.clear_context(segment);
+  }
+  for (const HeadCopy& copy : head_copies_) segments.release(copy.dropped);
+}
+
+void Step::rollback() {
+  if (!open_) return;
+  open_ = false;
+  SegmentStore& segments = table_.segments();
+  for (const SegmentId id : touched_) {
+    Segment& segment = segments.at(id);
+    segment.encoded = segment.encoded_before;
+    segments.shrink_pages(segment, segment.head + segment.encoded);
+  }
+  for (auto copy = head_copies_.rbegin(); copy != head_copies_.rend(); ++copy) {
+    Thread& thread = table_.at(copy->thread);
+    Segment& tail = segments.at(thread.tail);
+    tail.tokens.erase(tail.tokens.begin(), tail.tokens.begin() + tail.head);
+    tail.head = 0;
+    segments.shrink_pages(tail, 0);
+    thread.view = std::move(copy->old_view);
+  }
+}
+
+}  // namespace apr

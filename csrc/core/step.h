@@ -1,0 +1,75 @@
+// One step as a transaction: which queued tokens run, in which forwards, and how to take it all back.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "core/plan.h"
+#include "core/thread_table.h"
+
+namespace apr {
+
+struct StepThread {
+  ThreadId thread;
+  bool has_logits;  // the caller still holds the logits of the thread's last token
+};
+
+class Step {
+ public:
+  // Collects the work; throws kInvalidInput or kOutOfPages before anything is changed.
+  Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens);
+  ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  bool next();  // plans the next forward of at most `step_tokens` rows; false when all are planned
+  void commit();
+  void rollback();
+
+  const Plan& plan() const { return plan_; }
+  // Rows of the planned forward whose logits some living thread is waiting for.
+  const std::vector<std::pair<ThreadId, int32_t>>& logits_rows() const { return logits_rows_; }
+  int64_t copied_tokens() const { return copied_tokens_; }
+
+ private:
+  struct Run {
+    SegmentId segment;
+    int64_t from, to;
+    const std::vector<Entry>* view;
+    Visibility visibility;
+    ThreadId replay = kNone;  // a token that is run again for this thread's logits; appends nothing
+  };
+  struct HeadCopy {
+    ThreadId thread;
+    std::vector<Entry> old_view;
+    SegmentId dropped;
+  };
+
+  void collect(const StepThread& request);
+  void require(const Entry& entry);
+  void visit(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility);
+  void copy_short_inheritance(ThreadId id);
+  void add_rows(const Run& run);
+  void add_pairs(const Run& run, int32_t run_index);
+  void collect_logits_rows();
+  int64_t visible_end(const Entry& entry, const Run& run) const;
+
+  ThreadTable& table_;
+  int64_t step_tokens_;
+  uint64_t stamp_;
+  uint64_t chunk_ = 0;
+  bool open_ = true;
+  std::vector<Run> runs_;
+  size_t next_run_ = 0;
+  int64_t next_from_ = 0;
+  std::vector<Run> chunk_runs_;
+  std::vector<SegmentId> touched_;
+  std::vector<HeadCopy> head_copies_;
+  std::vector<PlanCopy> copies_;
+  std::vector<std::vector<Entry>> replay_views_;
+  int64_t copied_tokens_ = 0;
+  std::vector<std::pair<ThreadId, int32_t>> logits_rows_;
+  Plan plan_;
+};
+
+}  // namespace apr

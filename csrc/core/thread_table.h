@@ -1,0 +1,99 @@
+// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the rules.
+#pragma once
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/page_pool.h"
+#include "core/segment_store.h"
+#include "core/types.h"
+
+namespace apr {
+
+struct Thread {
+  std::vector<Entry> view;
+  SegmentId tail = kNone;  // the one segment that this thread appends to; `view` lists it
+  Visibility visibility = Visibility::kPrevious;
+  std::vector<int32_t> own_tokens;
+
+  // The token whose logits the thread holds or will get with the next step.
+  SegmentId logits_segment = kNone;
+  int64_t logits_index = 0;
+
+  ThreadId parent = kNone;
+  bool joinable = false;      // false once the parent was released, trimmed below the fork or re-viewed
+  int64_t fork_position = 0;  // in this thread's own coordinates
+  int64_t fork_shift = 0;     // what an ancestor's join added to the parent's coordinates
+  int64_t fork_length = 0;
+  std::vector<ThreadId> children;
+
+  size_t tail_entry() const;  // index of the own tail in `view`
+};
+
+class ThreadTable {
+ public:
+  ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate);
+
+  // Threads.
+  ThreadId create(const std::vector<int32_t>& tokens);
+  ThreadId create_with_view(std::vector<Entry> view, SegmentId writes, Visibility visibility);
+  void extend(ThreadId id, const std::vector<int32_t>& tokens);
+  std::vector<ThreadId> fork(ThreadId id, int64_t count);
+  void join(ThreadId parent, const std::vector<ThreadId>& children, JoinPositions positions,
+            bool reencode);
+  void trim(ThreadId id, int64_t length);
+  void release(ThreadId id);
+  void set_view(ThreadId id, std::vector<Entry> view);
+  void set_writes(ThreadId id, SegmentId segment);
+
+  // Segments that users make themselves; each call returns with one reference, the handle's.
+  SegmentId create_segment(const std::vector<int32_t>& tokens, int64_t base,
+                           std::vector<Entry> after);
+  SegmentId create_region(const std::vector<int32_t>& tokens, int64_t base, int64_t stride);
+  void seal(SegmentId id);
+
+  // What a user may ask.
+  bool alive(ThreadId id) const { return threads_.count(id) != 0; }
+  int64_t num_threads() const { return static_cast<int64_t>(threads_.size()); }
+  int64_t length(ThreadId id) const;
+  int64_t position(ThreadId id) const;
+  std::vector<int32_t> tokens(ThreadId id) const;
+  const Thread& at(ThreadId id) const;
+  Thread& at(ThreadId id);
+  std::unordered_map<ThreadId, Thread>& threads() { return threads_; }
+
+  PagePool& pool() { return pool_; }
+  SegmentStore& segments() { return segments_; }
+  bool can_rotate() const { return can_rotate_; }
+
+  // Number of tokens that a reader sees of a live entry when no step is running.
+  int64_t visible_end(const Entry& entry, SegmentId own) const;
+  // View positions of the entries' token 0, given how much of each the reader sees.
+  std::vector<int64_t> offsets(const std::vector<Entry>& view, SegmentId own) const;
+
+ private:
+  friend class Step;
+
+  int64_t view_end(const std::vector<Entry>& view, SegmentId own) const;
+  void check_view(const std::vector<Entry>& view, SegmentId own) const;
+  void check_writable(SegmentId id, ThreadId writer) const;
+  void check_rotation(const std::vector<Entry>& view, SegmentId own) const;
+  void retain_view(const std::vector<Entry>& view);
+  void release_view(const std::vector<Entry>& view);
+  void detach_writer(ThreadId id);
+  void open_tail(Thread& thread, ThreadId id, int64_t offset, int64_t base, bool forked);
+  void seal_tail_for_join(ThreadId id);
+  int64_t pinned_length(SegmentId id, ThreadId except) const;
+  void orphan_children(ThreadId id);
+  void check_joinable(ThreadId parent, const std::vector<ThreadId>& children) const;
+  std::vector<Entry> own_part(const Thread& child) const;
+
+  PagePool pool_;
+  SegmentStore segments_;
+  bool can_rotate_;
+  ThreadId next_ = 0;
+  std::unordered_map<ThreadId, Thread> threads_;
+};
+
+}  // namespace apr

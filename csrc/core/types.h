@@ -1,0 +1,57 @@
+// The plain data that the core hands to kernels and bindings: entries of views and the plan of a step.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace apr {
+
+using PageId = int32_t;
+using SegmentId = int64_t;
+using ThreadId = int64_t;
+
+inline constexpr int64_t kNone = -1;
+// Offset of an entry that starts at the running maximum of the ends of the entries before it.
+inline constexpr int64_t kMoving = std::numeric_limits<int64_t>::min();
+// Upper bound of an entry that follows the growth of its segment.
+inline constexpr int64_t kLive = std::numeric_limits<int64_t>::max();
+
+enum class Visibility : uint8_t { kPrevious, kCurrent };
+enum class JoinPositions : uint8_t { kMax, kSum, kKeep };
+
+// One line of a view: tokens [lo, hi) of a segment, its token 0 standing at view position `offset`.
+struct Entry {
+  SegmentId segment = kNone;
+  int64_t offset = kMoving;
+  int64_t lo = 0;  // negative where the segment begins with copied tokens of its owner's ancestor
+  int64_t hi = kLive;
+  bool inherited = false;  // came with the fork, so it is no part of what a join returns
+};
+
+// Consecutive query rows of one writer.
+struct PlanRun {
+  int32_t row_begin;
+  int32_t row_count;
+  int32_t view_position;  // of the first row
+  int32_t stride;         // view positions from one row to the next
+};
+
+// A run and a segment that it sees. Slots are physical: slot j of the segment's own pages.
+struct PlanPair {
+  int32_t run;
+  int32_t segment;
+  int32_t lo, hi;         // visible slots [lo, hi)
+  int32_t view_offset;    // view position of slot 0
+  int32_t stride;         // view positions from one slot to the next
+  int32_t rotation;       // re-rotation of the query, in positions
+  int32_t rotation_row;   // row of the table of distinct rotations, -1 where rotation == 0
+  int32_t first_own;      // slot that the run's row 0 writes (rows are causal from there), else -1
+};
+
+// Copy of already encoded tokens from one segment's slots to another's, for all layers.
+struct PlanCopy {
+  int64_t source;       // page * page_size + slot
+  int64_t destination;
+};
+
+}  // namespace apr

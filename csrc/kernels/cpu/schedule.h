@@ -1,0 +1,38 @@
+// Cuts the pairs of a plan into blocks of rows and chunks of tokens, and numbers the partial results.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace apr::cpu {
+
+// One query row looking at one segment.
+struct Visit {
+  int32_t row;
+  int32_t lo, hi;        // visible slots
+  int32_t rotation_row;  // -1: the query is used as written
+  int32_t first_part;    // number of the row's first partial result in this segment's block
+};
+
+// Rows that share each pass over a segment's tiles.
+struct Block {
+  int32_t segment;
+  int32_t first_visit, end_visit;
+  int32_t lo, hi;          // union of the visits' slots
+  int32_t all_lo, all_hi;  // slots that each of them sees
+  int32_t chunk;           // tokens of a chunk; chunks start at multiples of it
+  int32_t chunks;
+};
+
+struct Schedule {
+  std::vector<Visit> visits;
+  std::vector<Block> blocks;
+  std::vector<int32_t> row_parts;    // [rows + 1]: a row's partial results lie side by side
+  std::vector<int32_t> block_tasks;  // [blocks + 1]: first (chunk) task of each block
+};
+
+Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan);
+
+}  // namespace apr::cpu

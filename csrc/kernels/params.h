@@ -1,0 +1,71 @@
+// What kernels are given: raw pointers, shapes and plain options. Nothing here knows a thread.
+#pragma once
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace apr {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// The flat arrays of a Plan (core/plan.h).
+struct PlanArrays {
+  const PlanRun* runs;
+  const PlanPair* pairs;         // sorted by segment
+  const int32_t* segment_pairs;  // [segments + 1]
+  const int32_t* segment_pages;  // [segments + 1]
+  const int32_t* page_table;
+  const int64_t* slots;          // [rows], -1: nothing to append
+  int64_t num_runs;
+  int64_t num_segments;
+  int64_t num_rows;
+  int64_t page_size;
+};
+
+// Keys and values of one layer: [page, kv_head, page_size, head_dim], contiguous.
+struct Pool {
+  void* k;
+  void* v;
+  int64_t num_pages;
+  int64_t kv_heads;
+  int64_t page_size;
+  int64_t head_dim_k;
+  int64_t head_dim_v;
+  DType dtype;
+};
+
+// [rows, heads, dim] with the last dimension contiguous; strides in elements.
+struct Rows {
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// cos and sin of each distinct re-rotation: [rotations, pairs, 2]. Dimension `first + i` turns with
+// `first + pairs + i` (half layout) or the neighbours turn together (interleaved).
+struct RotationTable {
+  const float* cos_sin;  // nullptr: no pair of the plan turns, or the model has no positions
+  int64_t first;
+  int64_t pairs;
+  bool interleaved;
+};
+
+struct AttentionParams {
+  Rows q;
+  Rows out;
+  float* lse;  // [rows, q_heads] natural logarithm, or nullptr
+  int64_t q_heads;
+  float scale;
+  float softcap;       // 0: none
+  int64_t window;      // 0: none; else keys with query position - key position < window
+  int64_t chunk;       // 0: none; else keys of the query's own chunk of this many positions
+  const float* sinks;  // [q_heads] or nullptr
+  RotationTable rotation;
+  bool invariant;      // cut at fixed 512-token chunks of each segment
+  int threads;
+};
+
+}  // namespace apr

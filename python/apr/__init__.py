@@ -1,0 +1,1 @@
+from apr import ops as ops

@@ -1,0 +1,264 @@
+"""Kernels against the float64 oracle: dtypes, head sizes, groups, ranges, rotation, windows, sinks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from apr import _core, ops, reference
+from apr.errors import InvalidInput
+from apr.ops import Rotation, View
+
+# Relative rounding of one stored number. Inputs are exact in the pool's dtype for both sides, so what
+# differs is the output rounding (half a unit) and float32 arithmetic over the visible tokens.
+UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def tolerance(dtype: torch.dtype, tokens: int, score: float, v_max: float) -> float:
+    """Output rounding + float32 error: a score of size s in base 2 errs by s * 2^-23 * head sums."""
+    arithmetic = 2.0**-23 * (8 * max(score, 1.0) + 4 * tokens**0.5)
+    return v_max * (0.5 * UNIT[dtype] + arithmetic + 4e-7)
+
+
+@pytest.fixture(params=[s for s in _core.instruction_sets()])
+def instruction_set(request):
+    _core.force_instruction_set(request.param)
+    yield request.param
+    _core.force_instruction_set("")
+
+
+def make(dtype, kv_heads, head_dim, pages=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype)
+    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
+    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
+    return pool, generator
+
+
+def tree(rotated: bool = False):
+    """A ragged mix: prefill and decode, a shared prefix, a joined pair of segments, a live neighbour."""
+    shift = 7 if rotated else 0
+    prefix = [3, 1, 8]
+    return [
+        (1, [View(prefix, 0, 150, 0, 0), View([2], 0, 5, 150 + shift, 150, own=True)]),
+        (3, [View(prefix, 0, 150, 0, 0), View([4, 5], 10, 70, 140, 140 + shift, own=True)]),
+        (1, [View(prefix, 0, 90, 0, 0), View([6], 0, 1, 90, 90, own=True)]),
+        (
+            2,
+            [
+                View(prefix, 0, 150, 0, 0),
+                View([2], 0, 5, 150, 150),
+                View([4, 5], 10, 70, 300 - shift, 140),
+                View([7], 0, 40, 260, 250, own=True),
+            ],
+        ),
+        (70, [View([9, 10], 0, 100, 0, 0, own=True)]),
+    ]
+
+
+def run(row_sets, pool, heads, generator, *, rotation=None, window=None, invariant=False, **options):
+    plan = ops.plan(row_sets, pool, heads, window=window, invariant=invariant)
+    rows = plan.num_rows
+    shape = (rows, pool.num_kv_heads, pool.head_dim)
+    k = torch.randn(shape, generator=generator).to(pool.dtype)
+    v = torch.randn(shape, generator=generator).to(pool.dtype)
+    q = torch.randn(rows, heads, pool.head_dim, generator=generator).to(pool.dtype)
+    ops.append(k, v, pool, plan)
+    scale = pool.head_dim**-0.5
+    got = ops.attention(q, pool, plan, scale, rotation, **options)
+    want = reference.attention(
+        q, pool, row_sets, scale, rotation, window=window, **options
+    )
+    return got, want, q, plan
+
+
+def check(got, want, dtype, tokens=400):
+    out, lse = got
+    bound = tolerance(dtype, tokens, 12.0, 5.0)
+    assert (out.double() - want[0]).abs().max().item() <= bound
+    finite = want[1].isfinite()
+    assert torch.equal(finite, lse.isfinite())
+    assert (lse.double() - want[1])[finite].abs().max().item() <= 2e-5
+
+
+def rope(head_dim, interleaved=False, part=1.0):
+    size = int(head_dim * part) // 2 * 2
+    inv_freq = tuple(10000.0 ** (-2 * i / size) for i in range(size // 2))
+    return Rotation(inv_freq, (0, size), interleaved)
+
+
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims_and_dtypes(dtype, head_dim, instruction_set):
+    pool, generator = make(dtype, 2, head_dim)
+    got, want, *_ = run(tree(), pool, 4, generator)
+    check(got, want, dtype)
+
+
+@pytest.mark.parametrize("kv_heads,group", [(1, 1), (2, 3), (1, 5), (2, 7), (1, 16)])
+def test_groups(kv_heads, group, instruction_set):
+    pool, generator = make(torch.float32, kv_heads, 64)
+    got, want, *_ = run(tree(), pool, kv_heads * group, generator)
+    check(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_rotation(interleaved, part, instruction_set):
+    pool, generator = make(torch.float32, 2, 64)
+    rotation = rope(64, interleaved, part)
+    got, want, q, plan = run(tree(rotated=True), pool, 4, generator, rotation=rotation)
+    check(got, want, torch.float32)
+    # Negative control: without re-rotation the same plan is far off.
+    off, _ = ops.attention(q, pool, plan, 64**-0.5)
+    assert (off.double() - want[0]).abs().max().item() > 0.05
+
+
+def test_windows_chunks_softcap_and_sinks(instruction_set):
+    pool, generator = make(torch.float32, 2, 64)
+    sinks = torch.randn(4, generator=generator)
+    for options in (
+        {"window": 20},
+        {"chunk": 32},
+        {"softcap": 3.0},
+        {"sinks": sinks},
+        {"window": 9, "sinks": sinks, "softcap": 2.0},
+    ):
+        got, want, q, plan = run(tree(), pool, 4, generator, **options)
+        check(got, want, torch.float32)
+        plain, _ = ops.attention(q, pool, ops.plan(tree(), pool, 4), 64**-0.5)
+        assert (plain.double() - want[0]).abs().max().item() > 0.01, options
+
+
+def test_strided_slots():
+    pool, generator = make(torch.float32, 1, 64)
+    sets = [
+        (1, [View([1], 0, 30, 0, 0), View([2], 0, 9, 30, 30, 3), View([3], 0, 9, 31, 31, 3, own=True)])
+    ]
+    got, want, *_ = run(sets, pool, 2, generator, window=25)
+    check(got, want, torch.float32)
+
+
+def test_large_scores_stay_finite(instruction_set):
+    pool, generator = make(torch.float32, 1, 64)
+    pool.k.mul_(60)
+    got, want, *_ = run(tree(), pool, 2, generator)
+    # Scores reach several hundred: their float32 error times e-fold slope dominates.
+    assert got[0].isfinite().all()
+    assert (got[0].double() - want[0]).abs().max().item() <= 5.0 * 2.0**-23 * 8 * 1500
+
+
+def test_half_conversions_cover_every_bit_pattern(instruction_set):
+    """V of one visible token comes out unchanged, whatever its bits: subnormals, -0, infinities, NaN."""
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
+        pool = ops.empty_pool(len(every), 1, 64, dtype)
+        pool.k.zero_()
+        pool.v.fill_(float("nan"))
+        sets = [(1, [View([i], 0, 1, 0, 0, own=True)]) for i in range(len(every))]
+        plan = ops.plan(sets, pool, 1)
+        ops.append(torch.zeros_like(every), every.contiguous(), pool, plan)
+        out, _ = ops.attention(torch.zeros_like(every), pool, plan, 1.0)
+        finite = every.isfinite()
+        assert torch.equal(out[finite], every[finite])
+        assert torch.equal(out.isnan(), every.isnan())
+
+
+def test_poisoned_pages_beyond_the_visible_are_never_read(instruction_set):
+    pool, generator = make(torch.bfloat16, 1, 64)
+    pool.k.fill_(float("nan"))
+    pool.v.fill_(float("nan"))
+    plan = ops.plan([(70, [View([5, 6], 0, 70, 0, 0, own=True)])], pool, 2)
+    k = torch.randn(70, 1, 64, generator=generator).bfloat16()
+    ops.append(k, k, pool, plan)
+    out, lse = ops.attention(torch.randn(70, 2, 64, generator=generator).bfloat16(), pool, plan, 0.1)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_nan_is_not_swallowed(instruction_set):
+    pool, generator = make(torch.float32, 1, 64)
+    sets = [(1, [View([0], 0, 8, 0, 0, own=True)]), (1, [View([1], 0, 8, 0, 0, own=True)])]
+    plan = ops.plan(sets, pool, 1)
+    x = torch.randn(2, 1, 64, generator=generator)
+    ops.append(x, x, pool, plan)
+    q = x.clone()
+    q[0, 0, 3] = float("nan")
+    out, lse = ops.attention(q, pool, plan, 0.1)
+    assert out[0].isnan().all() and lse[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
+def test_invariant_bits_do_not_depend_on_the_company(instruction_set):
+    pool, generator = make(torch.float32, 2, 64, pages=80)
+    long = list(range(40, 60))
+    alone = (1, [View(long, 0, 1200, 0, 0), View([2], 0, 9, 1200, 1200, own=True)])
+    other = [
+        (1, [View(long, 0, 700 + i, 0, 0), View([3 + i], 0, 5, 900, 900, own=True)]) for i in range(7)
+    ]
+    q = torch.randn(8, 6, 64, generator=generator)
+    small = ops.plan([alone], pool, 6, invariant=True)
+    big = ops.plan([*other, alone], pool, 6, invariant=True)
+    one, one_lse = ops.attention(q[7:], pool, small, 0.125)
+    all_, all_lse = ops.attention(q, pool, big, 0.125)
+    assert torch.equal(one[0], all_[7]) and torch.equal(one_lse[0], all_lse[7])
+
+
+def test_threads_do_not_change_the_result_beyond_rounding():
+    pool, generator = make(torch.float32, 2, 64, pages=80)
+    sets = [(1, [View(list(range(40, 70)), 0, 1900, 0, 0), View([i], 0, 9, 1900, 1900, own=True)])
+            for i in range(9)]
+    q = torch.randn(9, 6, 64, generator=generator)
+    before = torch.get_num_threads()
+    outs = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        outs.append(ops.attention(q, pool, ops.plan(sets, pool, 6), 0.125)[0])
+    torch.set_num_threads(before)
+    for out in outs[1:]:
+        assert (out - outs[0]).abs().max().item() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+def test_merge(dtype):
+    pool, generator = make(dtype, 2, 64)
+    q = torch.randn(1, 4, 64, generator=generator).to(dtype)
+    halves, whole = [View([1, 2], 0, 60, 0, 0), View([1, 2], 60, 100, 0, 0, own=True)], [
+        View([1, 2], 0, 100, 0, 0, own=True)
+    ]
+    parts = []
+    for view in halves:
+        plan = ops.plan([(1, [view._replace(own=True)])], pool, 4)
+        parts.append(ops.attention(q, pool, plan, 0.125))
+    out, lse = ops.merge(parts)
+    want_out, want_lse = reference.attention(q, pool, [(1, whole)], 0.125)
+    # Two roundings: the parts' and the merged output's.
+    assert (out.double() - want_out).abs().max().item() <= 2 * tolerance(dtype, 100, 12.0, 5.0)
+    assert (lse.double() - want_lse).abs().max().item() <= 2e-5
+    # Negative control: the plain mean of the parts is not the merge.
+    mean = (parts[0][0].double() + parts[1][0].double()) / 2
+    assert (mean - want_out).abs().max().item() > 0.01
+
+
+def test_bad_input_is_named():
+    pool, generator = make(torch.float32, 2, 64)
+    view = View([0], 0, 4, 0, 0, own=True)
+    plan = ops.plan([(1, [view])], pool, 4)
+    q = torch.zeros(1, 4, 64)
+    cases = [
+        (lambda: ops.plan([(1, [view])], pool, 3), "multiple"),
+        (lambda: ops.plan([], pool, 4), "no row sets"),
+        (lambda: ops.plan([(1, [view._replace(own=False)])], pool, 4), "own view"),
+        (lambda: ops.plan([(5, [view])], pool, 4), "own view"),
+        (lambda: ops.plan([(1, [view._replace(hi=65)])], pool, 4), "slots"),
+        (lambda: ops.plan([(1, [view._replace(pages=[40])])], pool, 4), "pages"),
+        (lambda: ops.attention(q.half(), pool, plan, 1.0), "float16"),
+        (lambda: ops.attention(q[:, :, :32], pool, plan, 1.0), "expected"),
+        (lambda: ops.attention(torch.zeros(2, 4, 64), pool, plan, 1.0), "expected"),
+        (lambda: ops.append(torch.zeros(1, 1, 64), q[:, :2], pool, plan), "append: k"),
+        (lambda: ops.empty_pool(4, 2, 64, torch.float64), "dtype"),
+        (lambda: ops.empty_pool(4, 2, 64, torch.float32, "meta"), "device"),
+        (lambda: ops.merge([]), "no parts"),
+        (lambda: Rotation((1.0,), (0, 4)), "frequency"),
+    ]
+    for call, word in cases:
+        with pytest.raises(InvalidInput, match=word):
+            call()
