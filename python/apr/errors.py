@@ -33,3 +33,7 @@ class UnsupportedRope(Error):
 
 class BudgetExceeded(Error):
     """A hard limit of a run was reached."""
+
+
+class NonFiniteLogits(Error, ArithmeticError):
+    """The model returned NaN logits; the step was rolled back."""

@@ -1,0 +1,380 @@
+"""A model with a multi-thread KV cache: sessions make threads and segments, and step them together."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apr import _core, ops
+from apr._self_test import self_test as run_self_test
+from apr.errors import (
+    ForeignThread,
+    InvalidInput,
+    NonFiniteLogits,
+    UnsupportedModel,
+    UnsupportedRope,
+)
+from apr.hf import Attachment, ModelSpec
+from apr.thread import Segment, Thread, TokenIds, ViewLike
+from apr.trace import Stats, Trace
+
+_EntryTuple = tuple[int, int | None, int | None, int, bool]
+
+# Without max_tokens the pool takes this part of the free memory, and at most so many tokens. Pages cost
+# nothing before they are written: the arenas are reserved, not touched.
+_FREE_MEMORY_SHARE = 0.25
+_MOST_TOKENS = 1 << 22
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Session:
+    """Owns the KV pages of one model and every thread on them.
+
+    max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one forward;
+    longer prefills are split and are still one transaction. invariant: attention bits of a thread do not
+    depend on its neighbours. seed: with the request index and the fork path it keys every thread's
+    generator. Raises UnsupportedModel with the reason where the model cannot be attached; `self_test=False`
+    skips the proof (three tiny forwards, once a model).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_tokens: int | None = None,
+        page_size: int = 64,
+        step_tokens: int = 8192,
+        invariant: bool = False,
+        cuda_graphs: bool | None = None,
+        seed: int = 0,
+        *,
+        self_test: bool = True,
+    ) -> None:
+        self._table: _core.ThreadTable | None = None
+        self._dropped_threads: list[int] = []
+        self._dropped_segments: list[int] = []
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidInput(f"max_tokens: got {max_tokens}; expected at least 1, or None")
+        if page_size < 16 or page_size & (page_size - 1):
+            raise InvalidInput(f"page_size: got {page_size}; expected a power of two from 16 on")
+        if step_tokens < 1:
+            raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
+        if cuda_graphs:
+            raise InvalidInput("cuda_graphs: got True; this build has no CUDA kernels; leave it None")
+        self.model, self.seed, self.invariant = model, seed, invariant
+        self.page_size, self.step_tokens = page_size, step_tokens
+        self.trace = Trace()
+        self.attachment = Attachment(model)
+        try:
+            if self_test and not self.attachment.tested:
+                with Session(model, 32 * page_size, page_size, self_test=False) as small:
+                    run_self_test(small)
+                self.attachment.tested = True
+            self._make_pools(max_tokens)
+        except BaseException:
+            self.attachment.close()
+            raise
+        self._threads: weakref.WeakValueDictionary[int, Thread] = weakref.WeakValueDictionary()
+        self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
+        self._requests = 0
+        self._stepping = False
+        self._stats = Stats()
+
+    def _make_pools(self, max_tokens: int | None) -> None:
+        spec = self.spec
+        if spec.device.type != "cpu":
+            raise UnsupportedModel(
+                f"the model is on {spec.device}, but this build has kernels for: cpu; move it with "
+                'model.to("cpu"), or install a build with CUDA kernels (python -m apr info)'
+            )
+        if max_tokens is None:
+            fitting = int(_free_memory() * _FREE_MEMORY_SHARE) // spec.bytes_per_token
+            max_tokens = max(self.page_size, min(fitting, _MOST_TOKENS))
+        pages = -(-max_tokens // self.page_size)
+        self.pools = [
+            ops.empty_pool(
+                pages,
+                x.kv_heads,
+                x.head_dim,
+                spec.dtype,
+                spec.device,
+                self.page_size,
+                x.head_dim_v,
+            )
+            for x in spec.layers
+        ]
+        self._table = _core.ThreadTable(pages, self.page_size, spec.can_rotate)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What was measured of the model."""
+        return self.attachment.spec
+
+    # ---- opening and closing --------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the pages and give the model back as it was; safe to call twice."""
+        if self._table is not None:
+            self._stats = self.stats
+            self._table = None
+            self.pools = []
+            self.attachment.close()
+
+    def _open_table(self) -> _core.ThreadTable:
+        if self._table is None:
+            raise InvalidInput("the session is closed; open a new apr.Session")
+        return self._table
+
+    def _edit(self) -> _core.ThreadTable:
+        """The table, for a change: what garbage collection dropped meanwhile is given back first."""
+        table = self._open_table()
+        if self._stepping:
+            raise InvalidInput("a step is running; change threads between steps")
+        while self._dropped_threads:
+            number = self._dropped_threads.pop()
+            if table.alive(number):
+                table.release(number)
+                self.trace.release(number)
+        while self._dropped_segments:
+            table.release_segment(self._dropped_segments.pop())
+        return table
+
+    def _drop_thread(self, number: int) -> None:
+        self._dropped_threads.append(number)
+
+    def _drop_segment(self, number: int) -> None:
+        self._dropped_segments.append(number)
+
+    # ---- threads and segments -------------------------------------------------------------------
+
+    def _check_ids(self, ids: TokenIds) -> list[int]:
+        if isinstance(ids, Tensor):
+            if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
+                raise InvalidInput(
+                    f"ids: got a tensor {list(ids.shape)} of {ids.dtype}; expected one dimension of "
+                    "integers (one thread takes one sequence)"
+                )
+            tokens = ids.tolist()
+        elif isinstance(ids, str):
+            raise InvalidInput("ids: got a string; expected token ids: tokenizer(text).input_ids")
+        else:
+            try:
+                tokens = [int(i) for i in ids]
+            except (TypeError, ValueError) as error:
+                raise InvalidInput(f"ids: got {ids!r:.80}; expected a list of integers") from error
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
+            bad = next(i for i in tokens if not 0 <= i < self.spec.vocab_size)
+            raise InvalidInput(
+                f"ids: got token {bad}; expected 0 to {self.spec.vocab_size - 1}, the vocabulary"
+            )
+        return tokens
+
+    def _adopt(self, number: int, seed_path: tuple[int, ...]) -> Thread:
+        thread = Thread(self, number, seed_path)
+        self._threads[number] = thread
+        return thread
+
+    def _segment(self, number: int) -> Segment:
+        segment = self._segments.get(number)
+        if segment is None:
+            self._open_table().retain_segment(number)
+            segment = self._segments[number] = Segment(self, number)
+        return segment
+
+    def _own_segment(self, segment: Segment) -> int:
+        if not isinstance(segment, Segment) or segment.session is not self:
+            raise InvalidInput(f"segment: got {segment!r}; expected a Segment of this session")
+        return segment._id
+
+    def _entries(self, view: ViewLike) -> list[_EntryTuple]:
+        entries: list[_EntryTuple] = []
+        for item in view:
+            parts: tuple[Any, ...] = item if isinstance(item, tuple) else (item,)
+            if not 1 <= len(parts) <= 4:
+                raise InvalidInput(
+                    f"view: got {item!r}; expected a segment, (segment, offset) or "
+                    "(segment, offset, hi)"
+                )
+            segment, offset, hi, lo = (*parts, *(None, None, 0)[len(parts) - 1 :])
+            entries.append((self._own_segment(segment), offset, hi, lo, False))
+        return entries
+
+    def thread(
+        self,
+        ids: TokenIds = (),
+        *,
+        view: ViewLike | None = None,
+        writes: Segment | None = None,
+        visibility: str = "previous",
+        request: int | None = None,
+    ) -> Thread:
+        """A new thread with `ids` queued; with `view` (and `writes`) one that reads and writes regions.
+
+        visibility: whether live segments show the "current" step's tokens too, or only "previous" ones.
+        request: the index that keys its random generator; by default the number of threads made before
+        in this way, so give it where runs with other company must sample the same.
+        """
+        tokens = self._check_ids(ids)
+        table = self._edit()
+        if visibility not in ("previous", "current"):
+            raise InvalidInput(
+                f'visibility: got {visibility!r}; expected "previous" or "current"'
+            )
+        if view is None and writes is None and visibility == "previous":
+            number = table.create(tokens)
+        else:
+            target = None if writes is None else self._own_segment(writes)
+            entries = self._entries(view or ())
+            number = table.create_with_view(entries, target, visibility == "current")
+            table.extend(number, tokens)
+        key = self._requests if request is None else request
+        self._requests += 1
+        self.trace.thread(number, len(tokens))
+        return self._adopt(number, (key,))
+
+    def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
+        """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""
+        tokens = self._check_ids(ids)
+        number = self._edit().create_segment(tokens, base, self._entries(after))
+        segment = self._segments[number] = Segment(self, number)
+        return segment
+
+    def region(self, ids: TokenIds = (), base: int = 0, stride: int = 1) -> Segment:
+        """An open segment that one thread at a time may write; token i lies at base + stride * i."""
+        tokens = self._check_ids(ids)
+        number = self._edit().create_region(tokens, base, stride)
+        segment = self._segments[number] = Segment(self, number)
+        return segment
+
+    # ---- stepping -------------------------------------------------------------------------------
+
+    def _check_step(self, threads: Sequence[Thread]) -> list[int]:
+        if isinstance(threads, Thread):
+            raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
+        numbers = []
+        for thread in threads:
+            if not isinstance(thread, Thread) or thread.session is not self:
+                raise ForeignThread(
+                    f"step: got {thread!r}, which is not a thread of this session; step it in the "
+                    "session that made it"
+                )
+            numbers.append(thread._id)
+        if not numbers:
+            raise InvalidInput("step: got no threads; expected at least one")
+        if len(set(numbers)) != len(numbers):
+            raise InvalidInput("step: got a thread twice; list each once")
+        return numbers
+
+    def step(self, threads: Sequence[Thread]) -> Tensor:
+        """Run the queued tokens of `threads`, and what they need, in one packed forward.
+
+        Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception lengths,
+        pages, logits and generators are as they were before.
+        """
+        numbers = self._check_step(threads)
+        table = self._edit()
+        held = [t._logits is not None for t in threads]
+        began = self.trace.clock()
+        self._stepping = True
+        try:
+            fresh, counts = self._run_step(table, numbers, held)
+        finally:
+            self._stepping = False
+        for number, row in fresh.items():
+            thread = self._threads.get(number)
+            if thread is not None:
+                thread._logits = row
+        self._stats.steps += 1
+        self.trace.step(numbers, counts[0], began)
+        rows = [t._logits for t in threads]
+        return torch.stack([r for r in rows if r is not None])
+
+    def _run_step(
+        self, table: _core.ThreadTable, numbers: list[int], held: list[bool]
+    ) -> tuple[dict[int, Tensor], tuple[int, int]]:
+        planned = time.perf_counter()
+        step = _core.Step(table, numbers, held, self.step_tokens)
+        fresh: dict[int, Tensor] = {}
+        rows_run = forwards = 0
+        plan_seconds = forward_seconds = 0.0
+        try:
+            while step.next():
+                plan = ops.Plan(step.plan, invariant=self.invariant)
+                self._check_positions(plan)
+                for pool in self.pools if step.plan.num_copies else ():
+                    ops.copy_tokens(pool, plan)
+                wanted = step.logits_rows
+                rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
+                began = time.perf_counter()
+                plan_seconds += began - planned
+                logits = self.attachment.forward(plan, rows, self.pools)
+                if bool(logits.isnan().any()):
+                    raise NonFiniteLogits(
+                        "step: the model returned NaN logits; the step was taken back. Check the "
+                        "model's dtype and weights (float16 overflows where bfloat16 does not)"
+                    )
+                index = {row: i for i, row in enumerate(rows)}
+                for number, row in wanted:
+                    fresh[number] = logits[index[row]]
+                rows_run, forwards = rows_run + plan.num_rows, forwards + 1
+                planned = time.perf_counter()
+                forward_seconds += planned - began
+            step.commit()
+        except BaseException:
+            step.rollback()
+            raise
+        stats = self._stats
+        stats.rows += rows_run
+        stats.forwards += forwards
+        stats.copied_tokens += step.copied_tokens
+        stats.plan_seconds += plan_seconds
+        stats.forward_seconds += forward_seconds
+        return fresh, (rows_run, forwards)
+
+    def _check_positions(self, plan: ops.Plan) -> None:
+        limit = self.spec.position_limit
+        if limit is not None and int(plan.core.positions.max()) >= limit:
+            raise UnsupportedRope(
+                f"step: position {int(plan.core.positions.max())} passes {limit}, where this model's "
+                "rope_type='longrope' changes all frequencies at once; keep threads shorter"
+            )
+
+    # ---- figures --------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, and the pages in use now."""
+        if self._table is None:
+            return self._stats
+        table = self._edit() if not self._stepping else self._table
+        replicated = 0
+        for thread in self._threads.values():
+            if table.alive(thread._id):
+                replicated += -(-table.length(thread._id) // self.page_size)
+        return self._stats.with_pages(
+            threads=table.num_threads,
+            used=table.used_pages,
+            peak=table.peak_pages,
+            replicated=replicated,
+            page_bytes=self.page_size * self.spec.bytes_per_token,
+        )
