@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apr import ops
+from apr.decode import Decoded, Stream, StreamStep, decode, stream
 from apr.errors import (
     BudgetExceeded,
     Error,
@@ -15,6 +16,7 @@ from apr.errors import (
     UnsupportedRope,
 )
 from apr.session import Session
+from apr.strategies import Result, best_of_n, majority_vote
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
 
@@ -22,19 +24,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetExceeded",
+    "Decoded",
     "Error",
     "ForeignThread",
     "InvalidInput",
     "NonFiniteLogits",
     "OutOfPages",
+    "Result",
     "Segment",
     "Session",
     "Stats",
+    "Stream",
+    "StreamStep",
     "Thread",
     "ThreadReleased",
     "Trace",
     "UnsupportedModel",
     "UnsupportedRope",
     "ViewEntry",
+    "best_of_n",
+    "decode",
+    "majority_vote",
     "ops",
+    "stream",
 ]

@@ -258,10 +258,8 @@ class _PackedForward:
         spec: ModelSpec,
         pools: Sequence[ops.Pool],
         plan: ops.Plan,
-        *,
-        turn: bool = True,
     ) -> None:
-        self._spec, self._pools, self._plan, self._turn = spec, pools, plan, turn
+        self._spec, self._pools, self._plan = spec, pools, plan
         self._next_layer = 0
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,7 +283,7 @@ class _PackedForward:
             pool,
             self._plan,
             scale,
-            layer.rotation if self._turn else None,
+            layer.rotation,
             options.get("softcap"),
             sinks,
             window=layer.window,
@@ -362,12 +360,10 @@ class Attachment:
         plan: ops.Plan,
         rows: Sequence[int],
         pools: Sequence[ops.Pool],
-        *,
-        turn: bool = True,
     ) -> Tensor:
         """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
         device = self.spec.device
-        packed = _PackedForward(self.spec, pools, plan, turn=turn)
+        packed = _PackedForward(self.spec, pools, plan)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)

@@ -226,7 +226,7 @@ class Session:
         view: ViewLike | None = None,
         writes: Segment | None = None,
         visibility: str = "previous",
-        request: int | None = None,
+        request: int | tuple[int, ...] | None = None,
     ) -> Thread:
         """A new thread with `ids` queued; with `view` (and `writes`) one that reads and writes regions.
 
@@ -250,7 +250,7 @@ class Session:
         key = self._requests if request is None else request
         self._requests += 1
         self.trace.thread(number, len(tokens))
-        return self._adopt(number, (key,))
+        return self._adopt(number, key if isinstance(key, tuple) else (key,))
 
     def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
         """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""

@@ -1,0 +1,249 @@
+"""The sampling loop: every thread of a run takes one token a step, each with its own generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from apr.errors import InvalidInput
+from apr.sampling import Rules, make_rules, resolve, row_warpers
+from apr.session import Session
+from apr.thread import Thread
+
+Stop = Sequence[str] | Callable[[list[int]], bool] | None
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """One step of a run; the dicts are keyed by thread."""
+
+    tokens: dict[Thread, int]
+    logprobs: dict[Thread, float]  # natural log-probability under the model, before any processor
+    finished: dict[Thread, str]  # "eos", "stop", "length" or "time"
+
+
+@dataclass
+class Decoded:
+    """What one thread wrote in a run."""
+
+    thread: Thread
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str = ""
+    text: str = ""
+    request: int = 0
+
+    @property
+    def logprob(self) -> float:
+        """Sum of the log-probabilities of the written tokens."""
+        return sum(self.logprobs)
+
+
+class Stream:
+    """A run over threads that may enter and leave at any step; iterate it, one StreamStep at a time.
+
+    The threads stay the user's: leaving a run, for whatever reason, releases nothing. The last sampled
+    token of a thread is queued on it, so a later join or step does not lose it.
+    """
+
+    def __init__(self, session: Session, config: GenerationConfig, tokenizer: Any = None) -> None:
+        self.session, self.config, self.tokenizer = session, config, tokenizer
+        self._rules: dict[Thread, Rules] = {}
+        self._warpers: dict[int, Any] = {}
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rules.clear()
+
+    @property
+    def threads(self) -> list[Thread]:
+        """The threads that are still writing."""
+        return list(self._rules)
+
+    def add(
+        self,
+        thread: Thread,
+        config: GenerationConfig | None = None,
+        stop: Stop = None,
+        *,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        stopping_criteria: Sequence[Any] = (),
+    ) -> None:
+        """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens."""
+        if thread in self._rules:
+            raise InvalidInput(f"stream: {thread!r} is already in this run")
+        config = self.config if config is None else resolve(self.session.model, config, {})
+        device = self.session.spec.device
+        if id(config) not in self._warpers:
+            self._warpers[id(config)] = (config, row_warpers(config, device))
+        self._rules[thread] = make_rules(
+            config,
+            len(thread),
+            device,
+            warpers=self._warpers[id(config)][1],
+            tokenizer=self.tokenizer,
+            stop=stop,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+
+    def remove(self, thread: Thread) -> None:
+        """Take a thread out of the run; it keeps what it wrote."""
+        if thread not in self._rules:
+            raise InvalidInput(f"stream: {thread!r} is not in this run")
+        del self._rules[thread]
+
+    def __iter__(self) -> Iterator[StreamStep]:
+        while self._rules:
+            yield self._step()
+
+    def _scores(self, threads: list[Thread], logits: Tensor) -> Tensor:
+        """Processed scores [threads, vocab]: history processors row by row, warpers group by group."""
+        scores = logits.clone()
+        groups: dict[int, list[int]] = {}
+        for row, thread in enumerate(threads):
+            rules = self._rules[thread]
+            if rules.reads_history:
+                ids = torch.tensor([thread.tokens], device=logits.device)
+                for processor in rules.history:
+                    scores[row : row + 1] = processor(ids, scores[row : row + 1])
+            groups.setdefault(id(rules.warpers), []).append(row)
+        for rows in groups.values():
+            warpers = self._rules[threads[rows[0]]].warpers
+            if len(warpers) and len(rows) == len(threads):
+                scores = warpers(None, scores)
+            elif len(warpers):
+                scores[rows] = warpers(None, scores[rows])
+        return scores
+
+    def _sample(self, threads: list[Thread], scores: Tensor) -> list[int]:
+        tokens: list[int] = scores.argmax(-1).tolist()
+        sampled = [i for i, t in enumerate(threads) if self._rules[t].config.do_sample]
+        if sampled:
+            weights = scores[sampled].softmax(-1)
+            for row, i in enumerate(sampled):
+                generator = threads[i].generator
+                tokens[i] = int(torch.multinomial(weights[row], 1, generator=generator))
+        return tokens
+
+    def _step(self) -> StreamStep:
+        threads = list(self._rules)
+        logits = self.session.step(threads)
+        tokens = self._sample(threads, self._scores(threads, logits))
+        chosen = torch.tensor(tokens, device=logits.device)[:, None]
+        logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+        finished = {}
+        for thread, token in zip(threads, tokens, strict=True):
+            rules = self._rules[thread]
+            thread.extend([token])
+            rules.written += 1
+            rules.tokens.append(token)
+
+            def all_tokens(thread: Thread = thread) -> Tensor:
+                return torch.tensor([thread.tokens], device=logits.device)
+
+            reason = rules.finish_reason(token, all_tokens)
+            if reason is not None:
+                finished[thread] = reason
+                del self._rules[thread]
+        return StreamStep(
+            dict(zip(threads, tokens, strict=True)),
+            dict(zip(threads, logprobs, strict=True)),
+            finished,
+        )
+
+
+def stream(
+    session: Session,
+    threads: Sequence[Thread],
+    generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    stop: Stop = None,
+    **options: Any,
+) -> Stream:
+    """A run over `threads`: `with apr.stream(s, threads) as run: for step in run: ...`.
+
+    `options` override fields of the configuration (the model's own by default). Raises InvalidInput for a
+    field that a loop over threads cannot honour.
+    """
+    if "logits_processor" in options or "stopping_criteria" in options:
+        raise InvalidInput("stream: pass logits_processor and stopping_criteria to run.add(thread, ...)")
+    run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
+    for thread in threads:
+        run.add(thread, stop=stop)
+    return run
+
+
+def decode(
+    session: Session,
+    threads: Sequence[Thread],
+    generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    streamer: Callable[[Thread], Any] | None = None,
+    progress: bool = False,
+    stop: Stop = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
+    stopping_criteria: Sequence[Any] = (),
+    on_step: Callable[[StreamStep], None] | None = None,
+    **options: Any,
+) -> list[Decoded]:
+    """Let every thread write until it ends; one batched step a token for all of them.
+
+    streamer: called once a thread, returns a transformers streamer (put, end) for it alone.
+    progress: show a bar of finished threads. Returns one Decoded a thread, in order; with `tokenizer` its
+    text, special tokens left out.
+    """
+    run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
+    results = {thread: Decoded(thread) for thread in threads}
+    if len(results) != len(threads):
+        raise InvalidInput("decode: got a thread twice; list each once")
+    streamers: dict[Thread, Any] = {}
+    for thread in threads:
+        run.add(
+            thread,
+            stop=stop,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+        if streamer is not None:
+            streamers[thread] = streamer(thread)
+            streamers[thread].put(torch.tensor([thread.tokens]))
+    with _bar(len(threads), progress) as bar, run:
+        for step in run:
+            for thread, token in step.tokens.items():
+                results[thread].tokens.append(token)
+                results[thread].logprobs.append(step.logprobs[thread])
+                if thread in streamers:
+                    streamers[thread].put(torch.tensor([token]))
+            for thread, reason in step.finished.items():
+                _finish(session, results[thread], reason, tokenizer)
+                if thread in streamers:
+                    streamers[thread].end()
+                bar.update(1)
+            bar.set_postfix(rows=session._stats.rows, refresh=False)
+            if on_step is not None:
+                on_step(step)
+    return [results[thread] for thread in threads]
+
+
+def _finish(session: Session, result: Decoded, reason: str, tokenizer: Any) -> None:
+    result.finish = reason
+    if tokenizer is not None:
+        result.text = tokenizer.decode(result.tokens, skip_special_tokens=True).strip()
+    label = result.text if len(result.text) <= 60 else result.text[:57] + "..."
+    session.trace.end(result.thread._id, reason, len(result.tokens), label)
+
+
+def _bar(total: int, show: bool) -> Any:
+    from tqdm.auto import tqdm  # comes with transformers
+
+    return tqdm(total=total, desc="threads", unit="thread", disable=not show)

@@ -1,0 +1,252 @@
+"""GenerationConfig -> logits processors and stopping rules, by transformers' public classes only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from apr.errors import InvalidInput
+
+DEFAULT_NEW_TOKENS = 256
+
+# Fields that name a way of decoding which a loop over threads does not do; the value that is harmless.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "forced_bos_token_id": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "dola_layers": (None,),
+    "top_h": (None,),
+    "token_healing": (None, False),
+}
+_INSTEAD = {
+    "num_return_sequences": "fork the thread, or use model.generate(past_key_values=apr.Cache(model))",
+    "num_beams": "leave it at 1",
+}
+
+
+def resolve(model: Any, config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:
+    """The configuration in force: `config`, or the model's own, with keyword overrides; checked."""
+    base = config if config is not None else getattr(model, "generation_config", None)
+    fields = (base or GenerationConfig()).to_dict()
+    known = set(fields) | set(GenerationConfig().to_dict())
+    for name in overrides:
+        if name not in known:
+            raise InvalidInput(
+                f"generation option {name!r} is not a field of GenerationConfig; check its spelling"
+            )
+    merged = GenerationConfig(**{**fields, **overrides})
+    for name, harmless in _UNSUPPORTED.items():
+        value = getattr(merged, name, None)
+        if value not in harmless:
+            raise InvalidInput(
+                f"GenerationConfig.{name}={value!r} is not supported here; "
+                f"{_INSTEAD.get(name, f'leave it at {harmless[-1]!r}')}"
+            )
+    return merged
+
+
+def eos_tokens(config: GenerationConfig) -> list[int]:
+    ids = config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _history_processors(
+    config: GenerationConfig, prompt: int, device: torch.device
+) -> list[LogitsProcessor]:
+    """The processors that read a thread's own history, in transformers' order."""
+    eos = torch.tensor(eos_tokens(config), device=device)
+    made: list[LogitsProcessor] = []
+    if config.sequence_bias is not None:
+        made.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+    if config.repetition_penalty not in (None, 1.0):
+        made.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        made.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.bad_words_ids is not None:
+        made.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos if len(eos) else None))
+    if config.min_length and len(eos):
+        made.append(MinLengthLogitsProcessor(config.min_length, eos, device=str(device)))
+    if config.min_new_tokens and len(eos):
+        made.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt, config.min_new_tokens, eos, device=str(device)
+            )
+        )
+    if config.forced_eos_token_id is not None:
+        made.append(
+            ForcedEOSTokenLogitsProcessor(
+                prompt + new_token_limit(config, prompt),
+                config.forced_eos_token_id,
+                device=str(device),
+            )
+        )
+    if config.remove_invalid_values:
+        made.append(InfNanRemoveLogitsProcessor())
+    if config.exponential_decay_length_penalty is not None:
+        made.append(
+            ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, eos, prompt)
+        )
+    if config.suppress_tokens is not None:
+        made.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=str(device)))
+    if config.begin_suppress_tokens is not None:
+        made.append(
+            SuppressTokensAtBeginLogitsProcessor(
+                config.begin_suppress_tokens, prompt, device=str(device)
+            )
+        )
+    return made
+
+
+def _row_warpers(config: GenerationConfig, device: torch.device) -> list[LogitsProcessor]:
+    """The processors that look at a row of scores alone: one call serves all threads."""
+    made: list[LogitsProcessor] = []
+    if config.do_sample:
+        if config.temperature not in (None, 1.0):
+            made.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.top_k:
+            made.append(TopKLogitsWarper(config.top_k))
+        if config.top_p is not None and config.top_p < 1.0:
+            made.append(TopPLogitsWarper(config.top_p))
+        if config.min_p is not None:
+            made.append(MinPLogitsWarper(config.min_p))
+        if config.typical_p is not None and config.typical_p < 1.0:
+            made.append(TypicalLogitsWarper(config.typical_p))
+        if config.epsilon_cutoff is not None and 0.0 < config.epsilon_cutoff < 1.0:
+            made.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+        if config.eta_cutoff is not None and 0.0 < config.eta_cutoff < 1.0:
+            made.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
+    if config.renormalize_logits:
+        made.append(LogitNormalization())
+    return made
+
+
+def new_token_limit(config: GenerationConfig, prompt: int) -> int:
+    """Most tokens that a thread with `prompt` visible tokens may write."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if config.max_length is not None and config.max_length != GenerationConfig().max_length:
+        return max(0, int(config.max_length) - prompt)
+    return DEFAULT_NEW_TOKENS
+
+
+@dataclass
+class Rules:
+    """How one thread is sampled and when it stops."""
+
+    config: GenerationConfig
+    limit: int
+    eos: frozenset[int]
+    history: list[LogitsProcessor]
+    warpers: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    deadline: float | None
+    stop: Callable[[list[int]], bool] | None = None
+    written: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def reads_history(self) -> bool:
+        return bool(self.history)
+
+    def finish_reason(self, token: int, all_tokens: Callable[[], Tensor]) -> str | None:
+        """Why the thread ends with `token`, or None."""
+        if token in self.eos:
+            return "eos"
+        if self.stop is not None and self.stop(self.tokens):
+            return "stop"
+        if len(self.criteria):
+            ids = all_tokens()
+            scores = torch.zeros(1, 1, device=ids.device)
+            if bool(torch.as_tensor(self.criteria(ids, scores)).any()):
+                return "stop"
+        if self.written >= self.limit:
+            return "length"
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return "time"
+        return None
+
+
+def make_rules(
+    config: GenerationConfig,
+    prompt: int,
+    device: torch.device,
+    *,
+    warpers: LogitsProcessorList | None = None,
+    tokenizer: Any = None,
+    stop: Sequence[str] | Callable[[list[int]], bool] | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
+    stopping_criteria: Sequence[Any] = (),
+) -> Rules:
+    """Rules of one thread that starts with `prompt` visible tokens."""
+    strings = list(config.stop_strings or ())
+    if isinstance(config.stop_strings, str):
+        strings = [config.stop_strings]
+    if stop is not None and not callable(stop):
+        strings += [stop] if isinstance(stop, str) else list(stop)
+    criteria = StoppingCriteriaList(stopping_criteria)
+    if strings:
+        if tokenizer is None:
+            raise InvalidInput(f"stop strings {strings} need a tokenizer; pass tokenizer=...")
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    limit = new_token_limit(config, prompt)
+    if limit < 1:
+        raise InvalidInput(
+            f"generation: a thread of {prompt} tokens leaves {limit} new ones; expected at least 1: "
+            "raise max_new_tokens (or max_length)"
+        )
+    return Rules(
+        config=config,
+        limit=limit,
+        eos=frozenset(eos_tokens(config)),
+        history=[*_history_processors(config, prompt, device), *logits_processor],
+        warpers=warpers if warpers is not None else row_warpers(config, device),
+        criteria=criteria,
+        deadline=None if config.max_time is None else time.monotonic() + config.max_time,
+        stop=stop if callable(stop) else None,
+    )
+
+
+def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
+    """Temperature, top-k, top-p and their like, to be called once for all threads of a configuration."""
+    return LogitsProcessorList(_row_warpers(config, device))

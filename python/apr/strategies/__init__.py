@@ -1,0 +1,7 @@
+"""Methods that a driver controls: one file a method, a few dozen lines over Session and decode."""
+
+from apr.strategies._requests import Result
+from apr.strategies.best_of_n import best_of_n
+from apr.strategies.majority_vote import majority_vote
+
+__all__ = ["Result", "best_of_n", "majority_vote"]

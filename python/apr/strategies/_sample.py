@@ -1,0 +1,51 @@
+"""Forks n threads a request, lets all of them write in one batch, and hands back what each wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apr.decode import Decoded, decode
+from apr.errors import InvalidInput
+from apr.session import Session
+from apr.thread import Thread
+from apr.trace import Stats
+
+
+def check_count(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise InvalidInput(f"n: got {n!r}; expected a positive number of threads")
+
+
+def sample(
+    session: Session,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    requests: list[int],
+    n: int,
+    seed: int,
+    generation_config: Any,
+    options: dict[str, Any],
+) -> tuple[list[list[Decoded]], Stats]:
+    """n samples of each prompt, and the session's figures while all threads still lived.
+
+    The prompt is run and stored once; the threads are released after.
+    """
+    if generation_config is None:
+        options = {"do_sample": True, **options}
+    groups: list[list[Thread]] = []
+    roots = []
+    for prompt, request in zip(prompts, requests, strict=True):
+        root = session.thread(prompt, request=(seed, request))
+        roots.append(root)
+        groups.append(root.fork(n))
+    everyone = [thread for group in groups for thread in group]
+    try:
+        decoded = decode(session, everyone, generation_config, tokenizer=tokenizer, **options)
+        stats = session.stats
+    finally:
+        for thread in (*everyone, *roots):
+            if thread.alive:
+                thread.release()
+    for i, item in enumerate(decoded):
+        item.request = requests[i // n]
+    return [decoded[i : i + n] for i in range(0, len(decoded), n)], stats

@@ -1,0 +1,37 @@
+"""Shared fixtures: each tiny model is built once."""
+
+from __future__ import annotations
+
+import models
+import pytest
+
+_BUILT: dict[str, object] = {}
+
+
+def built(name: str):
+    if name not in _BUILT:
+        _BUILT[name] = models.build(name)
+    return _BUILT[name]
+
+
+@pytest.fixture(params=list(models.FAMILIES))
+def family(request):
+    """(name, model) of every promised family."""
+    return request.param, built(request.param)
+
+
+@pytest.fixture(params=models.ROTARY)
+def rotary(request):
+    """(name, model) of the families with rotary positions."""
+    return request.param, built(request.param)
+
+
+@pytest.fixture(params=models.LEARNED)
+def learned(request):
+    """(name, model) of the families with learned positions."""
+    return request.param, built(request.param)
+
+
+@pytest.fixture
+def llama():
+    return built("llama")

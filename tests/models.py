@@ -1,0 +1,116 @@
+"""Tiny random models of the families that the package promises, and the stock forward as an oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+VOCAB = 128
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tests know of a family by its documentation, so that apr must find it by measuring."""
+
+    config: Any
+    theta: float | None  # RoPE base, None: learned positions
+    interleaved: bool = False
+    window: int | None = None
+
+
+_COMMON: dict[str, Any] = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+    max_position_embeddings=2048,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaConfig(**_COMMON), 10000.0),
+    "qwen2": Family(Qwen2Config(**_COMMON), 10000.0),
+    "qwen3": Family(Qwen3Config(**_COMMON, head_dim=24), 10000.0),
+    "mistral": Family(MistralConfig(**_COMMON, sliding_window=7), 10000.0, window=7),
+    "phi3": Family(Phi3Config(**_COMMON), 10000.0),
+    "cohere": Family(CohereConfig(**_COMMON), 500000.0, interleaved=True),
+    "mixtral": Family(
+        MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2), 1000000.0
+    ),
+    "gpt2": Family(
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=VOCAB), None
+    ),
+    "opt": Family(
+        OPTConfig(
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCAB,
+            max_position_embeddings=512,
+            word_embed_proj_dim=64,
+        ),
+        None,
+    ),
+}
+ROTARY = [name for name, family in FAMILIES.items() if family.theta is not None]
+LEARNED = [name for name, family in FAMILIES.items() if family.theta is None]
+
+
+def random_weights(model: Any, seed: int = 1) -> Any:
+    """Weights large enough that attention matters: a wrong key moves the logits by far more than 1e-3."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            scale = 0.3 if "emb" in name or "wte" in name else 0.9 * p.shape[-1] ** -0.5
+            p.data = torch.randn(p.shape, generator=generator) * scale
+    return model.eval()
+
+
+def build(name: str, seed: int = 1) -> Any:
+    import copy
+
+    config = copy.deepcopy(FAMILIES[name].config)
+    torch.manual_seed(seed)
+    return random_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (n,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def stock(model: Any, ids: list[int], **options: Any) -> Tensor:
+    """Float logits [len(ids), vocab] of the stock forward on one sequence."""
+    logits: Tensor = model(torch.tensor([ids]), use_cache=False, **options).logits[0]
+    return logits.float()
+
+
+# float32 logits of order 1 over two layers: the largest difference seen between stock kernels (SDPA
+# against eager) on these models is 6e-6; ten times that is far below what one wrong key does (> 1e-2).
+CLOSE = 6e-5
+FAR = 1e-2
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
