@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apr import ops
+from apr.cache import Cache
 from apr.decode import Decoded, Stream, StreamStep, decode, stream
 from apr.errors import (
     BudgetExceeded,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetExceeded",
+    "Cache",
     "Decoded",
     "Error",
     "ForeignThread",

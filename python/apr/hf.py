@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,14 +69,23 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
+def start_running(forward: Forward) -> Token[Forward | None]:
+    """Route the attention calls of this context to `forward`, until `stop_running`."""
+    return _RUNNING.set(forward)
+
+
+def stop_running(token: Token[Forward | None]) -> None:
+    _RUNNING.reset(token)
+
+
 @contextlib.contextmanager
 def running(forward: Forward) -> Iterator[None]:
-    """Route the attention calls of this context to `forward`."""
-    token = _RUNNING.set(forward)
+    """`start_running` for the length of a block."""
+    token = start_running(forward)
     try:
         yield
     finally:
-        _RUNNING.reset(token)
+        stop_running(token)
 
 
 # ---- what a model is, measured --------------------------------------------------------------------
@@ -250,7 +259,7 @@ def measure(model: Any) -> ModelSpec:
 # ---- a packed forward -----------------------------------------------------------------------------
 
 
-class _PackedForward:
+class PackedForward:
     """Stores each layer's new keys and values and attends by the plan."""
 
     def __init__(
@@ -363,7 +372,7 @@ class Attachment:
     ) -> Tensor:
         """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
         device = self.spec.device
-        packed = _PackedForward(self.spec, pools, plan)
+        packed = PackedForward(self.spec, pools, plan)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)

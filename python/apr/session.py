@@ -309,6 +309,13 @@ class Session:
         rows = [t._logits for t in threads]
         return torch.stack([r for r in rows if r is not None])
 
+    def _begin(self, threads: Sequence[Thread], step_tokens: int) -> _core.Step:
+        """A step for a caller that runs the forward itself (`apr.Cache`); it must commit or roll back."""
+        table = self._edit()
+        step = _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
+        self._stepping = True
+        return step
+
     def _run_step(
         self, table: _core.ThreadTable, numbers: list[int], held: list[bool]
     ) -> tuple[dict[int, Tensor], tuple[int, int]]:
