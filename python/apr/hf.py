@@ -325,6 +325,7 @@ class Attachment:
             )
         if model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
+        ops.check_device("model", model.get_input_embeddings().weight.device)
         self.model = model
         self._open = True
         held = getattr(model, "_apr_attachment", None)

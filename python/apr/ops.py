@@ -54,6 +54,15 @@ class Rotation:
             )
 
 
+def check_device(what: str, device: torch.device) -> None:
+    """Raise InvalidInput where this build has no kernels for a device."""
+    if device.type != "cpu":
+        raise InvalidInput(
+            f"{what}: got device {device}, but this build has kernels for: cpu; move it to the CPU, or "
+            "install a build with CUDA kernels (python -m apr info)"
+        )
+
+
 class Pool:
     """Keys and values of one layer: k [pages, kv_heads, page_size, head_dim], v likewise."""
 
@@ -62,11 +71,7 @@ class Pool:
             raise InvalidInput(
                 f"pool: got dtype {k.dtype}; expected float32, bfloat16 or float16; convert the model"
             )
-        if k.device.type != "cpu":
-            raise InvalidInput(
-                f"pool: got device {k.device}, but this build has kernels for: cpu; move the model to "
-                "the CPU, or install a build with CUDA kernels (python -m apr info)"
-            )
+        check_device("pool", k.device)
         self.k, self.v = k, v
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k.shape
         self.head_dim_v = int(v.shape[3])

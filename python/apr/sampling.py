@@ -75,15 +75,18 @@ def resolve(model: Any, config: GenerationConfig | None, overrides: dict[str, An
             raise InvalidInput(
                 f"generation option {name!r} is not a field of GenerationConfig; check its spelling"
             )
-    merged = GenerationConfig(**{**fields, **overrides})
+    merged = {**fields, **overrides}
     for name, harmless in _UNSUPPORTED.items():
-        value = getattr(merged, name, None)
-        if value not in harmless:
+        value = merged.get(name)
+        if value is not None and value not in harmless:
             raise InvalidInput(
                 f"GenerationConfig.{name}={value!r} is not supported here; "
                 f"{_INSTEAD.get(name, f'leave it at {harmless[-1]!r}')}"
             )
-    return merged
+    try:
+        return GenerationConfig(**merged)
+    except ValueError as error:
+        raise InvalidInput(f"generation options: {error}") from error
 
 
 def eos_tokens(config: GenerationConfig) -> list[int]:
@@ -228,7 +231,13 @@ def make_rules(
     if strings:
         if tokenizer is None:
             raise InvalidInput(f"stop strings {strings} need a tokenizer; pass tokenizer=...")
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        try:
+            criteria.append(StopStringCriteria(tokenizer, strings))
+        except ValueError as error:
+            raise InvalidInput(
+                f"stop strings {strings}: this tokenizer cannot spell arbitrary text ({error}); pass "
+                "stop=a callable on the written token ids"
+            ) from error
     limit = new_token_limit(config, prompt)
     if limit < 1:
         raise InvalidInput(

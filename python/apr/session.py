@@ -18,7 +18,6 @@ from apr.errors import (
     ForeignThread,
     InvalidInput,
     NonFiniteLogits,
-    UnsupportedModel,
     UnsupportedRope,
 )
 from apr.hf import Attachment, ModelSpec
@@ -91,11 +90,6 @@ class Session:
 
     def _make_pools(self, max_tokens: int | None) -> None:
         spec = self.spec
-        if spec.device.type != "cpu":
-            raise UnsupportedModel(
-                f"the model is on {spec.device}, but this build has kernels for: cpu; move it with "
-                'model.to("cpu"), or install a build with CUDA kernels (python -m apr info)'
-            )
         if max_tokens is None:
             fitting = int(_free_memory() * _FREE_MEMORY_SHARE) // spec.bytes_per_token
             max_tokens = max(self.page_size, min(fitting, _MOST_TOKENS))

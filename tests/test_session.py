@@ -1,0 +1,282 @@
+"""Sessions: transactions, bad input, splitting, seeds, stock behaviour around them."""
+
+from __future__ import annotations
+
+import gc
+
+import apr
+import pytest
+import torch
+from models import CLOSE, VOCAB, build, distance, stock, tokens
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+PROMPT = tokens(11)
+
+
+@pytest.fixture
+def session(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        yield s
+
+
+def still_works(session):
+    model = session.model
+    thread = session.thread(PROMPT)
+    assert distance(session.step([thread])[0], stock(model, PROMPT)[-1]) < CLOSE
+    thread.release()
+
+
+def test_forked_logits_need_no_forward(session):
+    root = session.thread(PROMPT)
+    kids = root.fork(4)
+    got = session.step(kids)
+    assert session.stats.forwards == 1 and session.stats.rows == len(PROMPT)
+    assert all(distance(row, stock(session.model, PROMPT)[-1]) < CLOSE for row in got)
+    session.step(kids[0].fork(2))
+    assert session.stats.forwards == 1
+
+
+def test_a_trimmed_thread_runs_its_last_token_again(session):
+    root = session.thread(PROMPT)
+    kid = root.fork(1)[0]
+    kid.extend([3, 4])
+    session.step([kid, root])
+    kid.trim(7)  # inside of what the root wrote
+    got = session.step([kid])[0]
+    assert distance(got, stock(session.model, PROMPT[:7])[-1]) < CLOSE
+    kid.extend([9])
+    got = session.step([kid])[0]
+    assert distance(got, stock(session.model, [*PROMPT[:7], 9])[-1]) < CLOSE
+
+
+def test_long_prefills_are_split(family):
+    name, model = family
+    text = tokens(120)
+    want = stock(model, text)[-1]
+    with apr.Session(model, max_tokens=1024, step_tokens=17) as s:
+        root = s.thread(text[:100])
+        kid = root.fork(1)[0]
+        kid.extend(text[100:])
+        assert distance(s.step([kid])[0], want) < CLOSE
+        assert s.stats.forwards == 8 and s.stats.rows == 120
+
+
+def test_half_precision(llama):
+    for dtype, near in ((torch.bfloat16, 0.5), (torch.float16, 0.1)):
+        model = build("llama").to(dtype)
+        with apr.Session(model, max_tokens=512) as s:
+            root = s.thread(PROMPT)
+            kids = root.fork(2)
+            kids[0].extend([5, 6])
+            kids[1].extend([7])
+            got = s.step(kids)
+        want = stock(model, [*PROMPT, 5, 6])[-1]
+        assert distance(got[0], want) < near * float(want.std())
+
+
+def test_several_sessions_on_one_model(llama):
+    former = llama.config._attn_implementation
+    a = apr.Session(llama, max_tokens=256)
+    b = apr.Session(llama, max_tokens=256)
+    one, two = a.thread(PROMPT), b.thread(PROMPT)
+    assert distance(a.step([one]), b.step([two])) == 0.0
+    a.close()
+    assert llama.config._attn_implementation == "apr"
+    two.extend([5])
+    assert distance(b.step([two])[0], stock(llama, [*PROMPT, 5])[-1]) < CLOSE
+    b.close()
+    b.close()
+    assert llama.config._attn_implementation == former
+    with pytest.raises(apr.InvalidInput, match="closed"):
+        b.thread([1])
+
+
+def test_a_step_is_a_transaction(session):
+    model = session.model
+    root = session.thread(PROMPT)
+    kids = root.fork(2)
+    session.step(kids)
+    for kid in kids:
+        kid.extend(tokens(70, 5))
+    before = session.stats
+    logits = [k.logits for k in kids]
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.step(kids)
+    hook.remove()
+    after = session.stats
+    assert (after.used_pages, after.rows, after.steps) == (
+        before.used_pages,
+        before.rows,
+        before.steps,
+    )
+    assert [k.queued for k in kids] == [70, 70] and [k.logits for k in kids] == logits
+    want = stock(model, PROMPT + tokens(70, 5))[-1]
+    assert distance(session.step(kids)[1], want) < CLOSE
+
+
+def test_an_interrupt_is_taken_back_too(session):
+    root = session.thread(PROMPT)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = session.model.model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.step([root])
+    hook.remove()
+    assert root.queued == len(PROMPT) and session.stats.used_pages == 0
+    still_works(session)
+
+
+def test_nan_logits_are_named_and_taken_back():
+    model = build("llama")
+    with apr.Session(model, max_tokens=256) as s:
+        root = s.thread(PROMPT)
+        weight = model.model.layers[1].mlp.down_proj.weight
+        saved = weight.data.clone()
+        weight.data[0, 0] = float("nan")
+        with pytest.raises(apr.NonFiniteLogits, match="NaN"):
+            s.step([root])
+        weight.data = saved
+        assert root.queued == len(PROMPT)
+        still_works(s)
+
+
+def test_dropped_threads_give_their_pages_back(session):
+    kids = session.thread(PROMPT).fork(3)
+    session.step(kids)
+    assert session.stats.threads == 3  # the root was dropped as soon as it had forked
+    del kids
+    gc.collect()
+    assert session.stats.used_pages == 0 and session.stats.threads == 0
+
+
+def test_memory_of_sixteen_threads_on_one_prefix(llama):
+    prefix, own = tokens(8192, 3), 100
+    with apr.Session(llama, max_tokens=16384) as s:
+        root = s.thread(prefix)
+        kids = root.fork(16)
+        for i, kid in enumerate(kids):
+            kid.extend(tokens(own, i))
+        s.step(kids)
+        bound = (len(prefix) + 16 * own) * 1.02 + 64 * 17
+        assert s.stats.used_pages * s.page_size <= bound
+        assert s.stats.replicated_pages * s.page_size > 8 * bound
+
+
+def test_seeds(llama):
+    def sample(seed, company):
+        with apr.Session(llama, max_tokens=2048, seed=seed) as s:
+            if company:
+                s.thread(PROMPT, request=9).fork(3)
+            kids = s.thread(PROMPT, request=0).fork(3)
+            return [d.tokens for d in apr.decode(s, kids, max_new_tokens=8, do_sample=True)]
+
+    first = sample(0, False)
+    assert first == sample(0, False) == sample(0, True)
+    assert first != sample(1, False)
+    assert len({tuple(t) for t in first}) == 3
+
+
+def test_models_that_are_refused():
+    small = dict(hidden_size=32, vocab_size=VOCAB)
+    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, **small)).eval()
+    mamba = MambaForCausalLM(
+        MambaConfig(num_hidden_layers=1, state_size=4, time_step_rank=4, **small)
+    ).eval()
+    for model in (bloom, mamba):
+        former = model.config._attn_implementation
+        with pytest.raises(apr.UnsupportedModel, match="cannot be attached: "):
+            apr.Session(model)
+        assert model.config._attn_implementation == former
+        assert not hasattr(model, "_apr_attachment")
+    with pytest.raises(apr.InvalidInput, match="PreTrainedModel"):
+        apr.Session(torch.nn.Linear(2, 2))
+    with pytest.raises(apr.InvalidInput, match="eval"):
+        apr.Session(build("llama").train())
+
+
+def test_a_wrong_device_is_named(llama):
+    model = build("llama").to("meta")
+    with pytest.raises(apr.InvalidInput, match="got device meta"):
+        apr.Session(model)
+
+
+def test_bad_input_is_named_and_harmless(llama, session):
+    released = session.thread(PROMPT)
+    released.release()
+    with apr.Session(llama, max_tokens=256) as other:
+        stranger = other.thread(PROMPT)
+        root = session.thread(PROMPT)
+        friend = session.thread(PROMPT)
+        cases = [
+            (lambda: released.extend([1]), apr.ThreadReleased, "was released"),
+            (lambda: released.fork(1), apr.ThreadReleased, "was released"),
+            (lambda: len(released), apr.ThreadReleased, "was released"),
+            (lambda: session.step([released]), apr.ThreadReleased, "was released"),
+            (lambda: session.step([stranger]), apr.ForeignThread, "not a thread of this session"),
+            (lambda: root.join([stranger]), apr.ForeignThread, "not a thread of this session"),
+            (lambda: root.join([friend]), apr.ForeignThread, "not forked from"),
+            (lambda: root.join([], positions="middle"), apr.InvalidInput, "middle"),
+            (lambda: session.step([]), apr.InvalidInput, "no threads"),
+            (lambda: session.step(root), apr.InvalidInput, "one thread"),
+            (lambda: session.step([root, root]), apr.InvalidInput, "twice"),
+            (lambda: root.fork(0), apr.InvalidInput, "got 0"),
+            (lambda: root.fork(1.5), apr.InvalidInput, "positive integer"),
+            (lambda: root.trim(12), apr.InvalidInput, "expected 0 to its length"),
+            (lambda: root.trim(-1), apr.InvalidInput, "expected 0 to its length"),
+            (lambda: session.thread([VOCAB]), apr.InvalidInput, "vocabulary"),
+            (lambda: session.thread([-1]), apr.InvalidInput, "vocabulary"),
+            (lambda: session.thread("text"), apr.InvalidInput, "token ids"),
+            (lambda: session.thread(torch.ones(3)), apr.InvalidInput, "integers"),
+            (lambda: session.thread(torch.ones(1, 3).long()), apr.InvalidInput, "one dimension"),
+            (lambda: session.thread([1], visibility="all"), apr.InvalidInput, "all"),
+            (lambda: session.segment([]), apr.InvalidInput, "no tokens"),
+            (lambda: session.region(stride=0), apr.InvalidInput, "stride"),
+            (lambda: session.thread(view=[other.region()]), apr.InvalidInput, "of this session"),
+            (lambda: session.thread(tokens(5000)).session.step([session.thread(tokens(5000))]),
+             apr.OutOfPages, "exhausted"),
+            (lambda: apr.Session(llama, max_tokens=0), apr.InvalidInput, "max_tokens"),
+            (lambda: apr.Session(llama, page_size=48), apr.InvalidInput, "page_size"),
+            (lambda: apr.Session(llama, step_tokens=0), apr.InvalidInput, "step_tokens"),
+            (lambda: apr.Session(llama, cuda_graphs=True), apr.InvalidInput, "cuda_graphs"),
+        ]
+        for call, error, words in cases:
+            with pytest.raises(error, match=words) as caught:
+                call()
+            assert isinstance(caught.value, apr.Error)
+            still_works(session)
+
+
+def test_editing_during_a_step_is_refused(session):
+    root = session.thread(PROMPT)
+    seen = []
+
+    def edit(*_):
+        with pytest.raises(apr.InvalidInput, match="between steps"):
+            root.extend([1])
+        seen.append(1)
+
+    hook = session.model.model.layers[0].register_forward_hook(edit)
+    session.step([root])
+    hook.remove()
+    assert seen
+
+
+def test_views_can_be_read_and_set(session):
+    model = session.model
+    root = session.thread(PROMPT)
+    kid = root.fork(1)[0]
+    kid.extend([5, 6])
+    session.step([kid])
+    entries = kid.view
+    assert [(e.offset, e.hi) for e in entries] == [(0, 11), (11, None)]
+    kid.view = entries
+    kid.extend([7])
+    assert distance(session.step([kid])[0], stock(model, [*PROMPT, 5, 6, 7])[-1]) < CLOSE
+    with pytest.raises(apr.InvalidInput, match="twice"):
+        kid.view = [entries[0], entries[0], entries[1]]
+    kid.view = [(entries[0].segment, 0, 4), (entries[1].segment, 4)]
+    assert kid.tokens == [*PROMPT[:4], 5, 6, 7] and kid.position == 7
+    assert kid.writes is kid.tail
