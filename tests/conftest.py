@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import models
 import pytest
+
+import models
 
 _BUILT: dict[str, object] = {}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 
-import apr
 import pytest
 import torch
+
+import apr
 from models import CLOSE, FAR, distance, stock, tokens
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)

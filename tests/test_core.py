@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 
 import pytest
-from apr import _core
-from apr.errors import ForeignThread, InvalidInput, OutOfPages, ThreadReleased
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from apr import _core
+from apr.errors import ForeignThread, InvalidInput, OutOfPages, ThreadReleased
 
 PAGE = 16
 FAR_TOO_MANY = 1 << 40
@@ -135,9 +136,7 @@ class Machine(RuleBasedStateMachine):
         assert self.table.used_pages == used
 
     @precondition(lambda self: any(m.joinable for m in self.models.values()))
-    @rule(
-        data=st.data(), positions=st.sampled_from(["max", "sum"]), reencode=st.booleans()
-    )
+    @rule(data=st.data(), positions=st.sampled_from(["max", "sum"]), reencode=st.booleans())
     def join(self, data, positions, reencode):
         families = {}
         for number, model in self.models.items():
@@ -179,7 +178,9 @@ class Machine(RuleBasedStateMachine):
                     else:
                         model.parent = parent_number
                         model.fork_shift += shifts[i]
-                        model.fork_length = 0  # unknown to the lists: trims of the parent are left out
+                        model.fork_length = (
+                            0  # unknown to the lists: trims of the parent are left out
+                        )
                         model.regrafted = True
 
     @precondition(lambda self: self.models)
@@ -187,9 +188,7 @@ class Machine(RuleBasedStateMachine):
     def trim(self, data):
         number = self.pick(data)
         model = self.models[number]
-        if any(
-            m.parent == number and getattr(m, "regrafted", False) for m in self.models.values()
-        ):
+        if any(m.parent == number and getattr(m, "regrafted", False) for m in self.models.values()):
             return
         n = data.draw(st.integers(0, len(model.tokens)))
         total = len(model.tokens)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import apr
 import pytest
 import torch
-from apr.countdown.tokenizer import build_tokenizer
-from models import FAMILIES, VOCAB, distance, stock, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -14,6 +11,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     TextStreamer,
 )
+
+import apr
+from apr.countdown.tokenizer import build_tokenizer
+from models import FAMILIES, VOCAB, distance, stock, tokens
 
 PROMPT = tokens(11)
 
@@ -162,7 +163,10 @@ def test_streamers_stop_strings_and_criteria(llama, capsys):
         with pytest.raises(apr.InvalidInput, match="cannot spell"):
             apr.decode(s, [s.thread(PROMPT)], tokenizer=tokenizer, stop=["x"])
         limited = apr.decode(
-            s, [s.thread(PROMPT)], do_sample=True, max_new_tokens=9,
+            s,
+            [s.thread(PROMPT)],
+            do_sample=True,
+            max_new_tokens=9,
             stopping_criteria=[MaxLengthCriteria(len(PROMPT) + 4)],
         )[0]
         assert len(limited.tokens) == 4 and limited.finish == "stop"

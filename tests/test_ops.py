@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from apr import _core, ops, reference
 from apr.errors import InvalidInput
 from apr.ops import Rotation, View
@@ -19,7 +20,7 @@ def tolerance(dtype: torch.dtype, tokens: int, score: float, v_max: float) -> fl
     return v_max * (0.5 * UNIT[dtype] + arithmetic + 4e-7)
 
 
-@pytest.fixture(params=[s for s in _core.instruction_sets()])
+@pytest.fixture(params=list(_core.instruction_sets()))
 def instruction_set(request):
     _core.force_instruction_set(request.param)
     yield request.param
@@ -55,7 +56,9 @@ def tree(rotated: bool = False):
     ]
 
 
-def run(row_sets, pool, heads, generator, *, rotation=None, window=None, invariant=False, **options):
+def run(
+    row_sets, pool, heads, generator, *, rotation=None, window=None, invariant=False, **options
+):
     plan = ops.plan(row_sets, pool, heads, window=window, invariant=invariant)
     rows = plan.num_rows
     shape = (rows, pool.num_kv_heads, pool.head_dim)
@@ -65,9 +68,7 @@ def run(row_sets, pool, heads, generator, *, rotation=None, window=None, invaria
     ops.append(k, v, pool, plan)
     scale = pool.head_dim**-0.5
     got = ops.attention(q, pool, plan, scale, rotation, **options)
-    want = reference.attention(
-        q, pool, row_sets, scale, rotation, window=window, **options
-    )
+    want = reference.attention(q, pool, row_sets, scale, rotation, window=window, **options)
     return got, want, q, plan
 
 
@@ -123,7 +124,7 @@ def test_windows_chunks_softcap_and_sinks(instruction_set):
         {"sinks": sinks},
         {"window": 9, "sinks": sinks, "softcap": 2.0},
     ):
-        got, want, q, plan = run(tree(), pool, 4, generator, **options)
+        got, want, q, _plan = run(tree(), pool, 4, generator, **options)
         check(got, want, torch.float32)
         plain, _ = ops.attention(q, pool, ops.plan(tree(), pool, 4), 64**-0.5)
         assert (plain.double() - want[0]).abs().max().item() > 0.01, options
@@ -132,7 +133,14 @@ def test_windows_chunks_softcap_and_sinks(instruction_set):
 def test_strided_slots():
     pool, generator = make(torch.float32, 1, 64)
     sets = [
-        (1, [View([1], 0, 30, 0, 0), View([2], 0, 9, 30, 30, 3), View([3], 0, 9, 31, 31, 3, own=True)])
+        (
+            1,
+            [
+                View([1], 0, 30, 0, 0),
+                View([2], 0, 9, 30, 30, 3),
+                View([3], 0, 9, 31, 31, 3, own=True),
+            ],
+        )
     ]
     got, want, *_ = run(sets, pool, 2, generator, window=25)
     check(got, want, torch.float32)
@@ -170,7 +178,9 @@ def test_poisoned_pages_beyond_the_visible_are_never_read(instruction_set):
     plan = ops.plan([(70, [View([5, 6], 0, 70, 0, 0, own=True)])], pool, 2)
     k = torch.randn(70, 1, 64, generator=generator).bfloat16()
     ops.append(k, k, pool, plan)
-    out, lse = ops.attention(torch.randn(70, 2, 64, generator=generator).bfloat16(), pool, plan, 0.1)
+    out, lse = ops.attention(
+        torch.randn(70, 2, 64, generator=generator).bfloat16(), pool, plan, 0.1
+    )
     assert out.isfinite().all() and lse.isfinite().all()
 
 
@@ -192,7 +202,8 @@ def test_invariant_bits_do_not_depend_on_the_company(instruction_set):
     long = list(range(40, 60))
     alone = (1, [View(long, 0, 1200, 0, 0), View([2], 0, 9, 1200, 1200, own=True)])
     other = [
-        (1, [View(long, 0, 700 + i, 0, 0), View([3 + i], 0, 5, 900, 900, own=True)]) for i in range(7)
+        (1, [View(long, 0, 700 + i, 0, 0), View([3 + i], 0, 5, 900, 900, own=True)])
+        for i in range(7)
     ]
     q = torch.randn(8, 6, 64, generator=generator)
     small = ops.plan([alone], pool, 6, invariant=True)
@@ -204,8 +215,10 @@ def test_invariant_bits_do_not_depend_on_the_company(instruction_set):
 
 def test_threads_do_not_change_the_result_beyond_rounding():
     pool, generator = make(torch.float32, 2, 64, pages=80)
-    sets = [(1, [View(list(range(40, 70)), 0, 1900, 0, 0), View([i], 0, 9, 1900, 1900, own=True)])
-            for i in range(9)]
+    sets = [
+        (1, [View(list(range(40, 70)), 0, 1900, 0, 0), View([i], 0, 9, 1900, 1900, own=True)])
+        for i in range(9)
+    ]
     q = torch.randn(9, 6, 64, generator=generator)
     before = torch.get_num_threads()
     outs = []
@@ -221,9 +234,10 @@ def test_threads_do_not_change_the_result_beyond_rounding():
 def test_merge(dtype):
     pool, generator = make(dtype, 2, 64)
     q = torch.randn(1, 4, 64, generator=generator).to(dtype)
-    halves, whole = [View([1, 2], 0, 60, 0, 0), View([1, 2], 60, 100, 0, 0, own=True)], [
-        View([1, 2], 0, 100, 0, 0, own=True)
-    ]
+    halves, whole = (
+        [View([1, 2], 0, 60, 0, 0), View([1, 2], 60, 100, 0, 0, own=True)],
+        [View([1, 2], 0, 100, 0, 0, own=True)],
+    )
     parts = []
     for view in halves:
         plan = ops.plan([(1, [view._replace(own=True)])], pool, 4)
@@ -239,7 +253,7 @@ def test_merge(dtype):
 
 
 def test_bad_input_is_named():
-    pool, generator = make(torch.float32, 2, 64)
+    pool, _generator = make(torch.float32, 2, 64)
     view = View([0], 0, 4, 0, 0, own=True)
     plan = ops.plan([(1, [view])], pool, 4)
     q = torch.zeros(1, 4, 64)

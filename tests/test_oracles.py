@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import apr
 import pytest
 import torch
+
+import apr
 from apr import ops
 from models import CLOSE, FAMILIES, FAR, distance, stock, tokens
 from token_loop import Row, TokenLoop
@@ -202,7 +203,9 @@ def test_live_views(rotary, visibility, without_rotation):
                     if entered[w] == step:
                         others = [regions[o] for o in texts if o != w]
                         threads[w] = s.thread(
-                            view=[prompt, *others, regions[w]], writes=regions[w], visibility=visibility
+                            view=[prompt, *others, regions[w]],
+                            writes=regions[w],
+                            visibility=visibility,
                         )
                 live = [w for w in threads if step < entered[w] + len(texts[w])]
                 for w in live:
@@ -232,7 +235,7 @@ def test_visibility_has_power(llama):
 
     assert distance(last("previous"), last("current")) > FAR
     with apr.Session(llama, max_tokens=2048) as s:
-        alone = s.thread(PROMPT + [5])
+        alone = s.thread([*PROMPT, 5])
         assert distance(s.step([alone])[0], last("previous")[0]) < CLOSE
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 
-import apr
 import pytest
 import torch
-from models import CLOSE, VOCAB, build, distance, stock, tokens
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+import apr
+from models import CLOSE, VOCAB, build, distance, stock, tokens
 
 PROMPT = tokens(11)
 
@@ -50,7 +51,7 @@ def test_a_trimmed_thread_runs_its_last_token_again(session):
 
 
 def test_long_prefills_are_split(family):
-    name, model = family
+    _name, model = family
     text = tokens(120)
     want = stock(model, text)[-1]
     with apr.Session(model, max_tokens=1024, step_tokens=17) as s:
@@ -235,8 +236,11 @@ def test_bad_input_is_named_and_harmless(llama, session):
             (lambda: session.segment([]), apr.InvalidInput, "no tokens"),
             (lambda: session.region(stride=0), apr.InvalidInput, "stride"),
             (lambda: session.thread(view=[other.region()]), apr.InvalidInput, "of this session"),
-            (lambda: session.thread(tokens(5000)).session.step([session.thread(tokens(5000))]),
-             apr.OutOfPages, "exhausted"),
+            (
+                lambda: session.thread(tokens(5000)).session.step([session.thread(tokens(5000))]),
+                apr.OutOfPages,
+                "exhausted",
+            ),
             (lambda: apr.Session(llama, max_tokens=0), apr.InvalidInput, "max_tokens"),
             (lambda: apr.Session(llama, page_size=48), apr.InvalidInput, "page_size"),
             (lambda: apr.Session(llama, step_tokens=0), apr.InvalidInput, "step_tokens"),

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import Family
 from torch import Tensor
 from transformers import AttentionInterface
+
+from models import Family
 
 _LOOP: ContextVar[TokenLoop | None] = ContextVar("token_loop", default=None)
 

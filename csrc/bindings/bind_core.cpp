@@ -67,12 +67,13 @@ void bind_plan(py::module_& module) {
 
 void bind_segments(py::class_<ThreadTable>& table) {
   table
-      .def("create_segment",
-           [](ThreadTable& t, const std::vector<int32_t>& tokens, int64_t base,
-              const std::vector<EntryTuple>& after) {
-             return t.create_segment(tokens, base, entries_of(after));
-           },
-           py::arg("tokens"), py::arg("base"), py::arg("after"))
+      .def(
+          "create_segment",
+          [](ThreadTable& t, const std::vector<int32_t>& tokens, int64_t base,
+             const std::vector<EntryTuple>& after) {
+            return t.create_segment(tokens, base, entries_of(after));
+          },
+          py::arg("tokens"), py::arg("base"), py::arg("after"))
       .def("create_region", &ThreadTable::create_region, py::arg("tokens"), py::arg("base"),
            py::arg("stride"))
       .def("seal", &ThreadTable::seal)
@@ -87,8 +88,7 @@ void bind_segments(py::class_<ThreadTable>& table) {
            [](ThreadTable& t, SegmentId id) { return t.segments().at(id).stride; })
       .def("segment_sealed",
            [](ThreadTable& t, SegmentId id) { return t.segments().at(id).sealed; })
-      .def("segment_pages",
-           [](ThreadTable& t, SegmentId id) { return t.segments().at(id).pages; })
+      .def("segment_pages", [](ThreadTable& t, SegmentId id) { return t.segments().at(id).pages; })
       .def("segment_tokens", [](ThreadTable& t, SegmentId id) {
         const Segment& s = t.segments().at(id);
         return std::vector<int32_t>(s.tokens.begin() + s.head, s.tokens.end());
@@ -102,24 +102,26 @@ void bind_table(py::module_& module) {
       .def(py::init<int64_t, int64_t, bool>(), py::arg("num_pages"), py::arg("page_size"),
            py::arg("can_rotate"))
       .def("create", &ThreadTable::create)
-      .def("create_with_view",
-           [](ThreadTable& t, const std::vector<EntryTuple>& view, std::optional<SegmentId> writes,
-              bool current) {
-             return t.create_with_view(entries_of(view), writes.value_or(kNone),
-                                       current ? Visibility::kCurrent : Visibility::kPrevious);
-           },
-           py::arg("view"), py::arg("writes"), py::arg("current"))
+      .def(
+          "create_with_view",
+          [](ThreadTable& t, const std::vector<EntryTuple>& view, std::optional<SegmentId> writes,
+             bool current) {
+            return t.create_with_view(entries_of(view), writes.value_or(kNone),
+                                      current ? Visibility::kCurrent : Visibility::kPrevious);
+          },
+          py::arg("view"), py::arg("writes"), py::arg("current"))
       .def("extend", &ThreadTable::extend)
       .def("fork", &ThreadTable::fork)
-      .def("join",
-           [](ThreadTable& t, ThreadId parent, const std::vector<ThreadId>& children,
-              const std::string& positions, bool reencode) {
-             const JoinPositions p = positions == "sum"    ? JoinPositions::kSum
-                                     : positions == "keep" ? JoinPositions::kKeep
-                                                           : JoinPositions::kMax;
-             t.join(parent, children, p, reencode);
-           },
-           py::arg("parent"), py::arg("children"), py::arg("positions"), py::arg("reencode"))
+      .def(
+          "join",
+          [](ThreadTable& t, ThreadId parent, const std::vector<ThreadId>& children,
+             const std::string& positions, bool reencode) {
+            const JoinPositions p = positions == "sum"    ? JoinPositions::kSum
+                                    : positions == "keep" ? JoinPositions::kKeep
+                                                          : JoinPositions::kMax;
+            t.join(parent, children, p, reencode);
+          },
+          py::arg("parent"), py::arg("children"), py::arg("positions"), py::arg("reencode"))
       .def("trim", &ThreadTable::trim)
       .def("release", &ThreadTable::release)
       .def("alive", &ThreadTable::alive)
@@ -128,10 +130,8 @@ void bind_table(py::module_& module) {
       .def("tokens", &ThreadTable::tokens)
       .def("own_tokens", [](const ThreadTable& t, ThreadId id) { return t.at(id).own_tokens; })
       .def("tail", [](const ThreadTable& t, ThreadId id) { return t.at(id).tail; })
-      .def("is_current",
-           [](const ThreadTable& t, ThreadId id) {
-             return t.at(id).visibility == Visibility::kCurrent;
-           })
+      .def("is_current", [](const ThreadTable& t,
+                            ThreadId id) { return t.at(id).visibility == Visibility::kCurrent; })
       .def("queued",
            [](ThreadTable& t, ThreadId id) { return t.segments().at(t.at(id).tail).queued(); })
       .def("set_writes", &ThreadTable::set_writes)
@@ -145,9 +145,14 @@ void bind_table(py::module_& module) {
              for (const Entry& entry : t.at(id).view) view.push_back(tuple_of(entry));
              return view;
            })
+      .def("sharing",
+           [](ThreadTable& t) {
+             const Sharing s = t.sharing();
+             return std::make_tuple(s.stored_tokens, s.seen_tokens, s.shared_pages,
+                                    s.replicated_pages);
+           })
       .def_property_readonly("num_threads", &ThreadTable::num_threads)
-      .def_property_readonly("num_segments",
-                             [](ThreadTable& t) { return t.segments().size(); })
+      .def_property_readonly("num_segments", [](ThreadTable& t) { return t.segments().size(); })
       .def_property_readonly("num_pages", [](ThreadTable& t) { return t.pool().num_pages(); })
       .def_property_readonly("used_pages", [](ThreadTable& t) { return t.pool().num_used(); })
       .def_property_readonly("peak_pages", [](ThreadTable& t) { return t.pool().peak_used(); })

@@ -15,9 +15,15 @@ namespace apr::bindings {
 namespace {
 
 PlanArrays arrays_of(const Plan& plan) {
-  return {plan.runs.data(),          plan.pairs.data(),      plan.segment_pairs.data(),
-          plan.segment_pages.data(), plan.page_table.data(), plan.slots.data(),
-          static_cast<int64_t>(plan.runs.size()), plan.num_segments(), plan.num_rows(),
+  return {plan.runs.data(),
+          plan.pairs.data(),
+          plan.segment_pairs.data(),
+          plan.segment_pages.data(),
+          plan.page_table.data(),
+          plan.slots.data(),
+          static_cast<int64_t>(plan.runs.size()),
+          plan.num_segments(),
+          plan.num_rows(),
           plan.page_size};
 }
 
@@ -130,12 +136,12 @@ void bind_ops(py::module_& module) {
         cpu::copy_tokens(pool(p), plan.copies.data(), static_cast<int64_t>(plan.copies.size()));
       },
       py::arg("plan"), py::arg("pool"));
-  module.def("attention", &attention, py::arg("plan"), py::arg("q"), py::arg("out"),
-             py::arg("lse"), py::arg("pool"), py::arg("q_heads"), py::arg("scale"),
-             py::arg("softcap"), py::arg("window"), py::arg("chunk"), py::arg("sinks"),
-             py::arg("rotation"), py::arg("invariant"), py::arg("threads"));
-  module.def("merge", &merge, py::arg("parts"), py::arg("part_lse"), py::arg("out"),
-             py::arg("lse"), py::arg("rows"), py::arg("heads"), py::arg("dim"), py::arg("dtype"));
+  module.def("attention", &attention, py::arg("plan"), py::arg("q"), py::arg("out"), py::arg("lse"),
+             py::arg("pool"), py::arg("q_heads"), py::arg("scale"), py::arg("softcap"),
+             py::arg("window"), py::arg("chunk"), py::arg("sinks"), py::arg("rotation"),
+             py::arg("invariant"), py::arg("threads"));
+  module.def("merge", &merge, py::arg("parts"), py::arg("part_lse"), py::arg("out"), py::arg("lse"),
+             py::arg("rows"), py::arg("heads"), py::arg("dim"), py::arg("dtype"));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto* set : cpu::instruction_sets()) names.emplace_back(set->name);

@@ -1,4 +1,5 @@
-// The plan of one packed forward: flat arrays that kernels read; made by a step or by the user's row sets.
+// The plan of one packed forward: flat arrays that kernels read; made by a step or by the user's
+// row sets.
 #include "core/plan.h"
 
 namespace apr {

@@ -11,10 +11,10 @@
 namespace apr {
 
 struct Segment {
-  int64_t base = 0;    // position at which token 0 is written
-  int64_t stride = 1;  // positions from one token to the next
-  int64_t head = 0;    // copied tokens of an ancestor that lie before token 0 on the same pages
-  int64_t encoded = 0; // tokens [0, encoded) have keys and values; the rest is queued
+  int64_t base = 0;     // position at which token 0 is written
+  int64_t stride = 1;   // positions from one token to the next
+  int64_t head = 0;     // copied tokens of an ancestor that lie before token 0 on the same pages
+  int64_t encoded = 0;  // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // head first, then token 0, 1, ...
   std::vector<PageId> pages;
   ThreadId writer = kNone;

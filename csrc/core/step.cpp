@@ -1,4 +1,5 @@
-// One step as a transaction: which queued tokens run, in which forwards, and how to take it all back.
+// One step as a transaction: which queued tokens run, in which forwards, and how to take it all
+// back.
 #include "core/step.h"
 
 #include <algorithm>
@@ -104,8 +105,8 @@ void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
   runs_.push_back({id, segment.encoded, 0, &view, visibility});  // `to` is `required`, known later
 }
 
-// A child whose last inherited entry is short takes a copy of it into its own pages, so that repeated
-// forks do not pile up short segments.
+// A child whose last inherited entry is short takes a copy of it into its own pages, so that
+// repeated forks do not pile up short segments.
 void Step::copy_short_inheritance(ThreadId id) {
   Thread& thread = table_.at(id);
   SegmentStore& segments = table_.segments();
@@ -194,15 +195,14 @@ void Step::add_rows(const Run& run) {
   plan_.runs.push_back(flat);
   for (int64_t i = run.from; i < run.to; ++i) {
     const int64_t slot = segment.head + i;
-    plan_.slots.push_back(
-        appends ? segment.pages[slot / page_size] * page_size + slot % page_size : -1);
+    plan_.slots.push_back(appends ? segment.pages[slot / page_size] * page_size + slot % page_size
+                                  : -1);
     plan_.ids.push_back(segment.tokens[slot]);
     plan_.positions.push_back(segment.written_position(i));
   }
 }
 
-int64_t Step::visible_end(const Entry& entry, const Run& run) const {
-  const Segment& segment = table_.segments().at(entry.segment);
+int64_t Step::visible_end(const Entry& entry, const Segment& segment, const Run& run) const {
   if (entry.segment == run.segment) return run.to;
   if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
   if (segment.sealed || run.visibility == Visibility::kCurrent) return segment.encoded;
@@ -215,8 +215,7 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
   const size_t first_pair = plan_.pairs.size();
   int64_t end = 0, own_difference = 0;
   bool own_seen = false;
-  const auto add = [&](const Entry& entry, int64_t offset, int64_t hi) {
-    Segment& segment = segments.at(entry.segment);
+  const auto add = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t hi) {
     if (segment.chunk_stamp != chunk_) {
       segment.chunk_stamp = chunk_;
       segment.local = plan_.add_segment(segment.pages);
@@ -240,15 +239,17 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
     plan_.pairs.push_back(pair);
   };
   for (const Entry& entry : view) {
-    const int64_t hi = visible_end(entry, run);
+    Segment& segment = segments.at(entry.segment);
+    const int64_t hi = visible_end(entry, segment, run);
     const int64_t offset = entry.offset == kMoving ? end : entry.offset;
-    end = std::max(end, offset + segments.at(entry.segment).stride * hi);
-    if (hi > entry.lo) add(entry, offset, hi);
+    end = std::max(end, offset + segment.stride * hi);
+    if (hi > entry.lo) add(entry, segment, offset, hi);
   }
   if (!own_seen) {  // a region pinned by a reader before any thread wrote it
     Entry own;
     own.segment = run.segment;
-    add(own, segments.at(run.segment).base, run.to);
+    Segment& segment = segments.at(run.segment);
+    add(own, segment, segment.base, run.to);
   }
   for (size_t i = first_pair; i < plan_.pairs.size(); ++i) {
     plan_.pairs[i].rotation += static_cast<int32_t>(own_difference);

@@ -1,4 +1,5 @@
-// One step as a transaction: which queued tokens run, in which forwards, and how to take it all back.
+// One step as a transaction: which queued tokens run, in which forwards, and how to take it all
+// back.
 #pragma once
 
 #include <utility>
@@ -52,7 +53,7 @@ class Step {
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);
   void collect_logits_rows();
-  int64_t visible_end(const Entry& entry, const Run& run) const;
+  int64_t visible_end(const Entry& entry, const Segment& segment, const Run& run) const;
 
   ThreadTable& table_;
   int64_t step_tokens_;

@@ -1,8 +1,11 @@
-// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the rules.
+// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the
+// rules.
 #include "core/thread_table.h"
 
 #include <algorithm>
+#include <unordered_map>
 #include <unordered_set>
+#include <utility>
 
 #include "core/error.h"
 
@@ -31,8 +34,9 @@ Thread& ThreadTable::at(ThreadId id) {
   const auto found = threads_.find(id);
   if (found == threads_.end()) {
     throw Error(ErrorKind::kThreadReleased,
-                name(id) + " was released (by release(), or by the join that took it in); "
-                           "expected a living thread; fork or create a new one");
+                name(id) +
+                    " was released (by release(), or by the join that took it in); "
+                    "expected a living thread; fork or create a new one");
   }
   return found->second;
 }
@@ -174,8 +178,8 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
   check_view(view, writes);
   if (writes != kNone) {
     check_writable(writes, kNone);
-    const bool listed = std::any_of(view.begin(), view.end(),
-                                    [&](const Entry& e) { return e.segment == writes; });
+    const bool listed =
+        std::any_of(view.begin(), view.end(), [&](const Entry& e) { return e.segment == writes; });
     if (!listed) {
       Entry entry;
       entry.segment = writes;
@@ -234,8 +238,8 @@ SegmentId ThreadTable::create_region(const std::vector<int32_t>& tokens, int64_t
 void ThreadTable::seal(SegmentId id) {
   Segment& segment = segments_.at(id);
   if (segment.writer != kNone) {
-    invalid("seal: segment " + std::to_string(id) + " is being written by " +
-            name(segment.writer) + "; release the writer or give it another region first");
+    invalid("seal: segment " + std::to_string(id) + " is being written by " + name(segment.writer) +
+            "; release the writer or give it another region first");
   }
   segment.sealed = true;
   if (segment.queued() > 0 && segment.context.empty()) {
@@ -577,9 +581,8 @@ void ThreadTable::set_writes(ThreadId id, SegmentId segment_id) {
   if (segment_id == thread.tail) return;
   check_writable(segment_id, id);
   std::vector<Entry> view = thread.view;
-  const bool listed = std::any_of(view.begin(), view.end(), [&](const Entry& e) {
-    return e.segment == segment_id;
-  });
+  const bool listed = std::any_of(view.begin(), view.end(),
+                                  [&](const Entry& e) { return e.segment == segment_id; });
   if (!listed) {
     Entry entry;
     entry.segment = segment_id;
@@ -614,6 +617,35 @@ int64_t ThreadTable::position(ThreadId id) const {
   const Thread& thread = at(id);
   const Segment& tail = segments_.at(thread.tail);
   return offsets(thread.view, thread.tail)[thread.tail_entry()] + tail.stride * tail.length();
+}
+
+Sharing ThreadTable::sharing() {
+  Sharing result;
+  std::unordered_map<SegmentId, std::pair<int64_t, int64_t>> readers;  // count, furthest token
+  const int64_t page_size = pool_.page_size();
+  for (const auto& [id, thread] : threads_) {
+    int64_t seen = 0;
+    for (const Entry& entry : thread.view) {
+      const Segment& segment = segments_.at(entry.segment);
+      const int64_t hi = std::min(visible_end(entry, thread.tail), segment.encoded);
+      if (hi <= entry.lo) continue;
+      seen += hi - entry.lo;
+      auto& [count, furthest] = readers[entry.segment];
+      furthest = count == 0 ? hi : std::min(furthest, hi);
+      ++count;
+    }
+    result.seen_tokens += seen;
+    result.replicated_pages += (seen + page_size - 1) / page_size;
+  }
+  for (const auto& [id, reader] : readers) {
+    const Segment& segment = segments_.at(id);
+    if (reader.first > 1) {
+      result.shared_pages += (segment.head + reader.second + page_size - 1) / page_size;
+    }
+  }
+  segments_.for_each(
+      [&](SegmentId, Segment& segment) { result.stored_tokens += segment.head + segment.encoded; });
+  return result;
 }
 
 std::vector<int32_t> ThreadTable::tokens(ThreadId id) const {

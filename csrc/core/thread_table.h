@@ -1,4 +1,5 @@
-// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the rules.
+// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the
+// rules.
 #pragma once
 
 #include <string>
@@ -22,13 +23,21 @@ struct Thread {
   int64_t logits_index = 0;
 
   ThreadId parent = kNone;
-  bool joinable = false;      // false once the parent was released, trimmed below the fork or re-viewed
+  bool joinable = false;  // false once the parent was released, trimmed below the fork or re-viewed
   int64_t fork_position = 0;  // in this thread's own coordinates
   int64_t fork_shift = 0;     // what an ancestor's join added to the parent's coordinates
   int64_t fork_length = 0;
   std::vector<ThreadId> children;
 
   size_t tail_entry() const;  // index of the own tail in `view`
+};
+
+// How much the living threads share.
+struct Sharing {
+  int64_t stored_tokens = 0;     // encoded tokens, each counted once
+  int64_t seen_tokens = 0;       // the same, counted once for every thread that sees them
+  int64_t shared_pages = 0;      // pages that more than one thread reads
+  int64_t replicated_pages = 0;  // pages that one copy of the cache per thread would take
 };
 
 class ThreadTable {
@@ -59,6 +68,7 @@ class ThreadTable {
   int64_t length(ThreadId id) const;
   int64_t position(ThreadId id) const;
   std::vector<int32_t> tokens(ThreadId id) const;
+  Sharing sharing();
   const Thread& at(ThreadId id) const;
   Thread& at(ThreadId id);
   std::unordered_map<ThreadId, Thread>& threads() { return threads_; }

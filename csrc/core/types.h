@@ -1,4 +1,5 @@
-// The plain data that the core hands to kernels and bindings: entries of views and the plan of a step.
+// The plain data that the core hands to kernels and bindings: entries of views and the plan of a
+// step.
 #pragma once
 
 #include <cstdint>
@@ -40,17 +41,17 @@ struct PlanRun {
 struct PlanPair {
   int32_t run;
   int32_t segment;
-  int32_t lo, hi;         // visible slots [lo, hi)
-  int32_t view_offset;    // view position of slot 0
-  int32_t stride;         // view positions from one slot to the next
-  int32_t rotation;       // re-rotation of the query, in positions
-  int32_t rotation_row;   // row of the table of distinct rotations, -1 where rotation == 0
-  int32_t first_own;      // slot that the run's row 0 writes (rows are causal from there), else -1
+  int32_t lo, hi;        // visible slots [lo, hi)
+  int32_t view_offset;   // view position of slot 0
+  int32_t stride;        // view positions from one slot to the next
+  int32_t rotation;      // re-rotation of the query, in positions
+  int32_t rotation_row;  // row of the table of distinct rotations, -1 where rotation == 0
+  int32_t first_own;     // slot that the run's row 0 writes (rows are causal from there), else -1
 };
 
 // Copy of already encoded tokens from one segment's slots to another's, for all layers.
 struct PlanCopy {
-  int64_t source;       // page * page_size + slot
+  int64_t source;  // page * page_size + slot
   int64_t destination;
 };
 

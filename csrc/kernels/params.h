@@ -18,7 +18,7 @@ struct PlanArrays {
   const int32_t* segment_pairs;  // [segments + 1]
   const int32_t* segment_pages;  // [segments + 1]
   const int32_t* page_table;
-  const int64_t* slots;          // [rows], -1: nothing to append
+  const int64_t* slots;  // [rows], -1: nothing to append
   int64_t num_runs;
   int64_t num_segments;
   int64_t num_rows;
@@ -64,7 +64,7 @@ struct AttentionParams {
   int64_t chunk;       // 0: none; else keys of the query's own chunk of this many positions
   const float* sinks;  // [q_heads] or nullptr
   RotationTable rotation;
-  bool invariant;      // cut at fixed 512-token chunks of each segment
+  bool invariant;  // cut at fixed 512-token chunks of each segment
   int threads;
 };
 

@@ -272,7 +272,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
 def _refused(name: str, use: str) -> Callable[..., Any]:
     def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        raise InvalidInput(f"apr.Cache.{name}: {use} is not supported yet; sample with do_sample=True")
+        raise InvalidInput(
+            f"apr.Cache.{name}: {use} is not supported yet; sample with do_sample=True"
+        )
 
     method.__name__ = name
     return method

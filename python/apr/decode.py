@@ -175,7 +175,9 @@ def stream(
     field that a loop over threads cannot honour.
     """
     if "logits_processor" in options or "stopping_criteria" in options:
-        raise InvalidInput("stream: pass logits_processor and stopping_criteria to run.add(thread, ...)")
+        raise InvalidInput(
+            "stream: pass logits_processor and stopping_criteria to run.add(thread, ...)"
+        )
     run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
     for thread in threads:
         run.add(thread, stop=stop)

@@ -11,7 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -86,6 +92,15 @@ def running(forward: Forward) -> Iterator[None]:
         yield
     finally:
         stop_running(token)
+
+
+def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a folder or hub id."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error
 
 
 # ---- what a model is, measured --------------------------------------------------------------------

@@ -54,6 +54,19 @@ class Rotation:
             )
 
 
+class Kernels(NamedTuple):
+    """What this build contains and what runs here."""
+
+    cpu: list[str]
+    chosen: str
+    cuda: str  # architectures, empty without CUDA kernels
+
+
+def kernels() -> Kernels:
+    """The instruction sets of the CPU kernels, best first, and the CUDA architectures."""
+    return Kernels(_core.instruction_sets(), _core.instruction_set(), _core.cuda_architectures)
+
+
 def check_device(what: str, device: torch.device) -> None:
     """Raise InvalidInput where this build has no kernels for a device."""
     if device.type != "cpu":
@@ -113,7 +126,9 @@ def empty_pool(
 class Plan:
     """The work of one packed forward, shared by all layers; made by `plan` or by a session's step."""
 
-    def __init__(self, core: _core.Plan, window: int | None = None, invariant: bool = False) -> None:
+    def __init__(
+        self, core: _core.Plan, window: int | None = None, invariant: bool = False
+    ) -> None:
         self.core, self.window, self.invariant = core, window, invariant
         self.num_rows: int = core.num_rows
         self._rotations: np.ndarray = core.rotations
@@ -179,7 +194,9 @@ def _rows(name: str, x: Tensor, pool: Pool, shape: tuple[int, int, int]) -> tupl
             f"{pool.dtype} on {pool.k.device}, as the plan and the pool say"
         )
     if x.stride(2) != 1:
-        raise InvalidInput(f"{name}: got strides {x.stride()}; expected a contiguous last dimension")
+        raise InvalidInput(
+            f"{name}: got strides {x.stride()}; expected a contiguous last dimension"
+        )
     return (x.data_ptr(), x.stride(0), x.stride(1))
 
 

@@ -65,7 +65,9 @@ _INSTEAD = {
 }
 
 
-def resolve(model: Any, config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:
+def resolve(
+    model: Any, config: GenerationConfig | None, overrides: dict[str, Any]
+) -> GenerationConfig:
     """The configuration in force: `config`, or the model's own, with keyword overrides; checked."""
     base = config if config is not None else getattr(model, "generation_config", None)
     fields = (base or GenerationConfig()).to_dict()

@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -68,7 +69,9 @@ class Session:
         if step_tokens < 1:
             raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
         if cuda_graphs:
-            raise InvalidInput("cuda_graphs: got True; this build has no CUDA kernels; leave it None")
+            raise InvalidInput(
+                "cuda_graphs: got True; this build has no CUDA kernels; leave it None"
+            )
         self.model, self.seed, self.invariant = model, seed, invariant
         self.page_size, self.step_tokens = page_size, step_tokens
         self.trace = Trace()
@@ -231,9 +234,7 @@ class Session:
         tokens = self._check_ids(ids)
         table = self._edit()
         if visibility not in ("previous", "current"):
-            raise InvalidInput(
-                f'visibility: got {visibility!r}; expected "previous" or "current"'
-            )
+            raise InvalidInput(f'visibility: got {visibility!r}; expected "previous" or "current"')
         if view is None and writes is None and visibility == "previous":
             number = table.create(tokens)
         else:
@@ -367,15 +368,16 @@ class Session:
         """Counters so far, and the pages in use now."""
         if self._table is None:
             return self._stats
-        table = self._edit() if not self._stepping else self._table
-        replicated = 0
-        for thread in self._threads.values():
-            if table.alive(thread._id):
-                replicated += -(-table.length(thread._id) // self.page_size)
-        return self._stats.with_pages(
+        table = self._table if self._stepping else self._edit()
+        stored, seen, shared, replicated = table.sharing()
+        return replace(
+            self._stats,
             threads=table.num_threads,
-            used=table.used_pages,
-            peak=table.peak_pages,
-            replicated=replicated,
-            page_bytes=self.page_size * self.spec.bytes_per_token,
+            used_pages=table.used_pages,
+            peak_pages=table.peak_pages,
+            used_bytes=table.used_pages * self.page_size * self.spec.bytes_per_token,
+            stored_tokens=stored,
+            seen_tokens=seen,
+            shared_pages=shared,
+            replicated_pages=replicated,
         )

@@ -129,7 +129,9 @@ class Thread:
         Raises ForeignThread for a thread that was not forked from this one.
         """
         if positions not in JOIN_POSITIONS:
-            raise InvalidInput(f"join: got positions={positions!r}; expected one of {JOIN_POSITIONS}")
+            raise InvalidInput(
+                f"join: got positions={positions!r}; expected one of {JOIN_POSITIONS}"
+            )
         table = self.session._edit()
         for child in children:
             if not isinstance(child, Thread) or child.session is not self.session:

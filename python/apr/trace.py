@@ -5,38 +5,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 @dataclass
 class Stats:
-    """Counters of a session. `replicated_pages` is what one copy of the cache per thread would take."""
+    """Counters of a session, and what its living threads hold and share."""
 
     steps: int = 0
     forwards: int = 0
     rows: int = 0  # tokens run through the model
-    copied_tokens: int = 0
+    copied_tokens: int = 0  # short inherited tails, copied so that views stay short
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
     threads: int = 0
     used_pages: int = 0
     peak_pages: int = 0
-    replicated_pages: int = 0
     used_bytes: int = 0
-
-    def with_pages(
-        self, *, threads: int, used: int, peak: int, replicated: int, page_bytes: int
-    ) -> Stats:
-        return replace(
-            self,
-            threads=threads,
-            used_pages=used,
-            peak_pages=peak,
-            replicated_pages=replicated,
-            used_bytes=used * page_bytes,
-        )
+    stored_tokens: int = 0  # encoded tokens, each counted once
+    seen_tokens: int = 0  # the same, once for every thread that sees them
+    shared_pages: int = 0  # pages that more than one thread reads
+    replicated_pages: int = 0  # pages that one copy of the cache per thread would take
 
 
 @dataclass

@@ -19,8 +19,7 @@ struct Plane {
         page_bytes(shape.kv_heads * shape.page_size * row_bytes) {}
 
   char* at(int64_t slot, int64_t head, int64_t page_size) const {
-    return pool + slot / page_size * page_bytes +
-           (head * page_size + slot % page_size) * row_bytes;
+    return pool + slot / page_size * page_bytes + (head * page_size + slot % page_size) * row_bytes;
   }
 };
 

@@ -37,7 +37,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Partial results: out [part, q_head, head_dim_v] unnormalised, max (base 2) and sum [part, q_head].
+// Partial results: out [part, q_head, head_dim_v] unnormalised, max (base 2) and sum [part,
+// q_head].
 struct Parts {
   float* out;
   float* max;
@@ -46,8 +47,8 @@ struct Parts {
 
 // The query of one lane, scaled, turned by the pair's rotation, as a column of q [head_dim, lanes].
 template <typename T>
-void gather_query(const AttentionParams& params, const Pool& pool, const Visit& visit,
-                  int64_t head, float factor, float* column, int64_t lanes) {
+void gather_query(const AttentionParams& params, const Pool& pool, const Visit& visit, int64_t head,
+                  float factor, float* column, int64_t lanes) {
   const auto* q = static_cast<const typename T::Storage*>(params.q.data) +
                   visit.row * params.q.row_stride + head * params.q.head_stride;
   for (int64_t d = 0; d < pool.head_dim_k; ++d) column[d * lanes] = T::load(q[d]) * factor;
@@ -81,8 +82,8 @@ struct Output {
     const float inverse = sum > 0.f ? weight / sum : (sum == sum ? 0.f : sum);
     dispatch(pool.dtype, [&](auto type) {
       using T = decltype(type);
-      auto* out = static_cast<typename T::Storage*>(params.out.data) +
-                  row * params.out.row_stride + head * params.out.head_stride;
+      auto* out = static_cast<typename T::Storage*>(params.out.data) + row * params.out.row_stride +
+                  head * params.out.head_stride;
       for (int64_t d = 0; d < pool.head_dim_v; ++d) out[d] = T::store(o[d * stride] * inverse);
     });
     if (params.lse != nullptr) {
@@ -102,8 +103,8 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   const int64_t dim = std::max(pool.head_dim_k, pool.head_dim_v);
 
   thread_local Scratch scratch;
-  float* memory = scratch.get(lanes * (pool.head_dim_k + pool.head_dim_v + kTile + 4) +
-                              kTile * dim + 16);
+  float* memory =
+      scratch.get(lanes * (pool.head_dim_k + pool.head_dim_v + kTile + 4) + kTile * dim + 16);
   TileJob job{};
   float* q = memory;
   job.out = q + pool.head_dim_k * lanes;

@@ -77,8 +77,8 @@ class Workers {
   int started_ = 0;
 };
 
-// Never destroyed: detached workers may outlive static destructors. A forked process has none of its
-// parent's threads, so it starts its own.
+// Never destroyed: detached workers may outlive static destructors. A forked process has none of
+// its parent's threads, so it starts its own.
 Workers& workers() {
   static std::mutex mutex;
   static Workers* instance = nullptr;

@@ -1,4 +1,5 @@
-// Cuts the pairs of a plan into blocks of rows and chunks of tokens, and numbers the partial results.
+// Cuts the pairs of a plan into blocks of rows and chunks of tokens, and numbers the partial
+// results.
 #include "kernels/cpu/schedule.h"
 
 #include <algorithm>

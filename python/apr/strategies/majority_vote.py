@@ -50,9 +50,7 @@ def majority_vote(
             votes = Counter(a for a in answers if a is not None)
             # Counter keeps the first seen first, so ties go to the earliest thread.
             winner = votes.most_common(1)[0][0] if votes else None
-            chosen = next(
-                (d for d, a in zip(group, answers, strict=True) if a == winner), group[0]
-            )
+            chosen = next((d for d, a in zip(group, answers, strict=True) if a == winner), group[0])
             results.append(
                 Result(
                     text=chosen.text,

@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = OMP_WAIT_POLICY=passive $(BIN)/python
+
+.PHONY: demo test lint format stubs clean
+
+$(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	cd $(VENV) && OMP_WAIT_POLICY=passive bin/python -m apr info
+	cd $(VENV) && OMP_WAIT_POLICY=passive bin/python -m apr run
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(RUN) tools/stubs.py --check
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+stubs: $(VENV)/installed
+	$(RUN) tools/stubs.py
+
+clean:
+	rm -rf $(VENV) build dist

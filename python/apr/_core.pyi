@@ -1,0 +1,276 @@
+"""
+The native core of apr: threads and views, and the kernels.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import numpy
+import numpy.typing
+
+__all__: list[str] = [
+    "Plan",
+    "Step",
+    "ThreadTable",
+    "append",
+    "attention",
+    "copy_tokens",
+    "cuda_architectures",
+    "force_instruction_set",
+    "instruction_set",
+    "instruction_sets",
+    "merge",
+    "plan",
+]
+
+class Plan:
+    """
+    Flat work arrays of one packed forward.
+    """
+    @property
+    def ids(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def num_pairs(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def positions(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def rotations(self) -> numpy.typing.NDArray[numpy.int32]: ...
+
+class ThreadTable:
+    """
+    Threads, views and segments over a pool of pages.
+    """
+    def __init__(
+        self,
+        num_pages: typing.SupportsInt | typing.SupportsIndex,
+        page_size: typing.SupportsInt | typing.SupportsIndex,
+        can_rotate: bool,
+    ) -> None: ...
+    def alive(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def create(
+        self, arg0: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+    ) -> int: ...
+    def create_region(
+        self,
+        tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        base: typing.SupportsInt | typing.SupportsIndex,
+        stride: typing.SupportsInt | typing.SupportsIndex,
+    ) -> int: ...
+    def create_segment(
+        self,
+        tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        base: typing.SupportsInt | typing.SupportsIndex,
+        after: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex,
+                bool,
+            ]
+        ],
+    ) -> int: ...
+    def create_with_view(
+        self,
+        view: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex,
+                bool,
+            ]
+        ],
+        writes: typing.SupportsInt | typing.SupportsIndex | None,
+        current: bool,
+    ) -> int: ...
+    def extend(
+        self,
+        arg0: typing.SupportsInt | typing.SupportsIndex,
+        arg1: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
+    def fork(
+        self,
+        arg0: typing.SupportsInt | typing.SupportsIndex,
+        arg1: typing.SupportsInt | typing.SupportsIndex,
+    ) -> list[int]: ...
+    def is_current(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def join(
+        self,
+        parent: typing.SupportsInt | typing.SupportsIndex,
+        children: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        positions: str,
+        reencode: bool,
+    ) -> None: ...
+    def length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def own_tokens(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def position(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def queued(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def release(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def release_segment(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def retain_segment(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def seal(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def segment_base(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def segment_encoded(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def segment_length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def segment_pages(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def segment_sealed(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def segment_stride(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def segment_tokens(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def set_view(
+        self,
+        arg0: typing.SupportsInt | typing.SupportsIndex,
+        arg1: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex | None,
+                typing.SupportsInt | typing.SupportsIndex,
+                bool,
+            ]
+        ],
+    ) -> None: ...
+    def set_writes(
+        self,
+        arg0: typing.SupportsInt | typing.SupportsIndex,
+        arg1: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def sharing(self) -> tuple[int, int, int, int]: ...
+    def tail(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def tokens(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def trim(
+        self,
+        arg0: typing.SupportsInt | typing.SupportsIndex,
+        arg1: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def view(
+        self, arg0: typing.SupportsInt | typing.SupportsIndex
+    ) -> list[tuple[int, int | None, int | None, int, bool]]: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def peak_pages(self) -> int: ...
+    @property
+    def used_pages(self) -> int: ...
+
+class Step:
+    """
+    One step as a transaction.
+    """
+    def __init__(
+        self,
+        table: ThreadTable,
+        threads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        has_logits: collections.abc.Sequence[bool],
+        step_tokens: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def commit(self) -> None: ...
+    def next(self) -> bool: ...
+    def rollback(self) -> None: ...
+    @property
+    def copied_tokens(self) -> int: ...
+    @property
+    def logits_rows(self) -> list[tuple[int, int]]: ...
+    @property
+    def plan(self) -> Plan: ...
+
+def append(
+    plan: Plan,
+    k: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+    ],
+    v: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+    ],
+    pool: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+    ],
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def attention(
+    plan: Plan,
+    q: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+    ],
+    out: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+    ],
+    lse: typing.SupportsInt | typing.SupportsIndex,
+    pool: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+    ],
+    q_heads: typing.SupportsInt | typing.SupportsIndex,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    softcap: typing.SupportsFloat | typing.SupportsIndex,
+    window: typing.SupportsInt | typing.SupportsIndex,
+    chunk: typing.SupportsInt | typing.SupportsIndex,
+    sinks: typing.SupportsInt | typing.SupportsIndex,
+    rotation: tuple[
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        typing.SupportsInt | typing.SupportsIndex,
+        bool,
+    ],
+    invariant: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def copy_tokens(
+    plan: Plan,
+    pool: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+    ],
+) -> None: ...
+def force_instruction_set(name: str) -> None: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def merge(
+    parts: collections.abc.Sequence[
+        typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+        ]
+    ],
+    part_lse: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    out: typing.Annotated[
+        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+    ],
+    lse: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    heads: typing.SupportsInt | typing.SupportsIndex,
+    dim: typing.SupportsInt | typing.SupportsIndex,
+    dtype: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def plan(
+    row_sets: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[
+                tuple[
+                    collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    bool,
+                ]
+            ],
+        ]
+    ],
+    page_size: typing.SupportsInt | typing.SupportsIndex,
+) -> Plan: ...
+
+cuda_architectures: str = ""

@@ -1,0 +1,227 @@
+"""Run a method on a prompt with any model, or on Countdown problems with the shipped one."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.progress import Progress
+from rich.table import Table
+
+import apr
+from apr import countdown, hf
+from apr.countdown.problems import Problem
+from apr.decode import StreamStep
+from apr.errors import InvalidInput
+from apr.strategies import Result
+
+METHODS = ("sequential", "majority_vote", "best_of_n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder or hub id; without it, the Countdown model")
+    parser.add_argument(
+        "--prompt", help='a text; for Countdown "TARGET : NUMBERS", e.g. "24 : 8 6 4"'
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's chat message"
+    )
+    parser.add_argument("--method", choices=METHODS, default="majority_vote")
+    parser.add_argument("--n", type=int, default=16, help="threads")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--problems", type=int, default=200, help="Countdown problems of the table")
+    parser.add_argument("--checkpoint", type=Path, default=countdown.CHECKPOINT)
+    parser.add_argument("--trace", type=Path, help="write a Chrome-trace file of the run")
+    parser.add_argument("--smoke", action="store_true", help="a few problems, to see it run")
+
+
+class LiveThreads:
+    """Shows what each thread has written so far, while it writes."""
+
+    def __init__(self, tokenizer: Any, console: Console) -> None:
+        self.tokenizer = tokenizer
+        self.live = Live(console=console, refresh_per_second=12)
+        self.written: dict[apr.Thread, list[int]] = {}
+        self.ended: dict[apr.Thread, str] = {}
+
+    def __call__(self, step: StreamStep) -> None:
+        for thread, token in step.tokens.items():
+            self.written.setdefault(thread, []).append(token)
+        self.ended.update(step.finished)
+        table = Table("thread", "text", "end", box=None, pad_edge=False)
+        for i, (thread, ids) in enumerate(self.written.items()):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            table.add_row(str(i), text, self.ended.get(thread, ""))
+        self.live.update(table)
+
+
+def main(options: argparse.Namespace) -> None:
+    if options.n < 1:
+        raise InvalidInput(f"--n: got {options.n}; expected at least 1")
+    console = Console()
+    if options.model:
+        _run_prompt(options, console)
+    else:
+        _run_countdown(options, console)
+
+
+def _method(options: argparse.Namespace, session: apr.Session, tokenizer: Any, **more: Any) -> Any:
+    prompt = options.prompt
+    if options.chat:
+        prompt = [{"role": "user", "content": prompt}]
+    sampling = {
+        "max_new_tokens": options.max_new_tokens,
+        "do_sample": True,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    if options.method == "sequential":
+        return apr.majority_vote(session, tokenizer, prompt, n=1, **sampling, **more)
+    method = apr.majority_vote if options.method == "majority_vote" else apr.best_of_n
+    return method(session, tokenizer, prompt, n=options.n, **sampling, **more)
+
+
+def _report(console: Console, result: Result, seconds: float, options: argparse.Namespace) -> None:
+    written = sum(len(t.tokens) for t in result.threads)
+    stats = result.stats
+    console.print(f"\nanswer: {result.answer}", style="bold", highlight=False)
+    if result.votes:
+        console.print("votes: " + ", ".join(f"{a} x{v:g}" for a, v in result.votes.items()))
+    console.print(
+        f"{written} tokens in {seconds:.2f} s ({written / seconds:.0f} tokens/s); KV tokens stored "
+        f"{stats.stored_tokens}, with a copy a thread {stats.seen_tokens}; pages read by several "
+        f"threads: {stats.shared_pages}",
+        highlight=False,
+    )
+    console.print(result.trace.tree(), highlight=False, markup=False)
+    if options.trace:
+        result.trace.save(options.trace)
+        console.print(f"trace: {options.trace} (open it at https://ui.perfetto.dev)")
+
+
+def _run_prompt(options: argparse.Namespace, console: Console) -> None:
+    if not options.prompt:
+        raise InvalidInput("--prompt: missing; expected a text for --model")
+    model, tokenizer = hf.load(options.model)
+    with apr.Session(model, seed=options.seed) as session:
+        show = LiveThreads(tokenizer, console)
+        began = time.perf_counter()
+        with show.live:
+            result = _method(options, session, tokenizer, on_step=show)
+        _report(console, result, time.perf_counter() - began, options)
+
+
+# ---- Countdown ------------------------------------------------------------------------------------
+
+
+def _parse(text: str) -> Problem:
+    target, _, numbers = text.partition(":")
+    try:
+        return Problem(tuple(sorted(map(int, numbers.split()), reverse=True)), int(target))
+    except ValueError as error:
+        raise InvalidInput(
+            f'--prompt: got {text!r}; expected "TARGET : NUMBERS", e.g. "24 : 8 6 4"'
+        ) from error
+
+
+def _run_countdown(options: argparse.Namespace, console: Console) -> None:
+    if not (options.checkpoint / "model.safetensors").exists():
+        raise InvalidInput(
+            f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train countdown"
+        )
+    model, tokenizer = hf.load(str(options.checkpoint), dtype=torch.float32)
+    options.max_new_tokens = 16
+    if options.prompt:
+        problem = _parse(options.prompt)
+    else:
+        _table(options, console, model, tokenizer)
+        problem = countdown.sample_problems(1, seed=options.seed + 1)[0]
+    options.prompt = problem.prompt
+    console.print(
+        f"\nOne problem, {options.n} threads: make {problem.target} from "
+        f"{', '.join(map(str, problem.numbers))} ({options.method})",
+        style="bold",
+        highlight=False,
+    )
+    extra: dict[str, Any] = {"extract": lambda text: text or None}
+    if options.method == "best_of_n":
+        extra = {"verifier": lambda text, thread: float(countdown.verify(problem, text))}
+    with apr.Session(model, seed=options.seed) as session:
+        show = LiveThreads(tokenizer, console)
+        began = time.perf_counter()
+        with show.live:
+            result = _method(options, session, tokenizer, on_step=show, **extra)
+        seconds = time.perf_counter() - began
+        right = sum(countdown.verify(problem, t.text) for t in result.threads)
+        _report(console, result, seconds, options)
+        verdict = "right" if countdown.verify(problem, result.text) else "wrong"
+        console.print(
+            f"replayed by arithmetic: the answer is {verdict}; {right} of {len(result.threads)} "
+            "threads are",
+            highlight=False,
+        )
+
+
+def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer: Any) -> None:
+    count = 12 if options.smoke else options.problems
+    widths = (1, 4) if options.smoke else (1, 4, 16)
+    problems = countdown.sample_problems(count, seed=options.seed)
+    prompts = [p.prompt for p in problems]
+    table = Table(
+        title=f"Countdown: {len(problems)} held-out problems, three numbers to 16, targets to 100"
+    )
+    for name in ("threads", "vote", "verifier", "tokens/s", "KV stored", "KV copied", "seconds"):
+        table.add_column(name, justify="right")
+    with apr.Session(model, seed=options.seed) as session, Progress(console=console) as progress:
+        for label, n in [("1, greedy", 1), *((str(w), w) for w in widths)]:
+            bar = progress.add_task(f"{label} a problem", total=n * len(problems))
+
+            def advance(step: StreamStep, bar: Any = bar) -> None:
+                progress.advance(bar, len(step.finished))
+
+            began = time.perf_counter()
+            results = apr.majority_vote(
+                session,
+                tokenizer,
+                prompts,
+                n=n,
+                seed=options.seed,
+                do_sample=label != "1, greedy",
+                temperature=options.temperature,
+                max_new_tokens=options.max_new_tokens,
+                extract=lambda text: text or None,
+                on_step=advance,
+            )
+            seconds = time.perf_counter() - began
+            table.add_row(label, *_figures(problems, results, seconds))
+    console.print(table)
+    console.print(
+        "vote: the most common answer is right. verifier: arithmetic finds a right answer among the "
+        "threads. KV: tokens stored for one problem's threads, and what a copy a thread would store."
+    )
+
+
+def _figures(problems: list[Problem], results: list[Result], seconds: float) -> list[str]:
+    pairs = list(zip(problems, results, strict=True))
+    vote = sum(countdown.verify(p, r.text) for p, r in pairs) / len(pairs)
+    found = sum(any(countdown.verify(p, t.text) for t in r.threads) for p, r in pairs) / len(pairs)
+    written = sum(len(t.tokens) for r in results for t in r.threads)
+    # A thread's last token is never run, so it is not stored.
+    own = sum(len(t.tokens) - 1 for r in results for t in r.threads) / len(pairs)
+    prompt = len(problems[0].prompt.split())
+    threads = len(results[0].threads)
+    return [
+        f"{vote:.1%}",
+        f"{found:.1%}",
+        f"{written / seconds:,.0f}",
+        f"{prompt + own:.0f}",
+        f"{threads * prompt + own:.0f}",
+        f"{seconds:.1f}",
+    ]
