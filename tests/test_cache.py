@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import apr
-from models import CLOSE, FAR, distance, stock, tokens
+from models import CLOSE, FAR, build, distance, stock, tokens
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
 SAMPLED = dict(max_new_tokens=10, do_sample=True, top_k=20, pad_token_id=0, eos_token_id=None)
@@ -123,4 +123,26 @@ def test_what_is_refused_says_so(llama):
     assert distance(logits, stock(llama, ids[0].tolist())) < CLOSE
     with pytest.raises(apr.InvalidInput, match="rows"):
         llama(torch.tensor([[1], [2]]), past_key_values=cache)
+    cache.close()
+
+
+def test_an_interrupted_generate_leaves_model_and_cache_usable(llama):
+    cache = apr.Cache(llama, max_tokens=512)
+    ids = torch.tensor([tokens(11)])
+    want = stock(llama, tokens(11))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = llama.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(ids, past_key_values=cache, **GREEDY)
+    hook.remove()
+    other = apr.Cache(other_model := build("qwen2"), max_tokens=256)
+    plain = stock(other_model, tokens(11))  # another attached model, before anything is cleaned up
+    other.close()
+    assert distance(plain, stock(other_model, tokens(11))) == 0.0
+    assert distance(stock(llama, tokens(11)), want) < CLOSE
+    got = llama.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(got, llama.generate(ids, **GREEDY))
     cache.close()

@@ -37,7 +37,7 @@ class Model:
         self.tail, self.tail_at = [], tail_at
         self.own = []
         self.parent = None
-        self.fork_length = 0
+        self.fork_token = None  # last inherited token
         self.fork_position = 0
         self.fork_shift = 0
         self.inherited = 0  # pieces that came with the fork
@@ -108,9 +108,9 @@ class Machine(RuleBasedStateMachine):
         if numbers:
             before = self.table.used_pages
             views = {n: self.table.view(n) for n in self.models}
+            chunks = data.draw(st.integers(0, 2))
             transaction = _core.Step(self.table, numbers, [False] * len(numbers), 7)
-            transaction.next()
-            if data.draw(st.booleans()):
+            for _ in range(chunks):
                 transaction.next()
             transaction.rollback()
             assert self.table.used_pages == before
@@ -130,7 +130,8 @@ class Machine(RuleBasedStateMachine):
                 pieces.append((list(parent.tail), parent.tail_at))
             model = Model(pieces, parent.position)
             model.parent, model.joinable = number, True
-            model.fork_length, model.fork_position = len(parent.tokens), parent.position
+            model.fork_position = parent.position
+            model.fork_token = parent.tokens[-1] if parent.tokens else None
             model.inherited = len(pieces)
             self.models[child] = model
         assert self.table.used_pages == used
@@ -149,11 +150,13 @@ class Machine(RuleBasedStateMachine):
         parent = self.models[parent_number]
         self.table.join(parent_number, children, positions, reencode)
         if reencode:
+            shifts, ends = [], []
             for child in children:
                 text = [t for piece, _ in self.models[child].own_part for t in piece]
+                shifts.append(parent.position - self.models[child].fork_position)
+                ends.append(text[-1] if text else None)
                 parent.tail += text
                 parent.own += text
-            shifts = None
         else:
             cursor, joined, shifts = parent.position, [], []
             for child in children:
@@ -173,39 +176,27 @@ class Machine(RuleBasedStateMachine):
             del self.models[child]
             for model in self.models.values():
                 if model.parent == child:
-                    if reencode:
-                        model.parent, model.joinable = None, False
-                    else:
-                        model.parent = parent_number
-                        model.fork_shift += shifts[i]
-                        model.fork_length = (
-                            0  # unknown to the lists: trims of the parent are left out
-                        )
-                        model.regrafted = True
+                    model.parent = parent_number
+                    model.fork_shift += shifts[i]
+                    if reencode and ends[i] is not None:
+                        model.fork_token = ends[i]
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())
     def trim(self, data):
         number = self.pick(data)
         model = self.models[number]
-        if any(m.parent == number and getattr(m, "regrafted", False) for m in self.models.values()):
-            return
         n = data.draw(st.integers(0, len(model.tokens)))
         total = len(model.tokens)
         self.table.trim(number, n)
         if n == total:
             return
-        for child in self.models.values():
-            if child.parent == number and child.fork_length > n:
-                child.joinable = False
         kept, left = [], n
         before = sum(len(p) for p, _ in model.pieces)
-        own = list(model.own)
+        inherited_tokens = sum(len(p) for p, _ in model.pieces[: model.inherited])
         if n >= before:
             del model.tail[n - before :]
-            cut_pieces = False
         else:
-            cut_pieces = True
             for piece, at in model.pieces:
                 if left > 0:
                     kept.append((piece[:left], at))
@@ -214,9 +205,13 @@ class Machine(RuleBasedStateMachine):
             model.pieces = kept
             model.tail = []
             model.tail_at = max((at + len(p) for p, at in kept), default=0)
-        gone = set(own) - set(model.tokens)
-        model.own = [t for t in own if t not in gone]
-        assert cut_pieces or n >= before
+        if n < inherited_tokens:
+            model.fork_position = min(model.fork_position, model.tail_at)
+            model.fork_token = model.tokens[-1] if model.tokens else None
+        for child in self.models.values():
+            if child.parent == number and child.fork_token not in (None, *model.tokens):
+                child.joinable = False
+        model.own = [t for t in model.own if t in set(model.tokens)]
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())
@@ -232,6 +227,7 @@ class Machine(RuleBasedStateMachine):
     def same_as_the_lists(self):
         for number, model in self.models.items():
             assert self.table.tokens(number) == model.tokens
+            assert self.table.own_tokens(number) == model.own
             assert self.table.length(number) == len(model.tokens)
             assert self.table.position(number) == model.position
         assert self.table.num_threads == len(self.models)
@@ -387,6 +383,156 @@ def test_trim_in_a_live_region_is_refused():
     with pytest.raises(InvalidInput, match="still writing"):
         table.trim(reader, 2)
     assert table.length(reader) == 3
+
+
+def test_a_dependency_freed_by_the_step_itself():
+    """A segment that only another one's context holds goes when that context has served."""
+    table = make()
+    first = table.create_segment([1, 2, 3], 0, [])
+    second = table.create_segment([4, 5], 3, [(first, None, None, 0, False)])
+    table.release_segment(first)
+    reader = table.create_with_view([(second, None, None, 0, False)], None, False)
+    table.extend(reader, [7])
+    assert step(table, [reader]) == 6
+    table.release(reader)
+    table.release_segment(second)
+    assert table.used_pages == 0
+    assert table.num_segments == 0
+
+
+def test_regions_that_saw_each_other_are_freed():
+    """Writers released with a token still queued leave contexts that hold one another."""
+    table = make()
+    one, two = table.create_region([], 0, 1), table.create_region([], 0, 1)
+    a = table.create_with_view([(two, None, None, 0, False)], one, False)
+    b = table.create_with_view([(one, None, None, 0, False)], two, False)
+    for _ in range(2):
+        table.extend(a, [1])
+        table.extend(b, [2])
+        if table.queued(a) == 1 and not table.segment_encoded(one):
+            step(table, [a, b])
+    for thread in (a, b):
+        table.release(thread)
+    for segment in (one, two):
+        table.release_segment(segment)
+    assert table.used_pages == 0
+    assert table.num_segments == 0
+
+
+def test_a_trim_of_a_regrafted_part_is_noticed():
+    table = make()
+    parent = table.create(list(range(10)))
+    one, two = table.fork(parent, 2)
+    table.extend(one, [11] * 5)
+    table.extend(two, [12] * 5)
+    grandchild = table.fork(two, 1)[0]
+    table.join(parent, [one, two], "max", False)
+    table.trim(parent, 16)
+    with pytest.raises(ForeignThread, match="trimmed"):
+        table.join(parent, [grandchild], "max", False)
+
+
+def test_queued_tokens_of_a_region_left_behind_still_count():
+    table = make()
+    first, second = table.create_region([], 0, 1), table.create_region([], 3, 1)
+    writer = table.create_with_view([], first, False)
+    table.extend(writer, [1, 2, 3])
+    table.set_writes(writer, second)
+    assert table.tokens(writer) == [1, 2, 3]
+    with pytest.raises(InvalidInput, match="still has 3 queued"):
+        table.create_with_view([], first, False)
+    table.extend(writer, [4])
+    assert step(table, [writer]) == 4
+    other = table.create_with_view([], first, False)
+    assert table.tokens(other) == [1, 2, 3]
+
+
+def test_trim_of_a_view_whose_tail_is_not_last():
+    table = make()
+    before, after = (table.create_segment(list(range(5)), b, []) for b in (0, 8))
+    region = table.create_region([], 5, 1)
+    view = [(before, 0, None, 0, False), (region, 5, None, 0, False), (after, 8, None, 0, False)]
+    thread = table.create_with_view(view, region, False)
+    table.extend(thread, [7, 8, 9])
+    table.trim(thread, 11)
+    assert table.tokens(thread) == [0, 1, 2, 3, 4, 7, 8, 9, 0, 1, 2]
+    transaction = _core.Step(table, [thread], [False], 100)
+    assert transaction.next()
+    # The queued tokens run, and the last of them gives the logits.
+    last = [row for number, row in transaction.logits_rows if number == thread]
+    assert [int(transaction.plan.ids[row]) for row in last] == [9]
+    transaction.commit()
+
+
+def test_an_empty_live_region_survives_a_trim():
+    table = make()
+    prompt, bob = table.create_segment([1, 2, 3], 0, []), table.create_region([], 3, 1)
+    own = table.create_region([], 3, 1)
+    view = [(prompt, 0, None, 0, False), (bob, None, None, 0, False), (own, None, None, 0, False)]
+    thread = table.create_with_view(view, own, False)
+    table.extend(thread, [8, 9])
+    table.trim(thread, 3)
+    assert [entry[0] for entry in table.view(thread)] == [prompt, bob, own]
+
+
+def test_joins_over_a_growing_prefix_are_refused():
+    table = make()
+    region = table.create_region([], 0, 1)
+    writer = table.create_with_view([], region, False)
+    table.extend(writer, [1, 2, 3])
+    step(table, [writer])
+    parent = table.create_with_view([(region, None, None, 0, False)], None, False)
+    child = table.fork(parent, 1)[0]
+    table.extend(child, [5, 6])
+    table.extend(writer, [4])
+    step(table, [writer])
+    with pytest.raises(InvalidInput, match="live"):
+        table.join(parent, [child], "sum", False)
+    table.release(writer)
+    table.join(parent, [child], "sum", False)
+    assert table.tokens(parent) == [1, 2, 3, 4, 5, 6]
+    assert table.position(parent) == 6
+
+
+def test_a_view_with_a_copied_head_can_be_set_to_itself():
+    table = make()
+    root = table.create(list(range(40)))
+    child = table.fork(root, 1)[0]
+    table.extend(child, [50, 51, 52])
+    step(table, [child])
+    grandchild = table.fork(child, 1)[0]
+    table.extend(grandchild, [60])
+    step(table, [grandchild])
+    assert table.view(grandchild)[-1][3] == -3  # a copied head of three tokens
+    table.trim(grandchild, 41)
+    table.set_view(grandchild, table.view(grandchild))
+    assert table.tokens(grandchild) == [*range(40), 50]
+
+
+def test_threads_that_see_each_other_are_not_split():
+    table = make()
+    one, two = table.create_region([], 0, 1), table.create_region([], 0, 1)
+    a = table.create_with_view([(two, None, None, 0, False)], one, True)
+    b = table.create_with_view([(one, None, None, 0, False)], two, True)
+    table.extend(a, [1] * 5)
+    table.extend(b, [2] * 5)
+    with pytest.raises(InvalidInput, match="step_tokens"):
+        _core.Step(table, [a, b], [False, False], 7)
+    assert step(table, [a, b]) == 10
+
+
+def test_a_copy_never_costs_the_last_page():
+    table = make(pages=5)
+    root = table.create([0] * 16)
+    child = table.fork(root, 1)[0]
+    table.extend(child, [1] * 15)
+    step(table, [child])
+    grandchild = table.fork(child, 1)[0]
+    blocker = table.create([3] * 32)
+    step(table, [blocker])
+    table.extend(grandchild, [2, 2])
+    step(table, [grandchild])
+    assert table.used_pages == 5
 
 
 def test_one_writer_a_region():

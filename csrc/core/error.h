@@ -23,4 +23,8 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
+[[noreturn]] inline void invalid(const std::string& message) {
+  throw Error(ErrorKind::kInvalidInput, message);
+}
+
 }  // namespace apr

@@ -1,6 +1,9 @@
 // Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
 #include "core/segment_store.h"
 
+#include <unordered_set>
+#include <utility>
+
 #include "core/error.h"
 
 namespace apr {
@@ -33,18 +36,52 @@ const Segment& SegmentStore::at(SegmentId id) const {
 }
 
 void SegmentStore::release(SegmentId id) {
-  // A context may hold further segments that hold contexts: a worklist keeps the stack flat.
+  Segment& segment = at(id);
+  if (--segment.references > 0) return;
+  if (segment.context_references == 0) {
+    destroy(id);
+  } else {
+    sweep();
+  }
+}
+
+void SegmentStore::destroy(SegmentId id) {
+  // What it held may go with it, and so on: a worklist keeps the stack flat.
   std::vector<SegmentId> work{id};
   while (!work.empty()) {
     const SegmentId current = work.back();
     work.pop_back();
-    Segment& segment = at(current);
-    if (--segment.references > 0) continue;
-    for (const Entry& entry : segment.context) {
-      if (entry.segment != current) work.push_back(entry.segment);
-    }
-    for (const PageId page : segment.pages) pool_.release(page);
+    const Segment segment = std::move(at(current));
     segments_.erase(current);
+    for (const PageId page : segment.pages) pool_.release(page);
+    for (const Entry& entry : segment.context) {
+      if (entry.segment == current || !contains(entry.segment)) continue;
+      Segment& held = at(entry.segment);
+      if (--held.context_references == 0 && held.references == 0) work.push_back(entry.segment);
+    }
+  }
+}
+
+// Contexts of live regions may hold one another in a ring, which counting alone never frees: what
+// no view and no handle leads to is found by marking.
+void SegmentStore::sweep() {
+  std::unordered_set<SegmentId> marked;
+  std::vector<SegmentId> work;
+  for (const auto& [id, segment] : segments_) {
+    if (segment.references > 0) work.push_back(id);
+  }
+  while (!work.empty()) {
+    const SegmentId current = work.back();
+    work.pop_back();
+    if (!marked.insert(current).second) continue;
+    for (const Entry& entry : at(current).context) work.push_back(entry.segment);
+  }
+  std::vector<SegmentId> lost;
+  for (const auto& [id, segment] : segments_) {
+    if (marked.count(id) == 0) lost.push_back(id);
+  }
+  for (const SegmentId id : lost) {
+    if (contains(id)) destroy(id);
   }
 }
 
@@ -64,12 +101,31 @@ void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   }
 }
 
-void SegmentStore::clear_context(Segment& segment) {
-  std::vector<Entry> context;
-  context.swap(segment.context);
+void SegmentStore::set_context(SegmentId id, std::vector<Entry> context, Visibility visibility) {
+  Segment& segment = at(id);
   for (const Entry& entry : context) {
-    if (contains(entry.segment) && &at(entry.segment) != &segment) release(entry.segment);
+    if (entry.segment != id) ++at(entry.segment).context_references;
   }
+  segment.context = std::move(context);
+  segment.context_visibility = visibility;
+}
+
+void SegmentStore::clear_context(SegmentId id) {
+  std::vector<Entry> context;
+  context.swap(at(id).context);
+  bool lost_a_holder = false;
+  for (const Entry& entry : context) {
+    if (entry.segment == id) continue;
+    Segment& held = at(entry.segment);
+    --held.context_references;
+    if (held.references > 0) continue;
+    if (held.context_references == 0) {
+      destroy(entry.segment);
+    } else {
+      lost_a_holder = true;
+    }
+  }
+  if (lost_a_holder) sweep();
 }
 
 }  // namespace apr

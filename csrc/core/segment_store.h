@@ -21,7 +21,8 @@ struct Segment {
   ThreadId origin = kNone;  // the last thread that wrote it
   bool sealed = false;
   bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
-  int64_t references = 0;    // views, contexts and Python handles that hold it
+  int64_t references = 0;    // views and Python handles that hold it
+  int64_t context_references = 0;  // other segments' contexts that hold it
 
   // The view that encodes queued tokens once their writer is gone; it lists this segment too.
   std::vector<Entry> context;
@@ -38,6 +39,8 @@ struct Segment {
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()) - head; }
   int64_t queued() const { return length() - encoded; }
+  // No thread will add to it: sealed, or left by its writer with tokens still queued.
+  bool settled() const { return sealed || (writer == kNone && !context.empty()); }
   int64_t written_position(int64_t index) const { return base + stride * index; }
 };
 
@@ -52,18 +55,22 @@ class SegmentStore {
   int64_t size() const { return static_cast<int64_t>(segments_.size()); }
 
   void retain(SegmentId id) { ++at(id).references; }
-  void release(SegmentId id);  // frees pages and context with the last reference
+  void release(SegmentId id);  // frees the segment when nothing that a user holds leads to it
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
-  void clear_context(Segment& segment);
+  void set_context(SegmentId id, std::vector<Entry> context, Visibility visibility);
+  void clear_context(SegmentId id);
 
   template <typename Function>
-  void for_each(Function&& function) {
-    for (auto& [id, segment] : segments_) function(id, segment);
+  void for_each(Function&& function) const {
+    for (const auto& [id, segment] : segments_) function(id, segment);
   }
 
  private:
+  void destroy(SegmentId id);
+  void sweep();
+
   PagePool& pool_;
   SegmentId next_ = 0;
   std::unordered_map<SegmentId, Segment> segments_;

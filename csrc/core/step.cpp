@@ -27,8 +27,11 @@ Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t s
   for (const StepThread& request : threads) table_.at(request.thread);
   replay_views_.reserve(threads.size());
   try {
-    for (const StepThread& request : threads) copy_short_inheritance(request.thread);
+    if (room_to_copy(threads)) {
+      for (const StepThread& request : threads) copy_short_inheritance(request.thread);
+    }
     for (const StepThread& request : threads) collect(request);
+    check_split();
   } catch (...) {
     rollback();
     throw;
@@ -73,7 +76,7 @@ void Step::require(const Entry& entry) {
   int64_t upto;
   if (entry.hi != kLive) {
     upto = std::min(entry.hi, segment.length());
-  } else if (segment.sealed) {
+  } else if (segment.settled()) {
     upto = segment.length();
   } else {
     return;  // live: its writer decides when it runs
@@ -105,6 +108,37 @@ void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
   runs_.push_back({id, segment.encoded, 0, &view, visibility});  // `to` is `required`, known later
 }
 
+// Copies are a convenience: near the end of the pool they must not make a step fail that would fit.
+bool Step::room_to_copy(const std::vector<StepThread>& threads) const {
+  int64_t pages = 0;
+  for (const StepThread& request : threads) {
+    const Segment& tail = table_.segments().at(table_.at(request.thread).tail);
+    pages += tail.queued() / table_.pool().page_size() + 2;
+  }
+  return table_.pool().num_free() >= pages;
+}
+
+// Threads that see each other's current tokens must run in one forward.
+void Step::check_split() const {
+  int64_t rows = 0;
+  bool mutual = false;
+  for (const Run& run : runs_) {
+    const Segment& segment = table_.segments().at(run.segment);
+    rows += run.replay == kNone ? segment.required - run.from : 1;
+    if (run.visibility != Visibility::kCurrent) continue;
+    for (const Entry& entry : *run.view) {
+      const Segment& seen = table_.segments().at(entry.segment);
+      mutual |= entry.segment != run.segment && entry.hi == kLive && !seen.settled() &&
+                seen.stamp == stamp_;
+    }
+  }
+  if (mutual && rows > step_tokens_) {
+    invalid("step: threads with visibility=\"current\" queue " + std::to_string(rows) +
+            " tokens, but must run in one forward of at most step_tokens=" +
+            std::to_string(step_tokens_) + "; open the Session with a larger step_tokens");
+  }
+}
+
 // A child whose last inherited entry is short takes a copy of it into its own pages, so that
 // repeated forks do not pile up short segments.
 void Step::copy_short_inheritance(ThreadId id) {
@@ -112,6 +146,8 @@ void Step::copy_short_inheritance(ThreadId id) {
   SegmentStore& segments = table_.segments();
   Segment& tail = segments.at(thread.tail);
   const size_t own = thread.tail_entry();
+  // Its children remember where they were forked by segment and token.
+  if (!thread.children.empty()) return;
   if (own == 0 || tail.encoded != 0 || tail.head != 0 || tail.queued() == 0) return;
   const Entry before = thread.view[own - 1];
   const Entry mine = thread.view[own];
@@ -205,7 +241,7 @@ void Step::add_rows(const Run& run) {
 int64_t Step::visible_end(const Entry& entry, const Segment& segment, const Run& run) const {
   if (entry.segment == run.segment) return run.to;
   if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
-  if (segment.sealed || run.visibility == Visibility::kCurrent) return segment.encoded;
+  if (segment.settled() || run.visibility == Visibility::kCurrent) return segment.encoded;
   return segment.stamp == stamp_ ? segment.encoded_before : segment.encoded;
 }
 
@@ -286,8 +322,8 @@ void Step::commit() {
   open_ = false;
   SegmentStore& segments = table_.segments();
   for (const SegmentId id : touched_) {
-    Segment& segment = segments.at(id);
-    if (segment.queued() == 0) segments.clear_context(segment);
+    // Clearing one context may free a segment that nothing else held.
+    if (segments.contains(id) && segments.at(id).queued() == 0) segments.clear_context(id);
   }
   for (const HeadCopy& copy : head_copies_) segments.release(copy.dropped);
 }
@@ -296,12 +332,15 @@ void Step::rollback() {
   if (!open_) return;
   open_ = false;
   SegmentStore& segments = table_.segments();
+  // A step that was let go late, by a destructor, may find less than it left: it must not throw.
   for (const SegmentId id : touched_) {
+    if (!segments.contains(id)) continue;
     Segment& segment = segments.at(id);
     segment.encoded = segment.encoded_before;
     segments.shrink_pages(segment, segment.head + segment.encoded);
   }
   for (auto copy = head_copies_.rbegin(); copy != head_copies_.rend(); ++copy) {
+    if (!table_.alive(copy->thread)) continue;
     Thread& thread = table_.at(copy->thread);
     Segment& tail = segments.at(thread.tail);
     tail.tokens.erase(tail.tokens.begin(), tail.tokens.begin() + tail.head);

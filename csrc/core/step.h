@@ -49,6 +49,8 @@ class Step {
   void collect(const StepThread& request);
   void require(const Entry& entry);
   void visit(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility);
+  bool room_to_copy(const std::vector<StepThread>& threads) const;
+  void check_split() const;
   void copy_short_inheritance(ThreadId id);
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);

@@ -24,9 +24,10 @@ struct Thread {
 
   ThreadId parent = kNone;
   bool joinable = false;  // false once the parent was released, trimmed below the fork or re-viewed
-  int64_t fork_position = 0;  // in this thread's own coordinates
-  int64_t fork_shift = 0;     // what an ancestor's join added to the parent's coordinates
-  int64_t fork_length = 0;
+  int64_t fork_position = 0;       // in this thread's own coordinates
+  int64_t fork_shift = 0;          // what an ancestor's join added to the parent's coordinates
+  SegmentId fork_segment = kNone;  // last inherited token, kNone where nothing was inherited
+  int64_t fork_index = 0;
   std::vector<ThreadId> children;
 
   size_t tail_entry() const;  // index of the own tail in `view`
@@ -39,6 +40,8 @@ struct Sharing {
   int64_t shared_pages = 0;      // pages that more than one thread reads
   int64_t replicated_pages = 0;  // pages that one copy of the cache per thread would take
 };
+
+inline std::string thread_name(ThreadId id) { return "thread " + std::to_string(id); }
 
 class ThreadTable {
  public:
@@ -94,10 +97,16 @@ class ThreadTable {
   void detach_writer(ThreadId id);
   void open_tail(Thread& thread, ThreadId id, int64_t offset, int64_t base, bool forked);
   void seal_tail_for_join(ThreadId id);
+  void join_text(ThreadId parent_id, const std::vector<ThreadId>& children);
+  void regraft(ThreadId child, ThreadId parent, int64_t shift);
+  int64_t fork_position(const Thread& child) const;
+  bool sees(const Thread& thread, SegmentId segment, int64_t index) const;
   int64_t pinned_length(SegmentId id, ThreadId except) const;
   void orphan_children(ThreadId id);
   void check_joinable(ThreadId parent, const std::vector<ThreadId>& children) const;
   std::vector<Entry> own_part(const Thread& child) const;
+  struct Cut;
+  Cut plan_cut(const Thread& thread, ThreadId id, int64_t length_kept) const;
 
   PagePool pool_;
   SegmentStore segments_;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextvars import Token
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
-from apr.hf import Forward, PackedForward, start_running, stop_running
+from apr.hf import PackedForward, start_running
 from apr.session import Session
 from apr.thread import Thread
 
@@ -28,7 +27,7 @@ class _BatchForward(PackedForward):
     def __init__(
         self, session: Session, plan: ops.Plan, rows: Tensor, copies: list[tuple[int, int]]
     ) -> None:
-        super().__init__(session.spec, session.pools, plan)
+        super().__init__(session.spec, session.pools, plan, session.attachment.owner)
         self._rows, self._copies = rows, copies
 
     def attend(
@@ -36,7 +35,7 @@ class _BatchForward(PackedForward):
     ) -> Tensor:
         batch, heads, tokens, _ = q.shape
         packed = [x.transpose(1, 2).flatten(0, 1)[self._rows] for x in (q, k, v)]
-        out = self.attend_rows(module, *packed, scale, options)
+        out = self.attend_rows(module, packed[0], packed[1], packed[2], scale, options)
         full = out.new_zeros(batch * tokens, heads, out.shape[2])
         full[self._rows] = out
         full = full.view(batch, tokens, heads, -1)
@@ -51,7 +50,6 @@ class _Step:
     def __init__(self, core: Any, threads: list[Thread], queued: dict[Thread, int], width: int):
         self.core, self.threads, self.queued, self.width = core, threads, queued, width
         self.owners: list[int] = []  # batch row -> index in threads
-        self.token: Token[Forward | None] | None = None
 
 
 class Cache(transformers.Cache):  # type: ignore[misc]
@@ -74,8 +72,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
         def before(module: Any, args: Any, kwargs: Any) -> Any:
             cache = me()
-            mine = cache is not None and kwargs.get("past_key_values") is cache
-            return cache._before(args, kwargs) if cache is not None and mine else None
+            if cache is None:
+                return None
+            cache._abandon()
+            mine = kwargs.get("past_key_values") is cache
+            return cache._before(args, kwargs) if mine else None
 
         def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             cache = me()
@@ -87,8 +88,14 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
 
+    def _abandon(self) -> None:
+        """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
+        if self._step is not None:
+            self._after(False)
+
     def close(self) -> None:
         """Free the pages and give the model back; safe to call twice."""
+        self._abandon()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -124,7 +131,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             for pool in self.session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
             kwargs["use_cache"] = True
-            step.token = start_running(_BatchForward(self.session, plan, rows, copies))
+            start_running(_BatchForward(self.session, plan, rows, copies))
         except BaseException:
             self._undo(step)
             raise
@@ -213,13 +220,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
         assert step is not None
-        if step.token is not None:
-            stop_running(step.token)
+        start_running(None)
         if not finished:
             self._undo(step)
             return
-        step.core.commit()
-        self.session._stepping = False
+        self.session._end(step.core, commit=True)
         self._length += step.width
         if not self.threads:
             kids: list[list[Thread]] = []
@@ -229,8 +234,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             self.threads = [kids[owner].pop(0) for owner in step.owners]
 
     def _undo(self, step: _Step) -> None:
-        step.core.rollback()
-        self.session._stepping = False
+        self.session._end(step.core, commit=False)
         for thread, queued in step.queued.items():
             if thread in self.threads:
                 thread.trim(len(thread) - queued)
@@ -265,6 +269,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything; the next call starts anew."""
+        self._abandon()
         for thread in self.threads:
             thread.release()
         self.threads, self._length = [], 0

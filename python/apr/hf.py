@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,7 +33,12 @@ _SINKS = ("s_aux", "sinks")
 
 
 class Forward(Protocol):
-    """What handles the attention and mask calls of a running forward."""
+    """What handles the attention and mask calls of a running forward.
+
+    owner: ids of the modules and configurations whose calls these are; all others go to stock SDPA.
+    """
+
+    owner: frozenset[int]
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
@@ -57,7 +62,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     running = _RUNNING.get()
-    if running is None:
+    if running is None or id(module) not in running.owner:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -67,31 +72,36 @@ def _attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    running = _RUNNING.get()
-    return sdpa_mask(*args, **kwargs) if running is None else running.mask(*args, **kwargs)
+    running, config = _RUNNING.get(), kwargs.get("config")
+    if running is None or (config is not None and id(config) not in running.owner):
+        return sdpa_mask(*args, **kwargs)
+    return running.mask(*args, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def start_running(forward: Forward) -> Token[Forward | None]:
-    """Route the attention calls of this context to `forward`, until `stop_running`."""
-    return _RUNNING.set(forward)
-
-
-def stop_running(token: Token[Forward | None]) -> None:
-    _RUNNING.reset(token)
+def start_running(forward: Forward | None) -> None:
+    """Route the attention calls of this context to `forward`; None ends it."""
+    _RUNNING.set(forward)
 
 
 @contextlib.contextmanager
 def running(forward: Forward) -> Iterator[None]:
     """`start_running` for the length of a block."""
-    token = start_running(forward)
+    start_running(forward)
     try:
         yield
     finally:
-        stop_running(token)
+        start_running(None)
+
+
+def members(model: Any) -> frozenset[int]:
+    """Ids of a model's modules and of their configurations."""
+    found = {id(module) for module in model.modules()}
+    found |= {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    return frozenset(found)
 
 
 def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -151,6 +161,7 @@ class _Call:
 class _Probe:
     """Records attention and mask calls while stock attention computes."""
 
+    owner: frozenset[int]
     calls: list[_Call] = field(default_factory=list)
     mask_functions: dict[int, Callable[..., Tensor]] = field(default_factory=dict)
     alive: list[Tensor] = field(default_factory=list)  # so that no two masks share an address
@@ -214,7 +225,7 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
 
 
 def _probe_forward(model: Any, ids: Tensor, positions: Tensor) -> _Probe:
-    probe = _Probe()
+    probe = _Probe(members(model))
     with running(probe), torch.no_grad():
         model(input_ids=ids, position_ids=positions, use_cache=False)
     if not probe.calls:
@@ -282,8 +293,9 @@ class PackedForward:
         spec: ModelSpec,
         pools: Sequence[ops.Pool],
         plan: ops.Plan,
+        owner: frozenset[int],
     ) -> None:
-        self._spec, self._pools, self._plan = spec, pools, plan
+        self._spec, self._pools, self._plan, self.owner = spec, pools, plan, owner
         self._next_layer = 0
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,6 +354,7 @@ class Attachment:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
         ops.check_device("model", model.get_input_embeddings().weight.device)
         self.model = model
+        self.owner = members(model)
         self._open = True
         held = getattr(model, "_apr_attachment", None)
         if held is not None:
@@ -388,7 +401,7 @@ class Attachment:
     ) -> Tensor:
         """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
         device = self.spec.device
-        packed = PackedForward(self.spec, pools, plan)
+        packed = PackedForward(self.spec, pools, plan, self.owner)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)

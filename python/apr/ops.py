@@ -140,7 +140,9 @@ class Plan:
             return None
         if rotation not in self._tables:
             # Angles in float64: the difference is an exact integer, and so stays the only rounding.
-            angle = np.outer(self._rotations.astype(np.float64), np.float64(rotation.inv_freq))
+            angle = np.outer(
+                self._rotations.astype(np.float64), np.asarray(rotation.inv_freq, dtype=np.float64)
+            )
             table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
             self._tables[rotation] = torch.from_numpy(np.ascontiguousarray(table))
         return self._tables[rotation]
@@ -306,7 +308,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         [x.data_ptr() for x in lses],
         (out.data_ptr(), out.stride(0), out.stride(1)),
         lse.data_ptr(),
-        *out.shape,
+        out.shape[0],
+        out.shape[1],
+        out.shape[2],
         _DTYPE_CODES[out.dtype],
     )
     return out, lse

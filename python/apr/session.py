@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import weakref
@@ -16,13 +17,14 @@ from torch import Tensor
 from apr import _core, ops
 from apr._self_test import self_test as run_self_test
 from apr.errors import (
+    Error,
     ForeignThread,
     InvalidInput,
     NonFiniteLogits,
     UnsupportedRope,
 )
 from apr.hf import Attachment, ModelSpec
-from apr.thread import Segment, Thread, TokenIds, ViewLike
+from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike
 from apr.trace import Stats, Trace
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
@@ -172,13 +174,14 @@ class Session:
                     "integers (one thread takes one sequence)"
                 )
             tokens = ids.tolist()
-        elif isinstance(ids, str):
-            raise InvalidInput("ids: got a string; expected token ids: tokenizer(text).input_ids")
         else:
             try:
-                tokens = [int(i) for i in ids]
-            except (TypeError, ValueError) as error:
-                raise InvalidInput(f"ids: got {ids!r:.80}; expected a list of integers") from error
+                tokens = [operator.index(i) for i in ids]
+            except TypeError as error:
+                raise InvalidInput(
+                    f"ids: got {ids!r:.80}; expected token ids: integers, as in "
+                    "tokenizer(text).input_ids"
+                ) from error
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
             bad = next(i for i in tokens if not 0 <= i < self.spec.vocab_size)
             raise InvalidInput(
@@ -212,7 +215,7 @@ class Session:
                     f"view: got {item!r}; expected a segment, (segment, offset) or "
                     "(segment, offset, hi)"
                 )
-            segment, offset, hi, lo = (*parts, *(None, None, 0)[len(parts) - 1 :])
+            segment, offset, hi, lo = ViewEntry(*parts)
             entries.append((self._own_segment(segment), offset, hi, lo, False))
         return entries
 
@@ -295,14 +298,19 @@ class Session:
             fresh, counts = self._run_step(table, numbers, held)
         finally:
             self._stepping = False
+        stepped = set(numbers)
         for number, row in fresh.items():
             thread = self._threads.get(number)
             if thread is not None:
-                thread._logits = row
+                # A thread that waits keeps a row of its own, not the whole step's tensor.
+                waits = number not in stepped and len(fresh) > 1
+                thread._logits = row.clone() if waits else row
         self._stats.steps += 1
         self.trace.step(numbers, counts[0], began)
-        rows = [t._logits for t in threads]
-        return torch.stack([r for r in rows if r is not None])
+        rows = [t._logits for t in threads if t._logits is not None]
+        if len(rows) != len(threads):
+            raise Error("step: a thread came out without logits; please report this")
+        return torch.stack(rows)
 
     def _begin(self, threads: Sequence[Thread], step_tokens: int) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`); it must commit or roll back."""
@@ -310,6 +318,14 @@ class Session:
         step = _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
         self._stepping = True
         return step
+
+    def _end(self, step: _core.Step, commit: bool) -> None:
+        """Close a step of `_begin`."""
+        self._stepping = False
+        if commit:
+            step.commit()
+        else:
+            step.rollback()
 
     def _run_step(
         self, table: _core.ThreadTable, numbers: list[int], held: list[bool]

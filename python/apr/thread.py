@@ -71,7 +71,7 @@ class Segment:
 
     def seal(self) -> None:
         """End writing for good; raises InvalidInput while a thread still writes it."""
-        self.session._open_table().seal(self._id)
+        self.session._edit().seal(self._id)
 
 
 class Thread:

@@ -74,8 +74,7 @@ def _fill(session: apr.Session, threads: list[apr.Thread]) -> None:
     step = session._begin(threads, step_tokens=1 << 40)
     while step.next():
         pass
-    step.commit()
-    session._stepping = False
+    session._end(step, commit=True)
 
 
 def _row(name: str, figures: tuple[float, float, float], note: str) -> dict[str, Any]:
@@ -94,7 +93,11 @@ def bench_fork(options: argparse.Namespace) -> list[dict[str, Any]]:
         before = session.stats.used_pages
         kept: list[apr.Thread] = []
         for n in (1, 16):
-            figures = _time(lambda n=n: kept.extend(root.fork(n)), options.rounds)
+
+            def fork(n: int = n) -> None:
+                kept.extend(root.fork(n))
+
+            figures = _time(fork, options.rounds)
             moved = (session.stats.used_pages - before) * session.page_size
             moved *= session.spec.bytes_per_token
             rows.append(_row(f"fork({n}), {options.tokens} tokens", figures, f"{moved} KV bytes"))
@@ -139,19 +142,16 @@ def bench_plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     for shape in ("fork", "deep", "hogwild"):
         with apr.Session(_model(), max_tokens=1 << 19, self_test=False) as session:
             threads = _shape(session, shape, options.threads)
-            table = session._edit()
-            numbers = [t._id for t in threads]
-            held = [False] * len(threads)
             figures = []
             for _ in range(options.rounds):
-                for number in numbers:
-                    table.extend(number, [1])
+                for thread in threads:
+                    thread.extend([1])
                 began = time.perf_counter()
-                step = apr.session._core.Step(table, numbers, held, 8192)
+                step = session._begin(threads, session.step_tokens)
                 step.next()
                 figures.append((time.perf_counter() - began) * 1e6)
                 pairs = step.plan.num_pairs
-                step.commit()
+                session._end(step, commit=True)
             median, low, high = (float(x) for x in np.percentile(figures, [50, 10, 90]))
             name = f"plan, {len(threads)} threads, {shape}"
             rows.append(_row(name, (median, low, high), f"{pairs} (thread, segment) pairs"))

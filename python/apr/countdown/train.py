@@ -168,7 +168,7 @@ def train(
             logits.flatten(0, 1).float(), batch[:, prompt:].flatten()
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += loss.item()
