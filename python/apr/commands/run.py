@@ -31,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's chat message"
     )
-    parser.add_argument("--method", choices=METHODS, default="majority_vote")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="majority_vote for --model, best_of_n for Countdown",
+    )
     parser.add_argument("--n", type=int, default=16, help="threads")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, help="1 for --model, 2 for Countdown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=200, help="Countdown problems of the table")
     parser.add_argument("--checkpoint", type=Path, default=countdown.CHECKPOINT)
@@ -63,8 +67,11 @@ class LiveThreads:
 
 
 def main(options: argparse.Namespace) -> None:
-    if options.n < 1:
-        raise InvalidInput(f"--n: got {options.n}; expected at least 1")
+    for name in ("n", "problems"):
+        if getattr(options, name) < 1:
+            raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected at least 1")
+    if options.temperature is not None and options.temperature <= 0:
+        raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
     console = Console()
     if options.model:
         _run_prompt(options, console)
@@ -109,6 +116,8 @@ def _report(console: Console, result: Result, seconds: float, options: argparse.
 def _run_prompt(options: argparse.Namespace, console: Console) -> None:
     if not options.prompt:
         raise InvalidInput("--prompt: missing; expected a text for --model")
+    options.method = options.method or "majority_vote"
+    options.temperature = options.temperature or 1.0
     model, tokenizer = hf.load(options.model)
     with apr.Session(model, seed=options.seed) as session:
         show = LiveThreads(tokenizer, console)
@@ -138,11 +147,13 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
         )
     model, tokenizer = hf.load(str(options.checkpoint), dtype=torch.float32)
     options.max_new_tokens = 16
+    options.method = options.method or "best_of_n"
+    # Hot enough that a single sample is weak, which is when threads and a verifier matter.
+    options.temperature = options.temperature or 2.0
     if options.prompt:
         problem = _parse(options.prompt)
     else:
-        _table(options, console, model, tokenizer)
-        problem = countdown.sample_problems(1, seed=options.seed + 1)[0]
+        problem = _table(options, console, model, tokenizer)
     options.prompt = problem.prompt
     console.print(
         f"\nOne problem, {options.n} threads: make {problem.target} from "
@@ -169,16 +180,19 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
         )
 
 
-def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer: Any) -> None:
+def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer: Any) -> Problem:
+    """Print the table; return the hardest problem that a quarter of the widest run's threads solved."""
     count = 12 if options.smoke else options.problems
     widths = (1, 4) if options.smoke else (1, 4, 16)
     problems = countdown.sample_problems(count, seed=options.seed)
     prompts = [p.prompt for p in problems]
     table = Table(
-        title=f"Countdown: {len(problems)} held-out problems, three numbers to 16, targets to 100"
+        title=f"Countdown: {len(problems)} held-out problems, three numbers to 16, targets to 100; "
+        f"sampled at temperature {options.temperature:g}"
     )
     for name in ("threads", "vote", "verifier", "tokens/s", "KV stored", "KV copied", "seconds"):
         table.add_column(name, justify="right")
+    sampled = {"do_sample": True, "temperature": options.temperature}
     with apr.Session(model, seed=options.seed) as session, Progress(console=console) as progress:
         for label, n in [("1, greedy", 1), *((str(w), w) for w in widths)]:
             bar = progress.add_task(f"{label} a problem", total=n * len(problems))
@@ -193,8 +207,7 @@ def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer:
                 prompts,
                 n=n,
                 seed=options.seed,
-                do_sample=label != "1, greedy",
-                temperature=options.temperature,
+                **({"do_sample": False} if label == "1, greedy" else sampled),
                 max_new_tokens=options.max_new_tokens,
                 extract=lambda text: text or None,
                 on_step=advance,
@@ -206,6 +219,13 @@ def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer:
         "vote: the most common answer is right. verifier: arithmetic finds a right answer among the "
         "threads. KV: tokens stored for one problem's threads, and what a copy a thread would store."
     )
+
+    def right(pair: tuple[Problem, Result]) -> int:
+        return sum(countdown.verify(pair[0], t.text) for t in pair[1].threads)
+
+    pairs = zip(problems, results, strict=True)
+    solved = [pair for pair in pairs if right(pair) * 4 >= widths[-1]]
+    return min(solved, key=right)[0] if solved else problems[0]
 
 
 def _figures(problems: list[Problem], results: list[Result], seconds: float) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 
+from apr.countdown.curve import plot_curve
 from apr.countdown.train import SMOKE, Recipe, train
 
 
@@ -26,4 +28,6 @@ def main(options: argparse.Namespace) -> None:
     every = max(1, recipe.steps // 40)
     for record in train(recipe, options.out, options.device, report_every=every):
         print("  ".join(f"{k} {v:g}" for k, v in record.items()), flush=True)
+    with contextlib.suppress(ImportError):
+        plot_curve(options.out / "training.json", options.out / "curve.png")
     print(f"saved to {options.out}; try: python -m apr run --checkpoint {options.out}")

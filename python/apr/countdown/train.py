@@ -22,8 +22,8 @@ from apr.countdown.tokenizer import WORDS, build_tokenizer
 class Recipe:
     """Everything that decides the checkpoint; written beside it as `training.json`."""
 
-    steps: int = 8000
-    rows: int = 512
+    steps: int = 10000
+    rows: int = 256
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 100

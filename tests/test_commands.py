@@ -1,0 +1,137 @@
+"""The command line as a user types it, and the Countdown task behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import apr
+from apr import countdown, hf
+from apr.__main__ import main
+from apr.countdown.problems import Problem, Range, apply, chains, format_chain, solved, verify
+from apr.countdown.tokenizer import WORDS, build_tokenizer
+from apr.countdown.train import SMOKE, train
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "CPU kernels" in out
+    assert "portable" in out
+
+
+def test_run_smoke(capsys, tmp_path):
+    assert main(["run", "--smoke", "--n", "4", "--trace", str(tmp_path / "t.json")]) == 0
+    out = capsys.readouterr().out
+    assert "held-out problems" in out
+    assert "replayed by arithmetic" in out
+    assert "forked at 7" in out
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {"fork", "step", "thread_name"} <= {e["name"] for e in events}
+
+
+@pytest.mark.parametrize("method", ["sequential", "majority_vote", "best_of_n"])
+def test_run_any_model(method, capsys):
+    arguments = ["run", "--model", str(countdown.CHECKPOINT), "--prompt", "<bos> 24 : 8 6 4 <try>"]
+    assert main([*arguments, "--method", method, "--n", "3", "--max-new-tokens", "9"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["run", "--n", "0"], "--n"),
+        (["run", "--problems", "0"], "--problems"),
+        (["run", "--temperature", "0"], "--temperature"),
+        (["run", "--prompt", "24 = 8"], "TARGET : NUMBERS"),
+        (["run", "--checkpoint", "/nowhere"], "apr train countdown"),
+        (["run", "--model", "/nowhere/x", "--prompt", "hi"], "cannot be loaded"),
+        (["run", "--model", str(countdown.CHECKPOINT)], "--prompt"),
+        (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--chat"], "chat template"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, word, capsys):
+    assert main(arguments) == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["fork", "plan"])
+def test_bench_smoke(what, capsys, tmp_path):
+    assert main(["bench", what, "--smoke", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    if what == "fork":
+        assert rows[0]["note"] == "0 KV bytes"
+        memory = rows[-1]
+        assert memory["slots"] <= memory["floor"] * 1.02 + 64 * 17
+
+
+def test_training_resumes_to_the_same_model(tmp_path):
+    recipe = dataclasses.replace(SMOKE, steps=6, rows=32)
+    list(train(recipe, tmp_path / "whole", report_every=3))
+    run = train(recipe, tmp_path / "parts", report_every=3)
+    next(run)
+    run.close()  # interrupted after three steps
+    list(train(recipe, tmp_path / "parts", report_every=3))
+    one, _ = hf.load(str(tmp_path / "whole"))
+    two, _ = hf.load(str(tmp_path / "parts"))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert main(["run", "--smoke", "--checkpoint", str(tmp_path / "whole"), "--n", "2"]) == 0
+
+
+def test_the_shipped_model_is_what_its_record_says():
+    """Held-out accuracy of the checkpoint, within the noise of 200 problems (4 standard errors)."""
+    record = json.loads((countdown.CHECKPOINT / "training.json").read_text())
+    last = record["curve"][-1]
+    model, tokenizer = hf.load(str(countdown.CHECKPOINT), dtype=torch.float32)
+    problems = countdown.sample_problems(200, seed=1)
+    results = apr.best_of_n(
+        model,
+        tokenizer,
+        [p.prompt for p in problems],
+        n=16,
+        do_sample=True,
+        max_new_tokens=10,
+        verifier=lambda text, thread: float(verify(problems[thread.request], text)),
+    )
+    once = sum(r.scores[0] for r in results) / len(results)
+    found = sum(max(r.scores) for r in results) / len(results)
+    assert abs(once - last["sampled_once"]) < 4 * (0.8 * 0.2 / 200) ** 0.5
+    assert abs(found - last["within_16"]) < 4 * (0.9 * 0.1 / 200) ** 0.5
+    assert found > once + 0.05
+    size = sum(f.stat().st_size for f in countdown.CHECKPOINT.iterdir())
+    assert size <= 8 << 20
+
+
+def test_problems_and_their_verifier():
+    problem = Problem((8, 6, 4), 24)
+    assert problem.prompt == "<bos> 24 : 8 6 4 <try>"
+    found = [c for c in chains((8, 6, 4), 127) if c[-1][3] == 24]
+    assert found
+    assert all(verify(problem, format_chain(c)) for c in found)
+    right = format_chain(found[0])
+    wrong = ["", "8 + 6 14", right + " 1", right.replace("24", "25"), "8 + 6 15 15 + 4 24"]
+    wrong += ["8 + 8 16 16 + 8 24", "x + 6 14 14 + 4 18", "8 / 0 4 6 * 4 24"]
+    assert not any(verify(problem, text) for text in wrong)
+    assert apply(7, "/", 2) is None
+    assert apply(7, "/", 0) is None
+
+
+def test_held_out_number_sets_are_never_trained_on():
+    span = Range(highest=9, target=50)
+    sides = [{p.numbers for p, _ in solved(3, span, held_out)} for held_out in (False, True)]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_every_word_is_one_token():
+    tokenizer = build_tokenizer()
+    assert tokenizer(" ".join(WORDS)).input_ids == list(range(len(WORDS)))
+    text = "<bos> 24 : 8 6 4 <try> 8 * 6 48 48 / 4 12 <eos>"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == 16
