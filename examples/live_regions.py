@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import apr
 import torch
+
+import apr
 from apr import countdown, hf
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from apr.__main__ import main
 
 ROOT = Path(__file__).parent.parent

@@ -3,12 +3,10 @@ The native core of apr: threads and views, and the kernels.
 """
 
 from __future__ import annotations
-
 import collections.abc
-import typing
-
 import numpy
 import numpy.typing
+import typing
 
 __all__: list[str] = [
     "Plan",
