@@ -58,7 +58,7 @@ def test_bad_arguments_are_named(arguments, word, capsys):
     assert word in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["fork", "plan"])
+@pytest.mark.parametrize("what", ["fork", "plan", "threads"])
 def test_bench_smoke(what, capsys, tmp_path):
     assert main(["bench", what, "--smoke", "--json", str(tmp_path / "b.json")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]

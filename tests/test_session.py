@@ -62,6 +62,35 @@ def test_long_prefills_are_split(family):
         assert s.stats.forwards == 8 and s.stats.rows == 120
 
 
+def test_only_awaited_rows_reach_the_head(llama):
+    rows = []
+    hook = llama.lm_head.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
+    with apr.Session(llama, max_tokens=1024) as s:
+        rows.clear()
+        kids = s.thread(tokens(100)).fork(3)
+        kids[1].extend([4, 5, 6])
+        s.step(kids)
+    hook.remove()
+    assert rows == [2]  # the end of the prefix, which two children and the root share, and one tail
+
+
+def test_a_waiting_threads_logits_hold_no_more_than_a_row(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        root = s.thread(PROMPT)
+        kid = root.fork(1)[0]
+        kid.extend([3])
+        s.step([kid])
+        assert root.logits.untyped_storage().nbytes() == VOCAB * 4
+
+
+def test_a_dtype_without_kernels_is_named():
+    model = build("llama").double()
+    former = model.config._attn_implementation
+    with pytest.raises(apr.InvalidInput, match="float64"):
+        apr.Session(model)
+    assert model.config._attn_implementation == former
+
+
 def test_half_precision(llama):
     for dtype, near in ((torch.bfloat16, 0.5), (torch.float16, 0.1)):
         model = build("llama").to(dtype)

@@ -1,4 +1,4 @@
-"""Measure: what a fork costs, what the plan of a decode step costs."""
+"""Measure: what a fork costs, what a plan costs, what a decode step costs against its width."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import apr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["fork", "plan"])
+    parser.add_argument("what", choices=["fork", "plan", "threads"])
     parser.add_argument("--tokens", type=int, default=131072, help="length of the forked thread")
     parser.add_argument("--threads", type=int, default=64, help="threads of the planned step")
+    parser.add_argument("--prefix", type=int, default=4096, help="shared tokens of `threads`")
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
@@ -29,14 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if options.smoke:
-        options.tokens, options.rounds = 8192, 20
+        options.tokens, options.rounds, options.prefix = 8192, 20, 256
+    if options.what == "threads":
+        options.rounds = max(10, options.rounds // 10)
     load = os.getloadavg()[0]
-    print(
-        f"load {load:.2f} on {os.cpu_count()} cores; medians of {options.rounds}, with p10 and p90"
-    )
-    rows = bench_fork(options) if options.what == "fork" else bench_plan(options)
+    machine = f"{os.cpu_count()} cores, {apr.ops.kernels().chosen}, torch {torch.__version__}"
+    print(f"{machine}; load {load:.2f}; medians of {options.rounds}, with p10 and p90")
+    benches = {"fork": bench_fork, "plan": bench_plan, "threads": bench_threads}
+    rows = benches[options.what](options)
     if options.json:
-        options.json.write_text(json.dumps({"load": load, "rows": rows}, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine, "load": load, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _time(action: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
@@ -50,13 +55,13 @@ def _time(action: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
     return float(median), float(low), float(high)
 
 
-def _model() -> Any:
+def _model(hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1) -> Any:
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         vocab_size=64,
         max_position_embeddings=1 << 18,
     )
@@ -178,3 +183,46 @@ def _shape(session: apr.Session, shape: str, count: int) -> list[apr.Thread]:
         thread.extend([1])
     _fill(session, threads)
     return threads
+
+
+@torch.no_grad()
+def bench_threads(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One decode step of N threads on a shared prefix, against stock transformers with N copies of it.
+
+    Both run the same model (8 layers, hidden 512, 8 heads of 64, 2 KV heads, float32) on the same tokens,
+    step by step in turn; the logits are compared first.
+    """
+    rows = []
+    model = _model(hidden=512, layers=8, heads=8, kv_heads=2)
+    prefix = torch.randint(0, 64, (1, options.prefix), generator=torch.Generator().manual_seed(0))
+    for n in (1, 4, 16):
+        stock = model(prefix, use_cache=True, logits_to_keep=1).past_key_values
+        stock.batch_repeat_interleave(n)
+        with apr.Session(model, max_tokens=options.prefix + 64 * (4 + 2 * n)) as session:
+            kids = session.thread(prefix[0]).fork(n)
+            session.step(kids)
+            times: dict[str, list[float]] = {"apr": [], "stock": []}
+            worst = 0.0
+            for i in range(options.rounds):
+                ids = torch.arange(i, i + n) % 64
+                began = time.perf_counter()
+                for kid, token in zip(kids, ids.tolist(), strict=True):
+                    kid.extend([token])
+                ours = session.step(kids)
+                middle = time.perf_counter()
+                theirs = model(ids[:, None], past_key_values=stock, use_cache=True).logits[:, -1]
+                times["apr"].append((middle - began) * 1e6)
+                times["stock"].append((time.perf_counter() - middle) * 1e6)
+                worst = max(worst, float((ours - theirs).abs().max()))
+            ratios = np.array(times["stock"]) / np.array(times["apr"])
+            median, low, high = (float(x) for x in np.percentile(ratios, [50, 10, 90]))
+            note = (
+                f"stock / apr {median:.2f} [{low:.2f}, {high:.2f}]; largest logit difference "
+                f"{worst:.1e}; KV tokens {session.stats.stored_tokens} against "
+                f"{session.stats.seen_tokens}"
+            )
+        for name, values in times.items():
+            mid, p10, p90 = (float(x) for x in np.percentile(values, [50, 10, 90]))
+            label = f"{name}, {n} threads, prefix {options.prefix}"
+            rows.append(_row(label, (mid, p10, p90), note if name == "apr" else ""))
+    return rows
