@@ -173,6 +173,26 @@ def test_nan_logits_are_named_and_taken_back():
         still_works(s)
 
 
+def test_a_dropped_session_gives_the_model_back(llama):
+    former = llama.config._attn_implementation
+    s = apr.Session(llama, max_tokens=256)
+    s.step([s.thread(PROMPT)])
+    assert llama.config._attn_implementation == "apr"
+    del s
+    gc.collect()
+    assert llama.config._attn_implementation == former
+
+
+def test_positions_beyond_a_learned_table_are_named(learned):
+    _, model = learned
+    with apr.Session(model, max_tokens=2048) as s:
+        long = s.thread(tokens(600))
+        with pytest.raises(apr.InvalidInput, match="positions up to 599"):
+            s.step([long])
+        assert long.queued == 600
+        still_works(s)
+
+
 def test_dropped_threads_give_their_pages_back(session):
     kids = session.thread(PROMPT).fork(3)
     session.step(kids)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
-from apr.hf import PackedForward, start_running
+from apr.hf import PackedForward
+from apr.interface import start_running
 from apr.session import Session
 from apr.thread import Thread
 

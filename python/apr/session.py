@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 import weakref
@@ -23,8 +22,9 @@ from apr.errors import (
     NonFiniteLogits,
     UnsupportedRope,
 )
-from apr.hf import Attachment, ModelSpec
-from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike
+from apr.hf import Attachment
+from apr.probe import ModelSpec
+from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids
 from apr.trace import Stats, Trace
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
@@ -78,6 +78,8 @@ class Session:
         self.page_size, self.step_tokens = page_size, step_tokens
         self.trace = Trace()
         self.attachment = Attachment(model)
+        # A session that is dropped without close() gives the model back too.
+        weakref.finalize(self, self.attachment.close).atexit = False
         try:
             if self_test and not self.attachment.tested:
                 with Session(model, 32 * page_size, page_size, self_test=False) as small:
@@ -167,27 +169,7 @@ class Session:
     # ---- threads and segments -------------------------------------------------------------------
 
     def _check_ids(self, ids: TokenIds) -> list[int]:
-        if isinstance(ids, Tensor):
-            if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
-                raise InvalidInput(
-                    f"ids: got a tensor {list(ids.shape)} of {ids.dtype}; expected one dimension of "
-                    "integers (one thread takes one sequence)"
-                )
-            tokens = ids.tolist()
-        else:
-            try:
-                tokens = [operator.index(i) for i in ids]
-            except TypeError as error:
-                raise InvalidInput(
-                    f"ids: got {ids!r:.80}; expected token ids: integers, as in "
-                    "tokenizer(text).input_ids"
-                ) from error
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
-            bad = next(i for i in tokens if not 0 <= i < self.spec.vocab_size)
-            raise InvalidInput(
-                f"ids: got token {bad}; expected 0 to {self.spec.vocab_size - 1}, the vocabulary"
-            )
-        return tokens
+        return check_ids(ids, self.spec.vocab_size)
 
     def _adopt(self, number: int, seed_path: tuple[int, ...]) -> Thread:
         thread = Thread(self, number, seed_path)

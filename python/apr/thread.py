@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,29 @@ if TYPE_CHECKING:
 
 TokenIds = Sequence[int] | Tensor
 JOIN_POSITIONS = ("max", "sum", "keep")
+
+
+def check_ids(ids: TokenIds, vocab_size: int) -> list[int]:
+    """Token ids as plain integers in the vocabulary; raises InvalidInput."""
+    if isinstance(ids, Tensor):
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
+            raise InvalidInput(
+                f"ids: got a tensor {list(ids.shape)} of {ids.dtype}; expected one dimension of "
+                "integers (one thread takes one sequence)"
+            )
+        tokens = ids.tolist()
+    else:
+        try:
+            tokens = [operator.index(i) for i in ids]
+        except TypeError as error:
+            raise InvalidInput(
+                f"ids: got {ids!r:.80}; expected token ids: integers, as in "
+                "tokenizer(text).input_ids"
+            ) from error
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        bad = next(i for i in tokens if not 0 <= i < vocab_size)
+        raise InvalidInput(f"ids: got token {bad}; expected 0 to {vocab_size - 1}, the vocabulary")
+    return tokens
 
 
 class ViewEntry(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,17 @@ class _Node:
     end: float | None = None
 
 
+# A session may live for days: the oldest events and threads are forgotten beyond so many.
+MOST_EVENTS = 1 << 16
+
+
 class Trace:
-    """Events of a session, in seconds since it was opened."""
+    """Events of a session, in seconds since it was opened; the last MOST_EVENTS of them."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._nodes: dict[int, _Node] = {}
-        self.events: list[dict[str, Any]] = []
+        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
 
     def clock(self) -> float:
         """Seconds since the session was opened."""
@@ -56,13 +61,18 @@ class Trace:
     def _event(self, name: str, began: float, **details: Any) -> None:
         self.events.append({"name": name, "at": began, "seconds": self.clock() - began, **details})
 
+    def _add(self, number: int, node: _Node) -> None:
+        self._nodes[number] = node
+        if len(self._nodes) > MOST_EVENTS:
+            del self._nodes[next(iter(self._nodes))]
+
     def thread(self, number: int, tokens: int) -> None:
-        self._nodes[number] = _Node(None, 0, self.clock(), tokens)
+        self._add(number, _Node(None, 0, self.clock(), tokens))
         self._event("thread", self.clock(), thread=number, tokens=tokens)
 
     def fork(self, parent: int, children: Sequence[int], length: int, began: float) -> None:
         for child in children:
-            self._nodes[child] = _Node(parent, length, self.clock())
+            self._add(child, _Node(parent, length, self.clock()))
         self._event("fork", began, thread=parent, children=list(children), length=length)
 
     def join(
@@ -99,7 +109,8 @@ class Trace:
         """The threads as a text tree: tokens written, where they were forked, how they ended."""
         children: dict[int | None, list[int]] = {}
         for number, node in self._nodes.items():
-            children.setdefault(node.parent, []).append(number)
+            parent = node.parent if node.parent in self._nodes else None
+            children.setdefault(parent, []).append(number)
         lines: list[str] = []
 
         def show(number: int, lead: str, branch: str, below: str) -> None:

@@ -1,0 +1,55 @@
+"""The record of a run: its tree, its Chrome-trace file, and that it does not grow for ever."""
+
+from __future__ import annotations
+
+import json
+
+import apr
+from apr import trace
+from models import tokens
+
+
+def run(model):
+    with apr.Session(model, max_tokens=1024) as s:
+        root = s.thread(tokens(11))
+        kids = root.fork(3)
+        apr.decode(s, kids, do_sample=True, max_new_tokens=4)
+        root.join(kids[:2])
+        kids[2].release()
+        root.extend([5])
+        s.step([root])
+        return s.trace
+
+
+def test_tree(llama):
+    lines = run(llama).tree().splitlines()
+    assert lines[0].startswith("thread 0 · 11 tokens")
+    assert len(lines) == 4
+    assert all("forked at 11 · length" in line and "4 tokens" in line for line in lines[1:])
+    assert lines[1].startswith("├─ ")
+    assert lines[3].startswith("└─ ")
+
+
+def test_chrome_trace(llama, tmp_path):
+    run(llama).save(tmp_path / "run.json")
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = [e["name"] for e in events]
+    assert names.count("thread") == 1
+    assert names.count("fork") == 1
+    assert names.count("join") == 1
+    # Five steps of three threads less the finished last one, and the root's own.
+    assert names.count("step") == 4 * 3 + 1
+    assert all(e["dur"] > 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_the_record_is_bounded(monkeypatch):
+    monkeypatch.setattr(trace, "MOST_EVENTS", 10)
+    record = trace.Trace()
+    record.thread(0, 5)
+    for i in range(1, 40):
+        record.fork(i - 1, [i], 5, record.clock())
+        record.release(i - 1)
+    assert len(record.events) == 10
+    lines = record.tree().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("thread 30")
