@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -20,10 +21,17 @@ struct Job {
   int helpers;  // workers that may still join in
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  std::mutex failure_mutex;
+  std::exception_ptr failure;  // of any index; rethrown on the caller's thread
 
   void work() {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      (*body)(i);
+      try {
+        (*body)(i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(failure_mutex);
+        failure = std::current_exception();
+      }
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -51,6 +59,7 @@ class Workers {
     for (int spins = 0; job->done.load(std::memory_order_acquire) < count; ++spins) {
       if (spins > 1000) std::this_thread::yield();
     }
+    if (job->failure) std::rethrow_exception(job->failure);
   }
 
  private:
