@@ -239,14 +239,15 @@ def test_visibility_has_power(llama):
         assert distance(s.step([alone])[0], last("previous")[0]) < CLOSE
 
 
-def test_group_think_slots(llama):
+def test_group_think_slots(rotary):
     """Interleaved slots: two writers on one line of positions, each sees the other's earlier tokens."""
-    loop = TokenLoop(llama, FAMILIES["llama"])
+    family_name, model = rotary
+    loop = TokenLoop(model, FAMILIES[family_name])
     p = len(PROMPT)
     for i, t in enumerate(PROMPT):
         loop.step([Row("P", t, i, [("P", 0, i + 1)])])
 
-    with apr.Session(llama, max_tokens=2048) as s:
+    with apr.Session(model, max_tokens=2048) as s:
         prompt = s.segment(PROMPT)
         x, y = s.region(base=p, stride=2), s.region(base=p + 1, stride=2)
         one = s.thread(view=[prompt, (y, p + 1), (x, p)], writes=x)

@@ -283,6 +283,11 @@ def test_bad_input_is_named_and_harmless(llama, session):
             (lambda: session.thread(torch.ones(1, 3).long()), apr.InvalidInput, "one dimension"),
             (lambda: session.thread([1], visibility="all"), apr.InvalidInput, "all"),
             (lambda: session.segment([]), apr.InvalidInput, "no tokens"),
+            (lambda: session.region(base=1 << 33), apr.InvalidInput, "base"),
+            (lambda: session.region(stride=1.5), apr.InvalidInput, "stride"),
+            (lambda: root.trim("3"), apr.InvalidInput, "trim"),
+            (lambda: session.thread(view=[(session.region(), "x")]), apr.InvalidInput, "offset"),
+            (lambda: session.thread(view=[(1, 2)]), apr.InvalidInput, "of this session"),
             (lambda: session.region(stride=0), apr.InvalidInput, "stride"),
             (lambda: session.thread(view=[other.region()]), apr.InvalidInput, "of this session"),
             (

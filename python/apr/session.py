@@ -24,7 +24,7 @@ from apr.errors import (
 )
 from apr.hf import Attachment
 from apr.probe import ModelSpec
-from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids
+from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
 from apr.trace import Stats, Trace
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
@@ -198,6 +198,9 @@ class Session:
                     "(segment, offset, hi)"
                 )
             segment, offset, hi, lo = ViewEntry(*parts)
+            for name, value in (("view: offset", offset), ("view: hi", hi), ("view: lo", lo)):
+                if value is not None:
+                    check_position(name, value)
             entries.append((self._own_segment(segment), offset, hi, lo, False))
         return entries
 
@@ -235,6 +238,7 @@ class Session:
     def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
         """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""
         tokens = self._check_ids(ids)
+        check_position("base", base)
         number = self._edit().create_segment(tokens, base, self._entries(after))
         segment = self._segments[number] = Segment(self, number)
         return segment
@@ -242,6 +246,8 @@ class Session:
     def region(self, ids: TokenIds = (), base: int = 0, stride: int = 1) -> Segment:
         """An open segment that one thread at a time may write; token i lies at base + stride * i."""
         tokens = self._check_ids(ids)
+        check_position("base", base)
+        check_position("stride", stride)
         number = self._edit().create_region(tokens, base, stride)
         segment = self._segments[number] = Segment(self, number)
         return segment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ def check_ids(ids: TokenIds, vocab_size: int) -> list[int]:
         bad = next(i for i in tokens if not 0 <= i < vocab_size)
         raise InvalidInput(f"ids: got token {bad}; expected 0 to {vocab_size - 1}, the vocabulary")
     return tokens
+
+
+def check_position(name: str, value: Any) -> int:
+    """A position or length as an integer that 32-bit kernels can hold; raises InvalidInput."""
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 30:
+        raise InvalidInput(f"{name}: got {value!r}; expected an integer between -2^30 and 2^30")
+    return value
 
 
 class ViewEntry(NamedTuple):
@@ -174,7 +181,7 @@ class Thread:
     def trim(self, n: int) -> None:
         """Keep the first `n` visible tokens in view order."""
         before = len(self)
-        self.session._edit().trim(self._id, n)
+        self.session._edit().trim(self._id, check_position("trim", n))
         if n != before:
             self._logits = None
 
