@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
 from apr.hf import PackedForward
-from apr.interface import start_running
+from apr.interface import start_running, stop_running
 from apr.session import Session
 from apr.thread import Thread
 
@@ -51,6 +52,9 @@ class _Step:
     def __init__(self, core: Any, threads: list[Thread], queued: dict[Thread, int], width: int):
         self.core, self.threads, self.queued, self.width = core, threads, queued, width
         self.owners: list[int] = []  # batch row -> index in threads
+        self.appended: dict[Thread, int] = {}  # tokens of this call, to trim where it fails
+        self.forward: _BatchForward | None = None
+        self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
 
 
 class Cache(transformers.Cache):  # type: ignore[misc]
@@ -91,7 +95,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _abandon(self) -> None:
         """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
-        if self._step is not None:
+        if self._step is not None and self._step.ident == threading.get_ident():
             self._after(False)
 
     def close(self) -> None:
@@ -132,7 +136,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             for pool in self.session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
             kwargs["use_cache"] = True
-            start_running(_BatchForward(self.session, plan, rows, copies))
+            step.forward = _BatchForward(self.session, plan, rows, copies)
+            start_running(step.forward)
         except BaseException:
             self._undo(step)
             raise
@@ -180,6 +185,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             raise
         step = _Step(core, threads, {t: t.queued for t in threads}, ids.shape[1])
         step.owners = owners
+        if self.threads:
+            step.appended = dict(zip(threads, map(len, texts), strict=True))
         return step
 
     def _layout(
@@ -221,7 +228,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
         assert step is not None
-        start_running(None)
+        if step.forward is not None:
+            stop_running(step.forward)
         if not finished:
             self._undo(step)
             return
@@ -236,9 +244,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _undo(self, step: _Step) -> None:
         self.session._end(step.core, commit=False)
-        for thread, queued in step.queued.items():
-            if thread in self.threads:
-                thread.trim(len(thread) - queued)
+        for thread, appended in step.appended.items():
+            thread.trim(len(thread) - appended)
 
     # ---- transformers' side ---------------------------------------------------------------------
 

@@ -133,26 +133,43 @@ class Stream:
                 tokens[i] = int(torch.multinomial(weights[row], 1, generator=generator))
         return tokens
 
+    def _choose(self, threads: list[Thread], logits: Tensor) -> tuple[list[int], dict[Thread, str]]:
+        """Tokens and the threads that end with them; any exception leaves rules and generators as before."""
+        sampled = [t for t in threads if self._rules[t].config.do_sample]
+        states = [t.generator.get_state() for t in sampled]
+        noted: list[Rules] = []
+        try:
+            tokens = self._sample(threads, self._scores(threads, logits))
+            finished = {}
+            for thread, token in zip(threads, tokens, strict=True):
+                rules = self._rules[thread]
+                rules.tokens.append(token)
+                noted.append(rules)
+
+                def all_tokens(thread: Thread = thread, token: int = token) -> Tensor:
+                    return torch.tensor([[*thread.tokens, token]], device=logits.device)
+
+                reason = rules.finish_reason(token, all_tokens)
+                if reason is not None:
+                    finished[thread] = reason
+        except BaseException:
+            for rules in noted:
+                rules.tokens.pop()
+            for thread, state in zip(sampled, states, strict=True):
+                thread.generator.set_state(state)
+            raise
+        return tokens, finished
+
     def _step(self) -> StreamStep:
         threads = list(self._rules)
         logits = self.session.step(threads)
-        tokens = self._sample(threads, self._scores(threads, logits))
+        tokens, finished = self._choose(threads, logits)
         chosen = torch.tensor(tokens, device=logits.device)[:, None]
         logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-        finished = {}
         for thread, token in zip(threads, tokens, strict=True):
-            rules = self._rules[thread]
             thread.extend([token])
-            rules.written += 1
-            rules.tokens.append(token)
-
-            def all_tokens(thread: Thread = thread) -> Tensor:
-                return torch.tensor([thread.tokens], device=logits.device)
-
-            reason = rules.finish_reason(token, all_tokens)
-            if reason is not None:
-                finished[thread] = reason
-                del self._rules[thread]
+        for thread in finished:
+            del self._rules[thread]
         return StreamStep(
             dict(zip(threads, tokens, strict=True)),
             dict(zip(threads, logprobs, strict=True)),

@@ -65,19 +65,26 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def start_running(forward: Forward | None) -> None:
-    """Route the attention calls of this context to `forward`; None ends it."""
+def start_running(forward: Forward) -> None:
+    """Route the attention calls of this context to `forward`, until `stop_running`."""
     _RUNNING.set(forward)
+
+
+def stop_running(forward: Forward) -> None:
+    """End `forward`, if it is still the one that runs."""
+    if _RUNNING.get() is forward:
+        _RUNNING.set(None)
 
 
 @contextlib.contextmanager
 def running(forward: Forward) -> Iterator[None]:
-    """`start_running` for the length of a block."""
-    start_running(forward)
+    """Route the attention calls of a block to `forward`."""
+    before = _RUNNING.get()
+    _RUNNING.set(forward)
     try:
         yield
     finally:
-        start_running(None)
+        _RUNNING.set(before)
 
 
 def members(model: Any) -> frozenset[int]:

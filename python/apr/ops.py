@@ -85,6 +85,12 @@ class Pool:
                 f"pool: got dtype {k.dtype}; expected float32, bfloat16 or float16; convert the model"
             )
         check_device("pool", k.device)
+        same = (v.dtype, v.device, v.shape[:3]) == (k.dtype, k.device, k.shape[:3])
+        if k.ndim != 4 or v.ndim != 4 or not (same and k.is_contiguous() and v.is_contiguous()):
+            raise InvalidInput(
+                f"pool: got k {list(k.shape)} {k.dtype} and v {list(v.shape)} {v.dtype}; expected two "
+                "contiguous [pages, kv_heads, page_size, head_dim] of one dtype on one device"
+            )
         self.k, self.v = k, v
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k.shape
         self.head_dim_v = int(v.shape[3])
@@ -127,9 +133,14 @@ class Plan:
     """The work of one packed forward, shared by all layers; made by `plan` or by a session's step."""
 
     def __init__(
-        self, core: _core.Plan, window: int | None = None, invariant: bool = False
+        self,
+        core: _core.Plan,
+        window: int | None = None,
+        invariant: bool = False,
+        pages: tuple[int, int] | None = None,
     ) -> None:
         self.core, self.window, self.invariant = core, window, invariant
+        self.pages = pages  # (num_pages, page_size) of the pool that it was made for
         self.num_rows: int = core.num_rows
         self._rotations: np.ndarray = core.rotations
         self._tables: dict[Rotation, Tensor] = {}
@@ -175,6 +186,8 @@ def plan(
                 "at least one query and one own view that ends with the queries' own slots"
             )
         for view in views:
+            if view.stride < 1:
+                raise InvalidInput(f"plan: got stride {view.stride}; expected at least 1")
             if not 0 <= view.lo <= view.hi <= len(view.pages) * pool.page_size:
                 raise InvalidInput(
                     f"plan: row set {number}: got slots [{view.lo}, {view.hi}) on {len(view.pages)} "
@@ -186,7 +199,9 @@ def plan(
                     f"[0, {pool.num_pages})"
                 )
     sets = [(n, [(list(v.pages), *v[1:]) for v in views]) for n, views in row_sets]
-    return Plan(_core.plan(sets, pool.page_size), window, invariant)
+    return Plan(
+        _core.plan(sets, pool.page_size), window, invariant, (pool.num_pages, pool.page_size)
+    )
 
 
 def _rows(name: str, x: Tensor, pool: Pool, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -202,11 +217,20 @@ def _rows(name: str, x: Tensor, pool: Pool, shape: tuple[int, int, int]) -> tupl
     return (x.data_ptr(), x.stride(0), x.stride(1))
 
 
+def _check_pool(pool: Pool, plan: Plan) -> None:
+    if plan.pages not in (None, (pool.num_pages, pool.page_size)):
+        raise InvalidInput(
+            f"plan: made for {plan.pages} (pages, page size), used with a pool of "
+            f"{(pool.num_pages, pool.page_size)}; plan for the pool that holds the tokens"
+        )
+
+
 def append(k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> None:
     """Write the step's new keys and values [tokens, kv_heads, head_dim] to their pages.
 
     Keys come as the model rotated them. Call it once a layer, before `attention`.
     """
+    _check_pool(pool, plan)
     rows, heads = plan.num_rows, pool.num_kv_heads
     _core.append(
         plan.core,
@@ -244,6 +268,12 @@ def attention(
     Returns out [tokens, num_qo_heads, head_dim_v] in q's dtype and the natural-log LSE
     [tokens, num_qo_heads] in float32.
     """
+    _check_pool(pool, plan)
+    if rotation is not None and not 0 <= rotation.dims[0] <= rotation.dims[1] <= pool.head_dim:
+        raise InvalidInput(
+            f"attention: got a rotation of dimensions {rotation.dims}; expected them in "
+            f"[0, {pool.head_dim}]"
+        )
     heads = int(q.shape[1]) if q.ndim == 3 else 0
     rows = _rows("attention: q", q, pool, (plan.num_rows, max(heads, 1), pool.head_dim))
     if heads % pool.num_kv_heads:

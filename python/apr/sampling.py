@@ -59,6 +59,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_h": (None,),
     "token_healing": (None, False),
 }
+_OUTPUTS = {
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "cache_implementation",
+}
 _INSTEAD = {
     "num_return_sequences": "fork the thread, or use model.generate(past_key_values=apr.Cache(model))",
     "num_beams": "leave it at 1",
@@ -68,15 +76,25 @@ _INSTEAD = {
 def resolve(
     model: Any, config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> GenerationConfig:
-    """The configuration in force: `config`, or the model's own, with keyword overrides; checked."""
-    base = config if config is not None else getattr(model, "generation_config", None)
-    fields = (base or GenerationConfig()).to_dict()
+    """The configuration in force: keyword overrides, then `config`, then the model's own; checked.
+
+    As in generate(), a field that is None in `config` is taken from the model's configuration. Unlike
+    there, nothing is put where both are silent (generate() would sample with top_k=50).
+    """
+    own = getattr(model, "generation_config", None)
+    fields = GenerationConfig().to_dict() | (own.to_dict() if own is not None else {})
+    if config is not None:
+        fields |= {name: value for name, value in config.to_dict().items() if value is not None}
     known = set(fields) | set(GenerationConfig().to_dict())
     for name in overrides:
         if name not in known:
             raise InvalidInput(
                 f"generation option {name!r} is not a field of GenerationConfig; check its spelling"
             )
+    for name in _OUTPUTS & {n for n, value in overrides.items() if value}:
+        raise InvalidInput(
+            f"generation option {name!r} belongs to generate(); here steps return tokens and logprobs"
+        )
     merged = {**fields, **overrides}
     for name, harmless in _UNSUPPORTED.items():
         value = merged.get(name)
@@ -187,8 +205,7 @@ class Rules:
     criteria: StoppingCriteriaList
     deadline: float | None
     stop: Callable[[list[int]], bool] | None = None
-    written: int = 0
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # written so far
 
     @property
     def reads_history(self) -> bool:
@@ -205,7 +222,7 @@ class Rules:
             scores = torch.zeros(1, 1, device=ids.device)
             if bool(torch.as_tensor(self.criteria(ids, scores)).any()):
                 return "stop"
-        if self.written >= self.limit:
+        if len(self.tokens) >= self.limit:
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:
             return "time"
@@ -246,11 +263,15 @@ def make_rules(
             f"generation: a thread of {prompt} tokens leaves {limit} new ones; expected at least 1: "
             "raise max_new_tokens (or max_length)"
         )
+    try:
+        history = _history_processors(config, prompt, device)
+    except ValueError as error:
+        raise InvalidInput(f"generation options: {error}") from error
     return Rules(
         config=config,
         limit=limit,
         eos=frozenset(eos_tokens(config)),
-        history=[*_history_processors(config, prompt, device), *logits_processor],
+        history=[*history, *logits_processor],
         warpers=warpers if warpers is not None else row_warpers(config, device),
         criteria=criteria,
         deadline=None if config.max_time is None else time.monotonic() + config.max_time,
@@ -260,4 +281,7 @@ def make_rules(
 
 def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
     """Temperature, top-k, top-p and their like, to be called once for all threads of a configuration."""
-    return LogitsProcessorList(_row_warpers(config, device))
+    try:
+        return LogitsProcessorList(_row_warpers(config, device))
+    except ValueError as error:
+        raise InvalidInput(f"generation options: {error}") from error

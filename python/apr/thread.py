@@ -223,8 +223,11 @@ class Thread:
 
     @property
     def logits(self) -> Tensor | None:
-        """Float32 logits [vocab] of the last token where they are held (children inherit them)."""
-        return self._logits
+        """A copy of the float32 logits [vocab] of the last token, where they are held.
+
+        Children inherit them.
+        """
+        return None if self._logits is None else self._logits.clone()
 
     @property
     def visibility(self) -> str:

@@ -21,10 +21,12 @@ class Scratch {
  public:
   float* get(int64_t floats) {
     if (floats > size_) {
-      size_ = floats + floats / 2;
-      const size_t bytes = (static_cast<size_t>(size_) * 4 + 63) / 64 * 64;
-      data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      if (data_ == nullptr) throw std::bad_alloc();
+      const int64_t size = floats + floats / 2;
+      const size_t bytes = (static_cast<size_t>(size) * 4 + 63) / 64 * 64;
+      auto* data = static_cast<float*>(std::aligned_alloc(64, bytes));
+      if (data == nullptr) throw std::bad_alloc();
+      data_.reset(data);
+      size_ = size;
     }
     return data_.get();
   }

@@ -47,8 +47,8 @@ class Workers {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (started_ < job->helpers) {
-        ++started_;
         std::thread([this] { loop(); }).detach();
+        ++started_;
       }
       job_ = job;
       ++generation_;

@@ -189,8 +189,10 @@ void attend(const TileJob& job) {
   for (int64_t slot = job.begin; slot < job.end;) {
     const int64_t page = job.pages[slot / job.page_size];
     const int64_t within = slot % job.page_size;
-    int64_t tokens = job.page_size - within;
-    if (tokens > kTile) tokens = kTile;
+    // Tiles start at multiples of kTile, so that a row's bits do not depend on where its block
+    // does.
+    int64_t tokens = kTile - within % kTile;
+    if (tokens > job.page_size - within) tokens = job.page_size - within;
     if (tokens > job.end - slot) tokens = job.end - slot;
     const char* k = job.k + page * job.page_bytes_k + within * job.head_dim_k * size;
     const char* v = job.v + page * job.page_bytes_v + within * job.head_dim_v * size;

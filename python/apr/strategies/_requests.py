@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from apr.decode import Decoded
@@ -44,7 +45,7 @@ def is_batch(prompt: Any) -> bool:
         raise InvalidInput(
             f"prompt: got {prompt!r:.60}; expected a string, chat messages, token ids, or a list of them"
         )
-    return not _is_message(prompt[0]) and not isinstance(prompt[0], int)
+    return not _is_message(prompt[0]) and not isinstance(prompt[0], Integral)
 
 
 def encode(tokenizer: Any, prompt: Any) -> list[int]:

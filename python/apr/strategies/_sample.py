@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from apr.decode import Decoded, decode
@@ -34,16 +35,16 @@ def sample(
         options = {"do_sample": True, **options}
     groups: list[list[Thread]] = []
     roots = []
-    for prompt, request in zip(prompts, requests, strict=True):
-        root = session.thread(prompt, request=(seed, request))
-        roots.append(root)
-        groups.append(root.fork(n))
-    everyone = [thread for group in groups for thread in group]
     try:
+        for prompt, request in zip(prompts, requests, strict=True):
+            root = session.thread(prompt, request=(seed, request))
+            roots.append(root)
+            groups.append(root.fork(n))
+        everyone = [thread for group in groups for thread in group]
         decoded = decode(session, everyone, generation_config, tokenizer=tokenizer, **options)
         stats = session.stats
     finally:
-        for thread in (*everyone, *roots):
+        for thread in (*itertools.chain(*groups), *roots):
             if thread.alive:
                 thread.release()
     for i, item in enumerate(decoded):
