@@ -146,3 +146,30 @@ def test_an_interrupted_generate_leaves_model_and_cache_usable(llama):
     got = llama.generate(ids, past_key_values=cache, **GREEDY)
     assert torch.equal(got, llama.generate(ids, **GREEDY))
     cache.close()
+
+
+def test_a_session_steps_beside_an_interrupted_cache(llama):
+    cache = apr.Cache(llama, max_tokens=512)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = llama.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llama(torch.tensor([tokens(11)]), past_key_values=cache)
+    hook.remove()
+    with apr.Session(llama, max_tokens=512) as s:
+        got = s.step([s.thread(tokens(11))])[0]
+    assert distance(got, stock(llama, tokens(11))[-1]) < CLOSE
+    cache.close()
+
+
+def test_tokens_that_the_user_queued_are_not_mixed_in(llama):
+    cache = apr.Cache(llama, max_tokens=512)
+    with torch.no_grad():
+        llama(torch.tensor([tokens(11)]), past_key_values=cache)
+        cache.threads[0].extend([3, 4])
+        with pytest.raises(apr.InvalidInput, match="queued"):
+            llama(torch.tensor([[7]]), past_key_values=cache)
+    assert cache.threads[0].tokens == [*tokens(11), 3, 4]
+    cache.close()

@@ -33,30 +33,80 @@ def generate(model, prompt, **options):
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"repetition_penalty": 1.3},
-        {"no_repeat_ngram_size": 2},
-        {"suppress_tokens": [5, 6, 7]},
-        {"bad_words_ids": [[9], [3, 4]]},
-        {"min_new_tokens": 6},
-        {"begin_suppress_tokens": [40]},
-        {"forced_eos_token_id": 2},
-        {"sequence_bias": [[[11], 2.0]]},
-        {"exponential_decay_length_penalty": (3, 1.5)},
-    ],
-    ids=str,
-)
-def test_greedy_equals_generate(family, options):
+OPTIONS = {
+    "plain": lambda first: {},
+    "repetition_penalty": lambda first: {"repetition_penalty": 1.8},
+    "no_repeat_ngram_size": lambda first: {"no_repeat_ngram_size": 1},
+    "suppress_tokens": lambda first: {"suppress_tokens": first[:3]},
+    "bad_words_ids": lambda first: {"bad_words_ids": [[first[1]]]},
+    "begin_suppress_tokens": lambda first: {"begin_suppress_tokens": first[:1]},
+    "sequence_bias": lambda first: {"sequence_bias": [[[11], 50.0]]},
+    "forced_eos_token_id": lambda first: {"forced_eos_token_id": 2},
+    "eos": lambda first: {"eos_token_id": [first[4], 2]},
+    "min_new_tokens": lambda first: {"eos_token_id": first[2], "min_new_tokens": 6},
+    "exponential_decay": lambda first: {
+        "eos_token_id": 2,
+        "exponential_decay_length_penalty": (3, 9.0),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_greedy_equals_generate(family, name):
+    """Each option is aimed at what plain greedy decoding writes, so that it has to change something."""
     _, model = family
-    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": 2, **options}
+    plain = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": 2}
+    first = generate(model, PROMPT, **plain)
+    options = plain | OPTIONS[name]((first * 5)[:14])
+    want = generate(model, PROMPT, **options)
+    varied = len(set(first)) >= 5  # a random model may end at once, or repeat one token
+    if varied and name not in ("plain", "min_new_tokens", "exponential_decay"):
+        assert want != first
     with apr.Session(model, max_tokens=1024) as s:
         threads = [s.thread(PROMPT), s.thread(tokens(7, 3))]
         got = apr.decode(s, threads, **options)
-    assert got[0].tokens == generate(model, PROMPT, **options)
+    assert got[0].tokens == want
     assert got[1].tokens == generate(model, tokens(7, 3), **options)
+
+
+def test_a_given_config_inherits_the_models_own(llama):
+    config = GenerationConfig(max_new_tokens=9, sequence_bias=[[[2], 100.0]])
+    assert llama.generation_config.eos_token_id == 2
+    with apr.Session(llama, max_tokens=256) as s:
+        out = apr.decode(s, [s.thread(PROMPT)], config)[0]
+    assert out.tokens == [2]
+    assert out.finish == "eos"
+
+
+def test_a_step_of_a_run_is_a_transaction(llama):
+    """A stop rule that raises leaves tokens, rules and generators as they were."""
+    options = {"do_sample": True, "max_new_tokens": 4}
+    with apr.Session(llama, max_tokens=512) as s:
+        whole = [d.tokens for d in apr.decode(s, s.thread(PROMPT, request=0).fork(3), **options)]
+        kids = s.thread(PROMPT, request=0).fork(3)
+        broken = [True]
+
+        def stop(written):
+            if broken[0] and len(written) == 2:
+                raise ZeroDivisionError
+            return False
+
+        run = apr.stream(s, kids[:1], **options)
+        for kid in kids[1:]:
+            run.add(kid, stop=stop)
+        written = {kid: [] for kid in kids}
+        failed = 0
+        while run.threads:
+            try:
+                for step in run:
+                    for kid, token in step.tokens.items():
+                        written[kid].append(token)
+            except ZeroDivisionError:
+                failed += 1
+                assert [len(k) for k in kids] == [len(PROMPT) + 1] * 3
+                broken[0] = failed < 2
+        assert failed == 2
+        assert [written[k] for k in kids] == whole
 
 
 def test_warpers_are_those_of_generate(llama):
@@ -182,6 +232,9 @@ def test_streamers_stop_strings_and_criteria(llama, capsys):
         ({"max_new_tokenz": 4}, "spelling"),
         ({"stop_strings": ["x"]}, "tokenizer"),
         ({"max_new_tokens": 0}, "greater than 0"),
+        ({"output_scores": True}, "belongs to generate"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "top_p": -0.5}, "top_p"),
     ],
 )
 def test_what_cannot_be_honoured_raises(llama, options, word):

@@ -156,7 +156,7 @@ def test_large_scores_stay_finite(instruction_set):
 
 
 def test_half_conversions_cover_every_bit_pattern(instruction_set):
-    """V of one visible token comes out unchanged, whatever its bits: subnormals, -0, infinities, NaN."""
+    """V of one visible token comes out unchanged: every finite number, infinities, and NaN as NaN."""
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
         pool = ops.empty_pool(len(every), 1, 64, dtype)
@@ -166,8 +166,8 @@ def test_half_conversions_cover_every_bit_pattern(instruction_set):
         plan = ops.plan(sets, pool, 1)
         ops.append(torch.zeros_like(every), every.contiguous(), pool, plan)
         out, _ = ops.attention(torch.zeros_like(every), pool, plan, 1.0)
-        finite = every.isfinite()
-        assert torch.equal(out[finite], every[finite])
+        numbers = ~every.isnan()
+        assert torch.equal(out[numbers], every[numbers])
         assert torch.equal(out.isnan(), every.isnan())
 
 
@@ -211,6 +211,23 @@ def test_invariant_bits_do_not_depend_on_the_company(instruction_set):
     one, one_lse = ops.attention(q[7:], pool, small, 0.125)
     all_, all_lse = ops.attention(q, pool, big, 0.125)
     assert torch.equal(one[0], all_[7]) and torch.equal(one_lse[0], all_lse[7])
+
+
+@pytest.mark.parametrize("options", [{"window": 180}, {"chunk": 300}], ids=str)
+def test_invariant_with_windows_on_large_pages(options, instruction_set):
+    generator = torch.Generator().manual_seed(0)
+    pool = ops.empty_pool(24, 1, 64, torch.float32, page_size=128)
+    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
+    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
+    shared = list(range(9))
+    alone = (1, [View(shared, 0, 1100, 0, 0), View([10], 0, 3, 1100, 1100, own=True)])
+    other = (1, [View(shared, 0, 1100, 0, 0), View([11], 0, 3, 970, 970, own=True)])
+    q = torch.randn(2, 4, 64, generator=generator)
+    outs = []
+    for sets in ([alone], [other, alone]):
+        plan = ops.plan(sets, pool, 4, invariant=True)
+        outs.append(ops.attention(q[2 - len(sets) :], pool, plan, 0.125, **options)[0][-1])
+    assert torch.equal(outs[0], outs[1])
 
 
 def test_threads_do_not_change_the_result_beyond_rounding():
@@ -271,6 +288,11 @@ def test_bad_input_is_named():
         (lambda: ops.empty_pool(4, 2, 64, torch.float64), "dtype"),
         (lambda: ops.empty_pool(4, 2, 64, torch.float32, "meta"), "device"),
         (lambda: ops.merge([]), "no parts"),
+        (lambda: ops.Pool(pool.k, pool.v.bfloat16()), "of one dtype"),
+        (lambda: ops.Pool(pool.k, pool.v[:3]), "two contiguous"),
+        (lambda: ops.plan([(1, [view._replace(stride=0)])], pool, 4), "stride"),
+        (lambda: ops.attention(q, pool, plan, 1.0, Rotation((1.0,), (64, 66))), "dimensions"),
+        (lambda: ops.attention(q, ops.empty_pool(4, 2, 64, torch.float32), plan, 1.0), "made for"),
         (lambda: Rotation((1.0,), (0, 4)), "frequency"),
     ]
     for call, word in cases:

@@ -129,7 +129,7 @@ def test_a_step_is_a_transaction(session):
     for kid in kids:
         kid.extend(tokens(70, 5))
     before = session.stats
-    logits = [k.logits for k in kids]
+    logits = root.logits
     hook = model.model.layers[1].mlp.register_forward_hook(lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.step(kids)
@@ -140,9 +140,18 @@ def test_a_step_is_a_transaction(session):
         before.rows,
         before.steps,
     )
-    assert [k.queued for k in kids] == [70, 70] and [k.logits for k in kids] == logits
+    assert [k.queued for k in kids] == [70, 70]
+    assert distance(root.logits, logits) == 0.0
+    assert all(k.logits is None for k in kids)
     want = stock(model, PROMPT + tokens(70, 5))[-1]
     assert distance(session.step(kids)[1], want) < CLOSE
+
+
+def test_siblings_do_not_share_what_they_hand_out(session):
+    one, two = session.thread(PROMPT).fork(2)
+    session.step([one, two])
+    one.logits.fill_(0)
+    assert distance(session.step([two])[0], stock(session.model, PROMPT)[-1]) < CLOSE
 
 
 def test_an_interrupt_is_taken_back_too(session):

@@ -123,6 +123,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 f"apr.Cache: got {batch} rows; expected {len(self.threads)}, as in the call before; "
                 "call reset() to start anew"
             )
+        if any(thread.queued for thread in self.threads):
+            raise InvalidInput(
+                "apr.Cache: its threads have tokens of yours queued; run them with "
+                "cache.session.step(cache.threads), or trim them, before the next call"
+            )
         valid = self._valid(ids, kwargs.get("attention_mask"))
         step = self._queue(ids, valid)
         try:

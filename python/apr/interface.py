@@ -79,12 +79,11 @@ def stop_running(forward: Forward) -> None:
 @contextlib.contextmanager
 def running(forward: Forward) -> Iterator[None]:
     """Route the attention calls of a block to `forward`."""
-    before = _RUNNING.get()
-    _RUNNING.set(forward)
+    start_running(forward)
     try:
         yield
     finally:
-        _RUNNING.set(before)
+        stop_running(forward)
 
 
 def members(model: Any) -> frozenset[int]:
