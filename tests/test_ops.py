@@ -20,9 +20,17 @@ def tolerance(dtype: torch.dtype, tokens: int, score: float, v_max: float) -> fl
     return v_max * (0.5 * UNIT[dtype] + arithmetic + 4e-7)
 
 
-@pytest.fixture(params=list(_core.instruction_sets()))
+# Every set that was built; the emulated matrix unit runs the source of `amx` on any machine.
+SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
+PAIRED = {"amx", "avx512_bf16", "amx_emulated"}  # bfloat16 products by pairs of bfloat16
+
+
+@pytest.fixture(params=SETS)
 def instruction_set(request):
-    _core.force_instruction_set(request.param)
+    try:
+        _core.force_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"{request.param} was not built or does not run on this machine")
     yield request.param
     _core.force_instruction_set("")
 
@@ -167,7 +175,11 @@ def test_half_conversions_cover_every_bit_pattern(instruction_set):
         ops.append(torch.zeros_like(every), every.contiguous(), pool, plan)
         out, _ = ops.attention(torch.zeros_like(every), pool, plan, 1.0)
         numbers = ~every.isnan()
-        assert torch.equal(out[numbers], every[numbers])
+        want = every
+        if dtype is torch.bfloat16 and instruction_set in PAIRED:
+            # The instruction takes subnormal numbers for 0: an absolute error below 2^-126.
+            want = torch.where(every.abs() < 2.0**-126, torch.zeros_like(every), every)
+        assert torch.equal(out[numbers], want[numbers])
         assert torch.equal(out.isnan(), every.isnan())
 
 

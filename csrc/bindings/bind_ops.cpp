@@ -1,10 +1,11 @@
-// Python's door to the kernels: plans from row sets, append, attention, merge, and what was built.
+// Python's door to the kernels: plans from row sets, append, attention, merge.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "bindings/tensor.h"
 #include "core/error.h"
@@ -142,18 +143,6 @@ void bind_ops(py::module_& module) {
              py::arg("invariant"), py::arg("threads"));
   module.def("merge", &merge, py::arg("parts"), py::arg("part_lse"), py::arg("out"), py::arg("lse"),
              py::arg("rows"), py::arg("heads"), py::arg("dim"), py::arg("dtype"));
-  module.def("instruction_sets", [] {
-    std::vector<std::string> names;
-    for (const auto* set : cpu::instruction_sets()) names.emplace_back(set->name);
-    return names;
-  });
-  module.def("instruction_set", [] { return std::string(cpu::instruction_set().name); });
-  module.def("force_instruction_set", &cpu::force_instruction_set, py::arg("name"));
-#ifdef APR_CUDA_ARCHITECTURES
-  module.attr("cuda_architectures") = APR_CUDA_ARCHITECTURES;
-#else
-  module.attr("cuda_architectures") = "";
-#endif
 }
 
 }  // namespace apr::bindings

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apr import _core
 from apr.errors import InvalidInput
+from apr.machine import Kernels, kernels
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -52,19 +53,6 @@ class Rotation:
                 f"Rotation: got dims {self.dims} and {len(self.inv_freq)} frequencies; "
                 "expected two dimensions a frequency"
             )
-
-
-class Kernels(NamedTuple):
-    """What this build contains and what runs here."""
-
-    cpu: list[str]
-    chosen: str
-    cuda: str  # architectures, empty without CUDA kernels
-
-
-def kernels() -> Kernels:
-    """The instruction sets of the CPU kernels, best first, and the CUDA architectures."""
-    return Kernels(_core.instruction_sets(), _core.instruction_set(), _core.cuda_architectures)
 
 
 def check_device(what: str, device: torch.device) -> None:
@@ -111,6 +99,12 @@ class Pool:
         """KV bytes of one token in this layer."""
         return self.num_kv_heads * (self.head_dim + self.head_dim_v) * self.k.element_size()
 
+    def populate(self, first: int, end: int) -> None:
+        """Make the memory of pages [first, end) present, unchanged, while others may use it."""
+        for side in (self.k, self.v):
+            page_bytes = side[0].numel() * side.element_size()
+            _core.populate(side.data_ptr() + first * page_bytes, (end - first) * page_bytes)
+
 
 def empty_pool(
     num_pages: int,
@@ -121,12 +115,18 @@ def empty_pool(
     page_size: int = 64,
     head_dim_v: int | None = None,
 ) -> Pool:
-    """A pool of uninitialised pages. `head_dim_v` is given where values are narrower than keys."""
+    """A pool of uninitialised pages, on huge pages of memory where the system gives them.
+
+    `head_dim_v` is given where values are narrower than keys.
+    """
     shape = (num_pages, num_kv_heads, page_size)
-    return Pool(
+    pool = Pool(
         torch.empty(*shape, head_dim, dtype=dtype, device=device),
         torch.empty(*shape, head_dim_v or head_dim, dtype=dtype, device=device),
     )
+    for side in (pool.k, pool.v):
+        _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())
+    return pool
 
 
 class Plan:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apr import _core, ops
 from apr._self_test import self_test as run_self_test
+from apr.arena import Arena
 from apr.errors import (
     Error,
     ForeignThread,
@@ -114,6 +115,8 @@ class Session:
             for x in spec.layers
         ]
         self._table = _core.ThreadTable(pages, self.page_size, spec.can_rotate)
+        self._arena = Arena(self.pools)
+        self._arena.keep_ahead(0, 0)
 
     @property
     def spec(self) -> ModelSpec:
@@ -138,6 +141,7 @@ class Session:
         if self._table is not None:
             self._stats = self.stats
             self._table = None
+            self._arena.close()
             self.pools = []
             self.attachment.close()
 
@@ -310,10 +314,12 @@ class Session:
     def _end(self, step: _core.Step, commit: bool) -> None:
         """Close a step of `_begin`."""
         self._stepping = False
-        if commit:
-            step.commit()
-        else:
+        if not commit:
             step.rollback()
+            return
+        step.commit()
+        table = self._open_table()
+        self._arena.keep_ahead(table.peak_pages, table.num_threads)
 
     def _run_step(
         self, table: _core.ThreadTable, numbers: list[int], held: list[bool]
@@ -349,6 +355,7 @@ class Session:
         except BaseException:
             step.rollback()
             raise
+        self._arena.keep_ahead(table.peak_pages, table.num_threads)
         stats = self._stats
         stats.rows += rows_run
         stats.forwards += forwards

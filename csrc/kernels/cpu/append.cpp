@@ -31,7 +31,7 @@ void append(const Rows& k, const Rows& v, const Pool& pool, const PlanArrays& pl
   const Rows sources[2] = {k, v};
   constexpr int64_t kRowsAtOnce = 64;
   const int64_t blocks = (plan.num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  parallel_for(blocks, threads, [&](int64_t b) {
+  const auto write = [&](int64_t b) {
     const int64_t end = std::min(plan.num_rows, (b + 1) * kRowsAtOnce);
     for (int64_t row = b * kRowsAtOnce; row < end; ++row) {
       const int64_t slot = plan.slots[row];
@@ -45,7 +45,8 @@ void append(const Rows& k, const Rows& v, const Pool& pool, const PlanArrays& pl
         }
       }
     }
-  });
+  };
+  parallel(threads, {{blocks, write}});
 }
 
 void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count) {

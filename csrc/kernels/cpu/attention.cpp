@@ -47,23 +47,23 @@ struct Parts {
   float* sum;
 };
 
-// The query of one lane, scaled, turned by the pair's rotation, as a column of q [head_dim, lanes].
+// One lane's query, turned by the pair's rotation: to [head_dim].
 template <typename T>
 void gather_query(const AttentionParams& params, const Pool& pool, const Visit& visit, int64_t head,
-                  float factor, float* column, int64_t lanes) {
+                  float* to) {
   const auto* q = static_cast<const typename T::Storage*>(params.q.data) +
                   visit.row * params.q.row_stride + head * params.q.head_stride;
-  for (int64_t d = 0; d < pool.head_dim_k; ++d) column[d * lanes] = T::load(q[d]) * factor;
+  for (int64_t d = 0; d < pool.head_dim_k; ++d) to[d] = T::load(q[d]);
   const RotationTable& table = params.rotation;
   if (visit.rotation_row < 0 || table.cos_sin == nullptr) return;
   const float* cs = table.cos_sin + visit.rotation_row * table.pairs * 2;
   for (int64_t i = 0; i < table.pairs; ++i) {
     const int64_t a = table.first + (table.interleaved ? 2 * i : i);
     const int64_t b = table.interleaved ? a + 1 : a + table.pairs;
-    const float x = column[a * lanes], y = column[b * lanes];
+    const float x = to[a], y = to[b];
     const float c = cs[2 * i], s = cs[2 * i + 1];
-    column[a * lanes] = x * c - y * s;
-    column[b * lanes] = y * c + x * s;
+    to[a] = x * c - y * s;
+    to[b] = y * c + x * s;
   }
 }
 
@@ -72,8 +72,7 @@ struct Output {
   const Pool& pool;
 
   // Writes one row of one head from an unnormalised sum, its maximum (base 2) and its weight.
-  void write(int64_t row, int64_t head, const float* o, int64_t stride, float max,
-             float sum) const {
+  void write(int64_t row, int64_t head, const float* o, float max, float sum) const {
     float weight = 1.f;
     if (params.sinks != nullptr) {
       const float sink = params.sinks[head] * kLog2e, top = std::max(max, sink);
@@ -86,7 +85,7 @@ struct Output {
       using T = decltype(type);
       auto* out = static_cast<typename T::Storage*>(params.out.data) + row * params.out.row_stride +
                   head * params.out.head_stride;
-      for (int64_t d = 0; d < pool.head_dim_v; ++d) out[d] = T::store(o[d * stride] * inverse);
+      for (int64_t d = 0; d < pool.head_dim_v; ++d) out[d] = T::store(o[d] * inverse);
     });
     if (params.lse != nullptr) {
       params.lse[row * params.q_heads + head] =
@@ -95,44 +94,48 @@ struct Output {
   }
 };
 
+// What a task needs of the rows of its block: queries [lanes, head_dim_k] and what they see.
+void gather_lanes(const AttentionParams& params, const Pool& pool, const Schedule& schedule,
+                  const Block& block, int64_t kv_head, float* q, int32_t* lo, int32_t* hi) {
+  const int64_t group = params.q_heads / pool.kv_heads;
+  int64_t lane = 0;
+  for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
+    const Visit& visit = schedule.visits[v];
+    for (int64_t g = 0; g < group; ++g, ++lane) {
+      lo[lane] = visit.lo;
+      hi[lane] = visit.hi;
+      dispatch(pool.dtype, [&](auto type) {
+        gather_query<decltype(type)>(params, pool, visit, kv_head * group + g,
+                                     q + lane * pool.head_dim_k);
+      });
+    }
+  }
+  for (; lane % kLaneAlign != 0; ++lane) {
+    lo[lane] = block.lo;
+    hi[lane] = block.hi;
+    std::fill_n(q + lane * pool.head_dim_k, pool.head_dim_k, 0.f);
+  }
+}
+
 void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
               const Schedule& schedule, const Parts& parts, int64_t block_index, int64_t chunk,
               int64_t kv_head) {
   const Block& block = schedule.blocks[block_index];
   const int64_t group = params.q_heads / pool.kv_heads;
-  const int64_t used = (block.end_visit - block.first_visit) * group;
-  const int64_t lanes = (used + kLaneAlign - 1) / kLaneAlign * kLaneAlign;
-  const int64_t dim = std::max(pool.head_dim_k, pool.head_dim_v);
+  const int64_t lanes = (block.end_visit - block.first_visit) * group;
+  const int64_t padded = (lanes + kLaneAlign - 1) / kLaneAlign * kLaneAlign;
+  const int64_t floats = scratch_floats(padded, pool.head_dim_k, pool.head_dim_v);
 
-  thread_local Scratch scratch;
-  float* memory =
-      scratch.get(lanes * (pool.head_dim_k + pool.head_dim_v + kTile + 4) + kTile * dim + 16);
+  thread_local Scratch memory;
   TileJob job{};
-  float* q = memory;
-  job.out = q + pool.head_dim_k * lanes;
-  job.scores = job.out + pool.head_dim_v * lanes;
-  job.max = job.scores + kTile * lanes;
-  job.sum = job.max + lanes;
-  auto* lane_lo = reinterpret_cast<int32_t*>(job.sum + lanes);
-  int32_t* lane_hi = lane_lo + lanes;
-  job.wide = reinterpret_cast<float*>(lane_hi + lanes);
-
-  const float factor =
-      params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
-  for (int64_t lane = 0; lane < used; ++lane) {
-    const Visit& visit = schedule.visits[block.first_visit + lane / group];
-    lane_lo[lane] = visit.lo;
-    lane_hi[lane] = visit.hi;
-    dispatch(pool.dtype, [&](auto type) {
-      gather_query<decltype(type)>(params, pool, visit, kv_head * group + lane % group, factor,
-                                   q + lane, lanes);
-    });
-  }
-  for (int64_t lane = used; lane < lanes; ++lane) {
-    lane_lo[lane] = block.lo;
-    lane_hi[lane] = block.hi;
-    for (int64_t d = 0; d < pool.head_dim_k; ++d) q[d * lanes + lane] = 0.f;
-  }
+  job.scratch = memory.get(floats + padded * (pool.head_dim_k + pool.head_dim_v + 4));
+  job.out = job.scratch + floats;
+  float* q = job.out + padded * pool.head_dim_v;
+  job.max = q + padded * pool.head_dim_k;
+  job.sum = job.max + padded;
+  auto* lane_lo = reinterpret_cast<int32_t*>(job.sum + padded);
+  int32_t* lane_hi = lane_lo + padded;
+  gather_lanes(params, pool, schedule, block, kv_head, q, lane_lo, lane_hi);
 
   const int64_t size = element_size(pool.dtype);
   const int64_t first_chunk = block.lo / block.chunk;
@@ -146,7 +149,9 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   job.head_dim_k = pool.head_dim_k;
   job.head_dim_v = pool.head_dim_v;
   job.lanes = lanes;
+  job.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
   job.softcap = params.softcap;
+  job.pinned = params.invariant;
   job.page_size = pool.page_size;
   job.pages = plan.page_table + plan.segment_pages[block.segment];
   job.page_bytes_k = pool.kv_heads * pool.page_size * pool.head_dim_k * size;
@@ -156,72 +161,81 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   instruction_set().attend[static_cast<int>(pool.dtype)](job);
 
   const Output output{params, pool};
-  for (int64_t lane = 0; lane < used; ++lane) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
     const Visit& visit = schedule.visits[block.first_visit + lane / group];
     const int64_t head = kv_head * group + lane % group;
-    if (schedule.row_parts[visit.row + 1] - schedule.row_parts[visit.row] == 1) {
-      output.write(visit.row, head, job.out + lane, lanes, job.max[lane], job.sum[lane]);
+    const float* out = job.out + lane * pool.head_dim_v;
+    if (visit.first_part < 0) {
+      output.write(visit.row, head, out, job.max[lane], job.sum[lane]);
       continue;
     }
     const int64_t part = (visit.first_part + chunk) * params.q_heads + head;
-    for (int64_t d = 0; d < pool.head_dim_v; ++d) {
-      parts.out[part * pool.head_dim_v + d] = job.out[d * lanes + lane];
-    }
+    std::copy(out, out + pool.head_dim_v, parts.out + part * pool.head_dim_v);
     parts.max[part] = job.max[lane];
     parts.sum[part] = job.sum[lane];
   }
 }
 
 void merge_row(const AttentionParams& params, const Pool& pool, const Schedule& schedule,
-               const Parts& parts, int64_t row) {
-  const int64_t first = schedule.row_parts[row], end = schedule.row_parts[row + 1];
-  if (end - first == 1) return;
+               const Parts& parts, int64_t row, int64_t head) {
+  const int64_t first = schedule.row_parts[row], count = schedule.row_parts[row + 1] - first;
   thread_local Scratch scratch;
-  float* o = scratch.get(pool.head_dim_v);
-  for (int64_t head = 0; head < params.q_heads; ++head) {
-    float max = -1e30f, sum = 0.f;
-    for (int64_t p = first; p < end; ++p) max = std::max(max, parts.max[p * params.q_heads + head]);
-    std::fill(o, o + pool.head_dim_v, 0.f);
-    for (int64_t p = first; p < end; ++p) {
-      const int64_t part = p * params.q_heads + head;
-      const float weight = std::exp2(parts.max[part] - max);
-      sum += weight * parts.sum[part];
-      for (int64_t d = 0; d < pool.head_dim_v; ++d) {
-        o[d] += weight * parts.out[part * pool.head_dim_v + d];
-      }
-    }
-    Output{params, pool}.write(row, head, o, 1, max, sum);
+  MergeJob job{};
+  job.parts = count;
+  job.stride = params.q_heads;
+  job.dim = pool.head_dim_v;
+  job.out = parts.out + (first * params.q_heads + head) * pool.head_dim_v;
+  job.max = parts.max + first * params.q_heads + head;
+  job.sum = parts.sum + first * params.q_heads + head;
+  job.merged = scratch.get(pool.head_dim_v);
+  instruction_set().merge(job);
+  Output{params, pool}.write(row, head, job.merged, job.merged_max, job.merged_sum);
+}
+
+// Partial results of a pass, at most; longer plans are run in several passes over the rows.
+constexpr int64_t kMostPartBytes = int64_t{1} << 28;
+
+void attend_rows(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+                 int64_t row_begin, int64_t row_end) {
+  const Schedule schedule = make_schedule(params, pool, plan, row_begin, row_end);
+  const int64_t count = schedule.row_parts.back() * params.q_heads;
+  const int64_t floats = count * (pool.head_dim_v + 2);
+  if (floats * 4 > kMostPartBytes && row_end - row_begin > 1) {
+    const int64_t middle = (row_begin + row_end) / 2;
+    attend_rows(params, pool, plan, row_begin, middle);
+    attend_rows(params, pool, plan, middle, row_end);
+    return;
   }
+  thread_local Scratch scratch;
+  float* memory = scratch.get(floats);
+  const Parts parts{memory, memory + count * pool.head_dim_v,
+                    memory + count * (pool.head_dim_v + 1)};
+  const auto attend = [&](int64_t i) {
+    const int64_t task = i / pool.kv_heads;
+    const auto after =
+        std::upper_bound(schedule.block_tasks.begin(), schedule.block_tasks.end(), task);
+    const int64_t block = after - schedule.block_tasks.begin() - 1;
+    run_task(params, pool, plan, schedule, parts, block, task - schedule.block_tasks[block],
+             i % pool.kv_heads);
+  };
+  constexpr int64_t kHeadsAtOnce = 8;
+  const int64_t head_blocks = (params.q_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const auto merge = [&](int64_t i) {
+    const int64_t first = i % head_blocks * kHeadsAtOnce;
+    const int64_t end = std::min(first + kHeadsAtOnce, params.q_heads);
+    for (int64_t head = first; head < end; ++head) {
+      merge_row(params, pool, schedule, parts, schedule.merged_rows[i / head_blocks], head);
+    }
+  };
+  const int64_t tasks = schedule.block_tasks.back() * pool.kv_heads;
+  const int64_t merges = static_cast<int64_t>(schedule.merged_rows.size()) * head_blocks;
+  parallel(params.threads, {{tasks, attend}, {merges, merge}});
 }
 
 }  // namespace
 
 void attention(const AttentionParams& params, const Pool& pool, const PlanArrays& plan) {
-  const Schedule schedule = make_schedule(params, pool, plan);
-  // Rows with one part write straight to the output: their share of this memory is never touched.
-  const int64_t count = schedule.row_parts.back() * params.q_heads;
-  thread_local Scratch scratch;
-  float* memory = scratch.get(count * (pool.head_dim_v + 2));
-  const Parts parts{memory, memory + count * pool.head_dim_v,
-                    memory + count * (pool.head_dim_v + 1)};
-  std::vector<int32_t> task_block;
-  for (size_t b = 0; b < schedule.blocks.size(); ++b) {
-    task_block.insert(task_block.end(), schedule.blocks[b].chunks, static_cast<int32_t>(b));
-  }
-  const int64_t tasks = static_cast<int64_t>(task_block.size());
-  parallel_for(tasks * pool.kv_heads, params.threads, [&](int64_t i) {
-    const int64_t task = i / pool.kv_heads;
-    const int64_t block = task_block[task];
-    run_task(params, pool, plan, schedule, parts, block, task - schedule.block_tasks[block],
-             i % pool.kv_heads);
-  });
-  constexpr int64_t kRowsAtOnce = 16;
-  parallel_for((plan.num_rows + kRowsAtOnce - 1) / kRowsAtOnce, params.threads, [&](int64_t b) {
-    const int64_t end = std::min(plan.num_rows, (b + 1) * kRowsAtOnce);
-    for (int64_t row = b * kRowsAtOnce; row < end; ++row) {
-      merge_row(params, pool, schedule, parts, row);
-    }
-  });
+  attend_rows(params, pool, plan, 0, plan.num_rows);
 }
 
 }  // namespace apr::cpu

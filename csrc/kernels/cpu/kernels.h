@@ -11,11 +11,12 @@ namespace apr::cpu {
 
 inline constexpr int64_t kTile = 64;       // tokens of a tile
 inline constexpr int64_t kMaxLanes = 256;  // query rows times group that share one pass over a tile
+inline constexpr int64_t kLaneAlign = 16;  // lanes are padded to a multiple of it
+// The maximum of no scores: finite, so that a fully masked row keeps sum 0 and makes no NaN.
+inline constexpr float kNoScore = -1e30f;
 
-// Attention of up to kMaxLanes lanes over tokens [begin, end) of one segment, for one kv head.
-// Lanes are the innermost dimension everywhere and padded to a multiple of kLaneAlign.
-inline constexpr int64_t kLaneAlign = 16;
-
+// Attention of up to kMaxLanes query rows ("lanes") over tokens [begin, end) of one segment, for
+// one kv head.
 struct TileJob {
   const char* k;  // pool base of this kv head: page p lies at k + p * page_bytes_k
   const char* v;
@@ -25,26 +26,51 @@ struct TileJob {
   int64_t begin, end;  // slots
   int64_t head_dim_k, head_dim_v;
   int64_t lanes;
-  const float* q;          // [head_dim_k, lanes], scaled to base 2 (or to the softcap's argument)
-  const int32_t* lane_lo;  // [lanes] visible slots of each lane
+  const float* q;          // [lanes padded to kLaneAlign, head_dim_k]; the padding is 0
+  float factor;            // makes scores logarithms to base 2 (or the softcap's argument)
+  const int32_t* lane_lo;  // visible slots of each lane; [lanes padded]
   const int32_t* lane_hi;
   int64_t all_lo, all_hi;  // slots that every lane sees
   float softcap;
-  float* scores;  // scratch [kTile, lanes]
-  float* wide;    // scratch [kTile, max(head_dim_k, head_dim_v)]
-  float* out;     // [head_dim_v, lanes], not normalised
-  float* max;     // [lanes], base 2
-  float* sum;     // [lanes]
+  bool pinned;     // the path must not depend on the number of lanes
+  float* scratch;  // scratch_floats() of them, aligned to 64 bytes
+  float* out;      // [lanes, head_dim_v], not normalised
+  float* max;      // [lanes padded], base 2
+  float* sum;      // [lanes padded]
+};
+
+// What a TileJob's scratch must hold, in floats, for any instruction set: packed queries, packed
+// sums (twice where a matrix unit keeps them by row), scores and probabilities of a panel, one
+// packed tile, one padded tile.
+inline int64_t scratch_floats(int64_t lanes, int64_t head_dim_k, int64_t head_dim_v) {
+  const int64_t dim = head_dim_k > head_dim_v ? head_dim_k : head_dim_v;
+  return lanes * (head_dim_k + 2 * head_dim_v) + kTile * (32 + 2 * dim) + 1024;
+}
+
+// Partial results of one row and head, and what becomes of them.
+struct MergeJob {
+  const float* out;  // part i at out + i * stride * dim
+  const float* max;  // part i at max + i * stride
+  const float* sum;
+  int64_t parts, stride, dim;
+  float* merged;  // [dim], not normalised
+  float merged_max, merged_sum;
 };
 
 struct InstructionSet {
   const char* name;
   void (*attend[3])(const TileJob&);  // by DType
+  void (*merge)(MergeJob&);
+  // What the machine does at best, for benchmarks: multiplications and additions that fill the
+  // widest unit (by DType; returns how many operations were done), and the sum of memory read once.
+  int64_t (*operate[3])(int64_t rounds);
+  float (*read)(const float* data, int64_t count);
 };
 
 const InstructionSet& instruction_set();                // the best that this machine runs
 std::vector<const InstructionSet*> instruction_sets();  // all that were built and run here
-void force_instruction_set(const std::string& name);    // "" returns to the best
+// "" returns to the best. Also takes the emulated matrix unit, which is never chosen by itself.
+void force_instruction_set(const std::string& name);
 
 void append(const Rows& k, const Rows& v, const Pool& pool, const PlanArrays& plan, int threads);
 void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count);

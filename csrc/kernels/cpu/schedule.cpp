@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kInvariantChunk = 512;
 constexpr int64_t kSmallestChunk = 256;
 
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
 // Visible slots of one row: the pair's range, causal in the own tail, cut by window and chunk.
@@ -34,7 +35,7 @@ Visit visit_of(const PlanPair& pair, const PlanRun& run, int64_t i, const Attent
 }
 
 void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
-                    Schedule& schedule) {
+                    int64_t row_begin, int64_t row_end, Schedule& schedule) {
   const int64_t group = params.q_heads / pool.kv_heads;
   const int64_t rows_at_once = std::max<int64_t>(1, kMaxLanes / group);
   for (int64_t s = 0; s < plan.num_segments; ++s) {
@@ -54,7 +55,9 @@ void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanA
     for (int32_t p = plan.segment_pairs[s]; p < plan.segment_pairs[s + 1]; ++p) {
       const PlanPair& pair = plan.pairs[p];
       const PlanRun& run = plan.runs[pair.run];
-      for (int64_t i = 0; i < run.row_count; ++i) {
+      const int64_t first = std::max<int64_t>(row_begin - run.row_begin, 0);
+      const int64_t end = std::min<int64_t>(row_end - run.row_begin, run.row_count);
+      for (int64_t i = first; i < end; ++i) {
         const Visit visit = visit_of(pair, run, i, params);
         if (visit.hi <= visit.lo) continue;
         if (static_cast<int64_t>(schedule.visits.size()) - block.first_visit == rows_at_once) {
@@ -79,30 +82,43 @@ void cut_chunks(const AttentionParams& params, const Pool& pool, const PlanArray
   int64_t chunk = kInvariantChunk;
   if (!params.invariant) {
     chunk = std::max(kSmallestChunk, tokens * pool.kv_heads / (8 * std::max(params.threads, 1)));
-    chunk = (chunk + plan.page_size - 1) / plan.page_size * plan.page_size;
   }
   schedule.block_tasks.assign(1, 0);
   for (Block& block : schedule.blocks) {
-    block.chunk = static_cast<int32_t>(chunk);
-    block.chunks = static_cast<int32_t>((block.hi - 1) / chunk - block.lo / chunk + 1);
+    int64_t size = chunk;
+    if (!params.invariant) {  // even chunks: the last one is not a small rest
+      const int64_t length = block.hi - block.lo, count = (length + chunk - 1) / chunk;
+      size = round_up((length + count - 1) / count, plan.page_size);
+    }
+    block.chunk = static_cast<int32_t>(size);
+    block.chunks = static_cast<int32_t>((block.hi - 1) / size - block.lo / size + 1);
     schedule.block_tasks.push_back(schedule.block_tasks.back() + block.chunks);
   }
 }
 
-void number_parts(const PlanArrays& plan, Schedule& schedule) {
-  schedule.row_parts.assign(plan.num_rows + 1, 0);
+void number_parts(int64_t row_begin, int64_t row_end, int64_t num_rows, Schedule& schedule) {
+  std::vector<int32_t> counts(num_rows, 0);
   for (const Block& block : schedule.blocks) {
     for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
-      schedule.row_parts[schedule.visits[v].row + 1] += block.chunks;
+      counts[schedule.visits[v].row] += block.chunks;
     }
   }
-  for (int64_t row = 0; row < plan.num_rows; ++row) {
-    schedule.row_parts[row + 1] += schedule.row_parts[row];
+  schedule.row_parts.assign(num_rows + 1, 0);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int32_t parts = counts[row] == 1 ? 0 : counts[row];
+    schedule.row_parts[row + 1] = schedule.row_parts[row] + parts;
+    if (counts[row] != 1 && row >= row_begin && row < row_end) {
+      schedule.merged_rows.push_back(static_cast<int32_t>(row));
+    }
   }
   std::vector<int32_t> next(schedule.row_parts.begin(), schedule.row_parts.end() - 1);
   for (const Block& block : schedule.blocks) {
     for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
       Visit& visit = schedule.visits[v];
+      if (counts[visit.row] == 1) {
+        visit.first_part = -1;
+        continue;
+      }
       visit.first_part = next[visit.row];
       next[visit.row] += block.chunks;
     }
@@ -111,11 +127,12 @@ void number_parts(const PlanArrays& plan, Schedule& schedule) {
 
 }  // namespace
 
-Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan) {
+Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+                       int64_t row_begin, int64_t row_end) {
   Schedule schedule;
-  collect_blocks(params, pool, plan, schedule);
+  collect_blocks(params, pool, plan, row_begin, row_end, schedule);
   cut_chunks(params, pool, plan, schedule);
-  number_parts(plan, schedule);
+  number_parts(row_begin, row_end, plan.num_rows, schedule);
   return schedule;
 }
 

@@ -14,7 +14,7 @@ struct Visit {
   int32_t row;
   int32_t lo, hi;        // visible slots
   int32_t rotation_row;  // -1: the query is used as written
-  int32_t first_part;    // number of the row's first partial result in this segment's block
+  int32_t first_part;    // number of the row's first partial result in its block, -1: its only one
 };
 
 // Rows that share each pass over a segment's tiles.
@@ -31,9 +31,12 @@ struct Schedule {
   std::vector<Visit> visits;
   std::vector<Block> blocks;
   std::vector<int32_t> row_parts;    // [rows + 1]: a row's partial results lie side by side
+  std::vector<int32_t> merged_rows;  // those that do not come from one partial result
   std::vector<int32_t> block_tasks;  // [blocks + 1]: first (chunk) task of each block
 };
 
-Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan);
+// The schedule of rows [row_begin, row_end).
+Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+                       int64_t row_begin, int64_t row_end);
 
 }  // namespace apr::cpu

@@ -25,6 +25,7 @@ def main(options: argparse.Namespace) -> None:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "transformers": transformers.__version__,
         "CPU kernels": f"{kernels.chosen} (built and runnable here: {', '.join(kernels.cpu)})",
+        "CPU threads": kernels.threads,
         "CUDA kernels": kernels.cuda or "none in this build: CPU tensors only",
         "CUDA device": (
             torch.cuda.get_device_name() if torch.cuda.is_available() else "none seen by torch"

@@ -1,0 +1,364 @@
+// Vectors of the instruction set that a file is compiled for (APR_ISA), and the arithmetic that the
+// kernels share. No standard-library templates: their inline code would be merged with other
+// objects' and could run on a machine that lacks the instructions.
+#pragma once
+
+#include "kernels/cpu/kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace apr::cpu::APR_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 16;  // of 32 registers
+#else
+constexpr int kAccumulators = 8;  // of 16 registers
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecInt __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * kWidth)));
+typedef uint64_t VecLong __attribute__((vector_size(4 * kWidth)));
+typedef float VecLoose __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef uint32_t VecLooseBits __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+
+inline Vec load(const float* p) { return Vec(*reinterpret_cast<const VecLoose*>(p)); }
+inline VecBits load(const uint32_t* p) {
+  return VecBits(*reinterpret_cast<const VecLooseBits*>(p));
+}
+inline VecInt load(const int32_t* p) { return VecInt(*reinterpret_cast<const VecLooseBits*>(p)); }
+inline void store(float* p, Vec x) { *reinterpret_cast<VecLoose*>(p) = VecLoose(x); }
+inline void store(uint32_t* p, VecBits x) { *reinterpret_cast<VecLooseBits*>(p) = VecLooseBits(x); }
+// All lanes x. (0 + x would be an addition: it turns -0 into 0.)
+inline Vec spread(float x) { return x - Vec{}; }
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+inline bool any(VecInt mask) {
+  const VecLong words = VecLong(mask);
+  uint64_t all = 0;
+  for (int i = 0; i < kWidth / 2; ++i) all |= words[i];
+  return all != 0;
+}
+
+// 2^x for x <= 0, relative error about 2e-7; exactly 0 below -126, NaN stays NaN.
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec n = Vec(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const Vec f = x - n;
+#else
+  const Vec y = maximum(x, Vec{} - 126.f);
+  const Vec n = (y + 12582912.f) - 12582912.f;
+  const Vec f = y - n;
+#endif
+  Vec p = Vec{} + 1.5353362e-4f;
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return Vec(_mm512_maskz_scalef_ps(kept, __m512(p), __m512(n)));
+#else
+  const Vec r = Vec(VecInt(p) + (__builtin_convertvector(n, VecInt) << 23));
+  const Vec cut = x < -126.f ? Vec{} : r;
+  return x == x ? cut : x;
+#endif
+}
+
+inline Vec tanh(Vec x) {
+  const Vec a = x < 0.f ? -x : x;
+  const Vec e = exp2(a * -2.8853900817779268f);  // e^(-2|x|)
+  const Vec big = (1.f - e) / (1.f + e);
+  // 1 - e cancels for small x: the odd series is exact there.
+  const Vec s = a * a;
+  const Vec small = a * (1.f + s * (-0.333333333f + s * (0.133333333f + s * -0.0539682540f)));
+  const Vec t = a < 0.25f ? small : big;
+  return x < 0.f ? -t : t;
+}
+
+inline float highest(Vec x) {
+  float top = x[0];
+  for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+inline float total(Vec x) {
+  float sum = x[0];
+  for (int i = 1; i < kWidth; ++i) sum += x[i];
+  return sum;
+}
+
+// Lane i of the result picks blocks of kBlock lanes from a and b in turn: the even ones (kOdd = 0)
+// or the odd ones.
+template <int... I>
+struct Lanes {};
+template <int kCount, int... I>
+struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  typedef Lanes<I...> type;
+};
+template <int kBlock, int kOdd, int... I>
+inline Vec pick(Vec a, Vec b, Lanes<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(
+      a, b,
+      (I / kBlock % 2 * kWidth + I / (2 * kBlock) * 2 * kBlock + kOdd * kBlock + I % kBlock)...);
+#else
+  return __builtin_shuffle(a, b,
+                           VecInt{(I / kBlock % 2 * kWidth + I / (2 * kBlock) * 2 * kBlock +
+                                   kOdd * kBlock + I % kBlock)...});
+#endif
+}
+
+// Lane i of the result is the sum over all lanes of x[i]; overwrites x.
+template <int kBlock = kWidth / 2>
+inline Vec sums_of(Vec (&x)[kWidth]) {
+  typedef typename LanesUpTo<kWidth>::type All;
+  for (int i = 0; i < kBlock; ++i) {
+    x[i] =
+        pick<kBlock, 0>(x[i], x[i + kBlock], All{}) + pick<kBlock, 1>(x[i], x[i + kBlock], All{});
+  }
+  if constexpr (kBlock > 1) {
+    return sums_of<kBlock / 2>(x);
+  } else {
+    return x[0];
+  }
+}
+
+// x[i][j] becomes x[j][i].
+template <int kBlock = kWidth / 2>
+inline void transpose(Vec (&x)[kWidth]) {
+  typedef typename LanesUpTo<kWidth>::type All;
+  for (int i = 0; i < kWidth; ++i) {
+    if (i / kBlock % 2 != 0) continue;
+    const Vec a = x[i], b = x[i + kBlock];
+    x[i] = pick<kBlock, 0>(a, b, All{});
+    x[i + kBlock] = pick<kBlock, 1>(a, b, All{});
+  }
+  if constexpr (kBlock > 1) transpose<kBlock / 2>(x);
+}
+
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, and 0 for rows up to
+// `padded`.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t padded,
+                      int64_t columns, float* to, int64_t to_stride) {
+  int64_t i = 0;
+  for (; i + kWidth <= padded; i += kWidth) {
+    int64_t j = 0;
+    for (; j + kWidth <= columns; j += kWidth) {
+      Vec x[kWidth];
+      for (int64_t r = 0; r < kWidth; ++r)
+        x[r] = i + r < rows ? load(from + (i + r) * from_stride + j) : Vec{};
+      transpose(x);
+      for (int64_t r = 0; r < kWidth; ++r) store(to + (j + r) * to_stride + i, x[r]);
+    }
+    for (; j < columns; ++j)
+      for (int64_t r = i; r < i + kWidth; ++r)
+        to[j * to_stride + r] = r < rows ? from[r * from_stride + j] : 0.f;
+  }
+  for (; i < padded; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      to[j * to_stride + i] = i < rows ? from[i * from_stride + j] : 0.f;
+}
+
+struct Float32 {
+  typedef float Storage;
+  static Vec many(const float* p) { return load(p); }
+};
+struct BFloat16 {
+  typedef uint16_t Storage;
+  static float one(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  }
+  static Vec many(const uint16_t* p) {
+    return Vec(__builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits) << 16);
+  }
+};
+struct Float16 {
+  typedef uint16_t Storage;
+  // Exponent and mantissa move into place, a multiplication re-biases (subnormals come out right),
+  // infinities and NaN get the full exponent back.
+  static Vec widen(VecHalf x) {
+    const VecBits h = __builtin_convertvector(x, VecBits);
+    const Vec scaled = Vec((h & 0x7fffu) << 13) * 0x1p112f;
+    const VecBits special = VecBits((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return Vec(VecBits(scaled) | special | ((h & 0x8000u) << 16));
+  }
+  static Vec many(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+    return widen(*reinterpret_cast<const VecHalf*>(p));
+#endif
+  }
+  static float one(uint16_t x) {
+    VecHalf v = {};
+    v[0] = x;
+    return widen(v)[0];
+  }
+};
+
+// To nearest bfloat16, ties to even, one behind the other. NaN stays NaN.
+inline void store_bfloat16(void* to, Vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh y = _mm512_cvtneps_pbh(__m512(x));
+  __builtin_memcpy(to, &y, sizeof(y));
+#else
+  const VecBits u = VecBits(x);
+  const VecBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  *static_cast<VecHalf*>(to) =
+      __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40u, VecHalf);
+#endif
+}
+
+// How a product of tiles is taken in float: elements are single numbers, whatever the pool stores.
+template <class T>
+struct Floats {
+  typedef float Element;
+  typedef Vec Operand;
+  static constexpr int64_t kUnit = 1;  // numbers in an element
+  static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+  static Vec spread(float a) { return a - Vec{}; }
+  static const float* queries(const float* q, int64_t, float*) { return q; }
+
+  // `tokens` rows of `dim` numbers as elements [tokens, dim]; `to` is used where they must be
+  // widened.
+  static const float* keys(const char* p, int64_t tokens, int64_t dim, float* to) {
+    if constexpr (sizeof(typename T::Storage) == 4) {
+      return reinterpret_cast<const float*>(p);
+    } else {
+      const auto* from = reinterpret_cast<const typename T::Storage*>(p);
+      const int64_t count = tokens * dim;
+      int64_t i = 0;
+      for (; i + kWidth <= count; i += kWidth) store(to + i, T::many(from + i));
+      for (; i < count; ++i) to[i] = T::one(from[i]);
+      return to;
+    }
+  }
+  static const float* values(const char* p, int64_t tokens, int64_t dim, float* to) {
+    return keys(p, tokens, dim, to);
+  }
+  // A vector of elements from number `d` of a row on; values also take the next token's row.
+  static Vec key(const char* row, int64_t d) {
+    return T::many(reinterpret_cast<const typename T::Storage*>(row) + d);
+  }
+  static Vec value(const char* row, const char*, int64_t d) { return key(row, d); }
+};
+
+#if defined(__AVX512BF16__) || defined(APR_MATRIX)
+#define APR_PAIRS 1
+// kWidth numbers of 16 bits from each side: a0 b0 a1 b1 …; zeros where there is no b.
+inline VecBits interleave(const uint16_t* a, const uint16_t* b) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t Indices __attribute__((vector_size(64)));
+  constexpr Indices kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto half = [](const uint16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  };
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(half(a)),
+                                          b == nullptr ? _mm256_setzero_si256() : half(b), 1);
+  return VecBits(_mm512_permutexvar_epi16(__m512i(kOrder), both));
+#else
+  const auto wide = [](const uint16_t* p) {
+    return __builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits);
+  };
+  return b == nullptr ? wide(a) : wide(a) | wide(b) << 16;
+#endif
+}
+
+// The same on pairs of bfloat16, summed in float by one instruction: neighbours of a key's row as
+// they lie, and neighbouring tokens of values, laid side by side. The instruction takes subnormal
+// numbers for 0.
+struct Pairs {
+  typedef uint32_t Element;
+  typedef VecBits Operand;
+  static constexpr int64_t kUnit = 2;
+  static Vec add(Vec sum, VecBits a, VecBits b) {
+#if defined(__AVX512BF16__)
+    return Vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+#else
+    sum += flushed(a & 0xffff0000u) * flushed(b & 0xffff0000u);
+    return sum + flushed(a << 16) * flushed(b << 16);
+#endif
+  }
+#if !defined(__AVX512BF16__)
+  static Vec flushed(VecBits x) { return Vec(VecBits((x & 0x7f800000u) != 0u) & x); }
+#endif
+  static VecBits spread(uint32_t a) { return VecBits{} + a; }
+  static const uint32_t* queries(const float* q, int64_t count, uint32_t* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store_bfloat16(to + i / 2, load(q + i));
+    if (i < count) {
+      float rest[kWidth] = {};
+      for (int64_t j = i; j < count; ++j) rest[j - i] = q[j];
+      uint32_t packed[kWidth / 2];
+      store_bfloat16(packed, load(rest));
+      for (int64_t j = i; j < count; j += 2) to[j / 2] = packed[(j - i) / 2];
+    }
+    return to;
+  }
+
+  static const uint32_t* keys(const char* p, int64_t, int64_t, uint32_t*) {
+    return reinterpret_cast<const uint32_t*>(p);
+  }
+  // Elements [tokens / 2 rounded up, dim]; a last single token is paired with 0.
+  static const uint32_t* values(const char* p, int64_t tokens, int64_t dim, uint32_t* to) {
+    const auto* row = reinterpret_cast<const uint16_t*>(p);
+    for (int64_t t = 0; t < tokens; t += 2, row += 2 * dim) {
+      const uint16_t* next = t + 1 < tokens ? row + dim : nullptr;
+      uint32_t* out = to + t / 2 * dim;
+      int64_t d = 0;
+      for (; d + kWidth <= dim; d += kWidth) {
+        store(out + d, interleave(row + d, next == nullptr ? nullptr : next + d));
+      }
+      for (; d < dim; ++d) out[d] = row[d] | (next == nullptr ? 0u : uint32_t(next[d]) << 16);
+    }
+    return to;
+  }
+  static VecBits key(const char* row, int64_t d) {
+    return load(reinterpret_cast<const uint32_t*>(row + 2 * d));
+  }
+  static VecBits value(const char* row, const char* next, int64_t d) {
+    return interleave(reinterpret_cast<const uint16_t*>(row) + d,
+                      next == nullptr ? nullptr : reinterpret_cast<const uint16_t*>(next) + d);
+  }
+};
+#endif
+
+// Probabilities as elements of the value product. Of tokens t (even) and t + 1, a row of lanes
+// each: [tokens, width] or [pairs of tokens, width].
+inline void keep(float* to, int64_t t, int64_t width, Vec a, Vec b, bool both) {
+  store(to + t * width, a);
+  if (both) store(to + (t + 1) * width, b);
+}
+// Of one row, for tokens from t (a multiple of kWidth) on.
+inline void keep_row(float* to, int64_t t, Vec p) { store(to + t, p); }
+#if defined(APR_PAIRS)
+inline void keep(uint32_t* to, int64_t t, int64_t width, Vec a, Vec b, bool both) {
+  uint16_t first[kWidth], second[kWidth];
+  store_bfloat16(first, a);
+  store_bfloat16(second, b);
+  store(to + t / 2 * width, interleave(first, both ? second : nullptr));
+}
+inline void keep_row(uint32_t* to, int64_t t, Vec p) { store_bfloat16(to + t / 2, p); }
+#endif
+
+}  // namespace
+}  // namespace apr::cpu::APR_ISA

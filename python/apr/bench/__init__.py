@@ -1,0 +1,1 @@
+"""Benchmarks that run from an installed wheel: `python -m apr bench`."""
