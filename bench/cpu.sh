@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# All CPU benchmarks of the installed package; figures go to the folder given (default bench/results).
-# Wants idle cores: each file states the load at its start.
+# All CPU benchmarks of the installed package; figures go to the folder given (default bench/results), and
+# a picture of time against width. Wants idle cores: each file states the load at its start. About 10 minutes.
 set -euo pipefail
 out=${1:-$(dirname "$0")/results}
 python=${PYTHON:-python}
-for what in fork plan threads; do
-  OMP_WAIT_POLICY=passive "$python" -m apr bench "$what" --json "$out/cpu-$(date +%F)-$what.json"
+day=$(date +%F)
+for what in attention prefill width fork plan threads pages; do
+  OMP_WAIT_POLICY=passive "$python" -m apr bench "$what" --json "$out/cpu-$day-$what.json"
 done
+# As a user runs it: idle OpenMP threads spin.
+env -u OMP_WAIT_POLICY "$python" -m apr bench workers --json "$out/cpu-$day-workers.json"
+"$python" "$(dirname "$0")/plot.py" "$out/cpu-$day-width.json" "$out/cpu-$day-width.png"

@@ -82,8 +82,8 @@ def test_transformers_is_touched_where_the_design_says():
         {"decode.py", "sampling.py"},
     )
     countdown = {"countdown/train.py", "countdown/tokenizer.py"}
-    commands = {"commands/info.py", "commands/bench.py"}
-    assert users == model_side | sampling | countdown | commands
+    tools = {"commands/info.py", "bench/sessions.py"}
+    assert users == model_side | sampling | countdown | tools
 
 
 def test_strategies_stand_on_decode_and_session():

@@ -17,10 +17,16 @@ __all__: list[str] = [
     "copy_tokens",
     "cuda_architectures",
     "force_instruction_set",
+    "force_own_workers",
+    "has_openmp",
     "instruction_set",
     "instruction_sets",
     "merge",
+    "operate",
     "plan",
+    "populate",
+    "read",
+    "use_huge_pages",
 ]
 
 class Plan:
@@ -233,6 +239,8 @@ def copy_tokens(
     ],
 ) -> None: ...
 def force_instruction_set(name: str) -> None: ...
+def force_own_workers(own: bool) -> None: ...
+def has_openmp() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def merge(
@@ -251,6 +259,11 @@ def merge(
     dim: typing.SupportsInt | typing.SupportsIndex,
     dtype: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def operate(
+    dtype: typing.SupportsInt | typing.SupportsIndex,
+    rounds: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
 def plan(
     row_sets: collections.abc.Sequence[
         tuple[
@@ -270,5 +283,18 @@ def plan(
     ],
     page_size: typing.SupportsInt | typing.SupportsIndex,
 ) -> Plan: ...
+def populate(
+    data: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def read(
+    data: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> float: ...
+def use_huge_pages(
+    data: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 
 cuda_architectures: str = ""

@@ -32,6 +32,11 @@ def use_kernels(name: str = "") -> None:
     _core.force_instruction_set(name)
 
 
+def use_own_workers(own: bool) -> None:
+    """Run the kernels on threads of their own although torch has some. For tests and benchmarks."""
+    _core.force_own_workers(own)
+
+
 def operations_per_second(dtype: torch.dtype, threads: int, rounds: int = 5) -> float:
     """Multiplications and additions a second of the widest unit that kernels of a dtype use: the best of
     `rounds` runs on data in registers."""

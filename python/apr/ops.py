@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apr import _core
 from apr.errors import InvalidInput
-from apr.machine import Kernels, kernels
+from apr.machine import kernels as kernels
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -40,6 +40,7 @@ def attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     chunk: int | None = None,
+    turned_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.attention` of the row sets that a plan was made of, row by row, in float64.
 
@@ -75,6 +76,7 @@ def attention(
                 query = q[row].double()
                 if rotation is not None and turn:
                     query = rotate(query, torch.full((heads,), turn), rotation)
+                    query = query.to(turned_dtype or query.dtype).double()
                 k = k.repeat_interleave(group, 1)
                 scores.append(torch.einsum("hd,thd->ht", query, k) * scale)
                 values.append(v.repeat_interleave(group, 1))

@@ -192,6 +192,9 @@ void merge_row(const AttentionParams& params, const Pool& pool, const Schedule& 
   Output{params, pool}.write(row, head, job.merged, job.merged_max, job.merged_sum);
 }
 
+// Below this many products, about ten microseconds, waking other threads costs more than it gains.
+constexpr int64_t kWorkAlone = int64_t{1} << 20;
+
 // Partial results of a pass, at most; longer plans are run in several passes over the rows.
 constexpr int64_t kMostPartBytes = int64_t{1} << 28;
 
@@ -227,9 +230,16 @@ void attend_rows(const AttentionParams& params, const Pool& pool, const PlanArra
       merge_row(params, pool, schedule, parts, schedule.merged_rows[i / head_blocks], head);
     }
   };
+  int64_t work = 0;  // multiplications and additions, in lanes that are padded
+  for (const Block& block : schedule.blocks) {
+    const int64_t lanes = (block.end_visit - block.first_visit) * params.q_heads / pool.kv_heads;
+    work += (block.hi - block.lo) * (lanes + kLaneAlign);
+  }
+  work *= pool.kv_heads * (pool.head_dim_k + pool.head_dim_v);
+  const int threads = work < kWorkAlone ? 1 : params.threads;
   const int64_t tasks = schedule.block_tasks.back() * pool.kv_heads;
   const int64_t merges = static_cast<int64_t>(schedule.merged_rows.size()) * head_blocks;
-  parallel(params.threads, {{tasks, attend}, {merges, merge}});
+  parallel(threads, {{tasks, attend}, {merges, merge}});
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ inline void mask(const TileJob& job, const Panel& p, int64_t slot, int64_t token
     for (int64_t t = 0; t < tokens; ++t) {
       const VecInt at = VecInt{} + int32_t(slot + t);
       float* s = scores + t * p.width + j;
-      store(s, (at >= lo) & (at < hi) ? load(s) : hidden);
+      store(s, ((at >= lo) & (at < hi)) ? load(s) : hidden);
     }
   }
 }
@@ -159,6 +159,11 @@ inline Tile tile_at(const TileJob& job, int64_t slot, int64_t tokens, int64_t si
            at % job.page_size * job.head_dim_v * size;
   };
   Tile tile{k(slot), v(slot), {nullptr, 0}, {nullptr, 0}};
+  if (slot ==
+      job.begin) {  // nobody fetched the first tile: its keys come now, its values meanwhile
+    const int64_t bytes = tokens * job.head_dim_v * size;
+    Ahead{tile.v, bytes}.fetch(0, bytes);
+  }
   const int64_t next = slot + tokens;
   if (next < job.end) {
     const int64_t count = tile_tokens(job, next);

@@ -125,7 +125,7 @@ inline Vec pick(Vec a, Vec b, Lanes<I...>) {
 
 // Lane i of the result is the sum over all lanes of x[i]; overwrites x.
 template <int kBlock = kWidth / 2>
-inline Vec sums_of(Vec (&x)[kWidth]) {
+[[gnu::always_inline]] inline Vec sums_of(Vec (&x)[kWidth]) {
   typedef typename LanesUpTo<kWidth>::type All;
   for (int i = 0; i < kBlock; ++i) {
     x[i] =
@@ -140,7 +140,7 @@ inline Vec sums_of(Vec (&x)[kWidth]) {
 
 // x[i][j] becomes x[j][i].
 template <int kBlock = kWidth / 2>
-inline void transpose(Vec (&x)[kWidth]) {
+[[gnu::always_inline]] inline void transpose(Vec (&x)[kWidth]) {
   typedef typename LanesUpTo<kWidth>::type All;
   for (int i = 0; i < kWidth; ++i) {
     if (i / kBlock % 2 != 0) continue;
@@ -203,6 +203,8 @@ struct Float16 {
   static Vec many(const uint16_t* p) {
 #if defined(__AVX512F__)
     return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     return widen(*reinterpret_cast<const VecHalf*>(p));
 #endif

@@ -7,6 +7,7 @@ the prefix, masks, layouts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        return float(self.q.shape[-1]) ** -0.5
+        return 1 / math.sqrt(self.q.shape[-1])
 
     def grouped(self) -> Tensor:
         """q as [N, kv_heads, group, D]."""
@@ -109,6 +110,9 @@ def prefix_suffix(p: Problem) -> Step:
         return x.view(x.shape[0], len(p.q), p.group, -1).transpose(0, 1)
 
     def step() -> Tensor:
+        if p.own_k.shape[2] == 0:
+            out, _, total = part(rows, p.prefix_k, p.prefix_v)
+            return per_thread(out / total).to(p.q.dtype).reshape(p.q.shape)
         first, top1, sum1 = (per_thread(x) for x in part(rows, p.prefix_k, p.prefix_v))
         second, top2, sum2 = part(q, p.own_k, p.own_v)
         top = torch.maximum(top1, top2)
@@ -134,6 +138,7 @@ def flex(p: Problem) -> Step:
     return lambda: p.back(compiled(q, k, v, block_mask=blocks))
 
 
+COMPILED = {"FlexAttention, packed"}
 BASELINES: dict[str, Callable[[Problem], Step]] = {
     "SDPA, replicated, enable_gqa": replicated_gqa,
     "SDPA, replicated, group folded": replicated_folded,

@@ -57,6 +57,16 @@ class Figure:
         return f"{self.name:44}{self.median:12.1f} us  [{low:.1f}, {high:.1f}]  {self.note}"
 
 
+def timed(name: str, action: Callable[[], Any], rounds: int) -> Figure:
+    """Repeated timings of one action."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - began) * 1e6)
+    return Figure(name, times)
+
+
 def in_turn(
     actions: Mapping[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 400
 ) -> dict[str, Figure]:
