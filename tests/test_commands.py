@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +13,21 @@ import torch
 import apr
 from apr import countdown, hf
 from apr.__main__ import main
+from apr.commands import bench
 from apr.countdown.problems import Problem, Range, apply, chains, format_chain, solved, verify
 from apr.countdown.tokenizer import WORDS, build_tokenizer
 from apr.countdown.train import SMOKE, train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from plot import draw
 
 
 def test_info(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert "CPU kernels" in out
+    assert f"CPU kernels     {apr.ops.kernels().chosen}" in out
     assert "portable" in out
+    assert "torch's (OpenMP)" in out
 
 
 def test_run_smoke(capsys, tmp_path):
@@ -58,14 +65,25 @@ def test_bad_arguments_are_named(arguments, word, capsys):
     assert word in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["fork", "plan", "threads"])
+@pytest.mark.parametrize("what", list(bench.BENCHES))
 def test_bench_smoke(what, capsys, tmp_path):
     assert main(["bench", what, "--smoke", "--json", str(tmp_path / "b.json")]) == 0
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    record = json.loads((tmp_path / "b.json").read_text())
+    rows = record["rows"]
+    assert {"cpu", "cores", "kernels", "torch", "load"} <= record["machine"].keys()
+    assert all(r["min_us"] <= r["median_us"] and r["rounds"] >= 1 for r in rows)
     if what == "fork":
         assert rows[0]["note"] == "0 KV bytes"
         memory = rows[-1]
         assert memory["slots"] <= memory["floor"] * 1.02 + 64 * 17
+    if what == "attention":
+        # Every method computes the same thing: errors against float64, rounded values up to about 1.
+        limits = {"float32": 2e-6, "bfloat16": 2e-2}
+        assert all(r["error"] < limits[r["dtype"]] for r in rows)
+        assert min(r["machine_gb_per_s"] for r in rows) > 0
+    if what == "width":
+        draw(record, tmp_path / "width.png")
+        assert (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_resumes_to_the_same_model(tmp_path):

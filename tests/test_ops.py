@@ -322,15 +322,16 @@ def test_nan_is_not_swallowed(instruction_set):
     assert out[1].isfinite().all()
 
 
-def test_invariant_bits_do_not_depend_on_the_company(instruction_set):
-    pool, generator = make(torch.float32, 2, 64, pages=80)
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+def test_invariant_bits_do_not_depend_on_the_company(dtype, instruction_set):
+    pool, generator = make(dtype, 2, 64, pages=80)
     long = list(range(40, 60))
     alone = (1, [View(long, 0, 1200, 0, 0), View([2], 0, 9, 1200, 1200, own=True)])
     other = [
         (1, [View(long, 0, 700 + i, 0, 0), View([3 + i], 0, 5, 900, 900, own=True)])
         for i in range(7)
     ]
-    q = torch.randn(8, 6, 64, generator=generator)
+    q = torch.randn(8, 6, 64, generator=generator).to(dtype)
     small = ops.plan([alone], pool, 6, invariant=True)
     big = ops.plan([*other, alone], pool, 6, invariant=True)
     one, one_lse = ops.attention(q[7:], pool, small, 0.125)

@@ -76,13 +76,15 @@ inline void product(int64_t rows, int64_t depth, const typename P::Element* a, i
                     int64_t sk, const typename P::Element* b, float* c, int64_t width, float factor,
                     const Ahead& ahead) {
   constexpr Ahead kNothing{nullptr, 0};
+  // One vector wide, rows of floats come from memory faster in small bites, pairs in large ones.
+  constexpr int kNarrow = P::kUnit == 1 ? kAccumulators / 2 : kAccumulators;
   int64_t j = 0;
   for (; j + 2 * kWidth <= width; j += 2 * kWidth)
     stripe<P, kAccumulators / 2, 2, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width,
                                                  factor, j == 0 ? ahead : kNothing);
   for (; j < width; j += kWidth)
-    stripe<P, kAccumulators, 1, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width, factor,
-                                             j == 0 ? ahead : kNothing);
+    stripe<P, kNarrow, 1, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width, factor,
+                                       j == 0 ? ahead : kNothing);
 }
 
 // Lanes that do not see a token get -inf. `slot` is the slot of the tile's first token.
