@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test lint format stubs clean
+.PHONY: demo test lint cross format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 	$(RUN) tools/stubs.py --check
 
+# Compiles core and kernels for ARM; the compiler is a package of its own.
+cross:
+	test -d $(VENV)-cross || $(PYTHON) -m venv $(VENV)-cross
+	$(VENV)-cross/bin/pip install -q ziglang==0.17.1
+	PYTHON=$(VENV)-cross/bin/python tools/cross.sh
+
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -35,4 +41,4 @@ stubs: $(VENV)/installed
 	$(RUN) tools/stubs.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-cross build dist

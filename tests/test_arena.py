@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
 
 import apr
@@ -57,9 +58,9 @@ def test_wide_sessions_have_two_pages_a_thread():
     arena.close()
 
 
-def test_what_is_written_meanwhile_stays():
+def test_populate_changes_nothing():
     pool = big_pool(64)
-    pool.k[:].fill_(3.0)
+    pool.k.fill_(3.0)
     pool.populate(0, 64)
     assert bool((pool.k == 3.0).all())
 
@@ -74,15 +75,33 @@ def test_small_pools_end_where_they_end():
     arena.close()
 
 
-def test_a_session_keeps_its_pages_ahead(llama):
-    with apr.Session(llama, max_tokens=64 * 600) as s:
-        kids = s.thread([1, 2, 3]).fork(40)
+def test_a_session_keeps_its_pages_ahead(llama, monkeypatch):
+    touched: list[tuple[int, int]] = []
+    monkeypatch.setattr(ops.Pool, "populate", lambda self, first, end: touched.append((first, end)))
+    with apr.Session(llama, max_tokens=64 * 600, self_test=False) as s:
+        s._arena.wait()
+        assert touched == [(0, 64)] * len(s.pools)
+        kids = s.thread([1, 2, 3]).fork(70)
+        s.step(kids)
+        used = s.stats.peak_pages
+        for kid in kids:
+            kid.extend([4])
         s.step(kids)
         s._arena.wait()
-        used = s.stats.peak_pages
-        assert all(present(pool, used + 40) for pool in s.pools)
+        assert max(end for _, end in touched) >= used + 71  # a page for each thread
 
 
-@pytest.mark.parametrize("pages", [1, 64])
-def test_populate_of_nothing(pages):
-    ops.empty_pool(pages, 1, 8, torch.float32).populate(0, 0)
+def test_a_closed_session_lets_its_memory_go(llama):
+    with apr.Session(llama, max_tokens=640) as s:
+        arena = weakref.ref(s.pools[0].k)
+        assert arena() is not None
+    assert arena() is None
+
+
+def test_without_a_thread_pages_are_touched_when_they_are_used(llama, monkeypatch):
+    def refuse(self: ThreadPoolExecutor, *arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    with apr.Session(llama, max_tokens=640) as s:
+        assert s.step([s.thread([1, 2, 3])]).isfinite().all()

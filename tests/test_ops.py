@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ def test_rotation(interleaved, part, dtype, instruction_set):
         check(got, want, dtype)
     # Negative control: without re-rotation the same plan is far off.
     off, _ = ops.attention(q, pool, plan, 64**-0.5)
-    assert (off.double() - want[0]).abs().max().item() > 0.05
+    assert (off.double() - want[0]).abs().max().item() > 0.25
 
 
 def test_windows_chunks_softcap_and_sinks(instruction_set):
@@ -244,7 +243,8 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
     paired = dtype is torch.bfloat16 and instruction_set in PAIRED
     bound, lse_bound = worst_case(q, pool, 0.125, tokens + 1, paired)
     assert (out.double() - want).abs().max().item() <= bound
-    assert (lse.double() - want_lse).abs().max().item() <= lse_bound * max(1, want_lse.abs().max())
+    lse_bound += 2.0**-23 * want_lse.abs().max().item()  # the sum's and its own rounding
+    assert (lse.double() - want_lse).abs().max().item() <= lse_bound
     # The bound has power: the mean of the values, which a kernel blind to scores gives, is far outside.
     if case == "large scores":
         mean = pool.v[pages].double().flatten(0, 2).mean(0)
@@ -309,11 +309,49 @@ def test_poisoned_pages_beyond_the_visible_are_never_read(tokens, dtype, instruc
         assert out.isfinite().all() and lse.isfinite().all()
 
 
-def test_nan_is_not_swallowed(instruction_set):
-    pool, generator = make(torch.float32, 1, 64)
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+def test_unwritten_slots_between_two_ranges_are_never_read(dtype, instruction_set):
+    pool, generator = make(dtype, 1, 64)
+    pool.k[3, :, 10:50] = float("nan")
+    pool.v[3, :, 10:50] = float("nan")
+    own = View([4], 0, 1, 60, 60, own=True)
+    sets = [
+        (1, [View([3], 0, 10, 0, 0), own]),
+        (1, [View([3], 50, 60, 0, 0), own._replace(pages=[5])]),
+        (1, [View([3], 50, 60, 0, 0), View([3], 2, 7, 0, 0), own._replace(pages=[6])]),
+    ]
+    for invariant in (False, True):
+        got, want, *_ = run(sets, pool, 2, generator, invariant=invariant)
+        check(got, want, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+def test_one_row_of_one_head(head_dim, instruction_set):
+    for dtype in UNIT:
+        pool, generator = make(dtype, 1, head_dim)
+        for invariant in (False, True):
+            sets = [(1, [View([3, 1], 0, 97, 0, 0), View([2], 0, 5, 97, 97, own=True)])]
+            got, want, *_ = run(sets, pool, 1, generator, invariant=invariant)
+            check(got, want, dtype)
+
+
+def test_very_low_scores_are_scores(instruction_set):
+    pool, _generator = make(torch.float32, 1, 64)
+    pool.k.fill_(1e16)
+    sets = [(1, [View([0], 0, 8, 0, 0, own=True)])]
+    q = torch.full((1, 1, 64), -1e16)
+    out, lse = ops.attention(q, pool, ops.plan(sets, pool, 1), 0.125)
+    # Eight equal scores of -64e32 / 8: the mean of the values.
+    assert (out[0, 0] - pool.v[0, 0, :8].mean(0)).abs().max().item() < 1e-6
+    assert abs(float(lse) / -8e32 - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+def test_nan_is_not_swallowed(dtype, instruction_set):
+    pool, generator = make(dtype, 1, 64)
     sets = [(1, [View([0], 0, 8, 0, 0, own=True)]), (1, [View([1], 0, 8, 0, 0, own=True)])]
     plan = ops.plan(sets, pool, 1)
-    x = torch.randn(2, 1, 64, generator=generator)
+    x = torch.randn(2, 1, 64, generator=generator).to(dtype)
     ops.append(x, x, pool, plan)
     q = x.clone()
     q[0, 0, 3] = float("nan")
@@ -339,21 +377,65 @@ def test_invariant_bits_do_not_depend_on_the_company(dtype, instruction_set):
     assert torch.equal(one[0], all_[7]) and torch.equal(one_lse[0], all_lse[7])
 
 
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+def test_invariant_bits_follow_the_view_not_the_step(dtype, instruction_set):
+    """Another thread that lists the same segments in another order makes the step number them so."""
+    pool, generator = make(dtype, 1, 64)
+    pages = {name: [i] for i, name in enumerate("abcxy")}
+
+    def sees(order, own):
+        views = [View(pages[name], 0, 40, 0, 0) for name in order]
+        return (1, [*views, View(pages[own], 0, 3, 40, 40, own=True)])
+
+    q = torch.randn(2, 2, 64, generator=generator).to(dtype)
+    alone = ops.plan([sees("abc", "x")], pool, 2, invariant=True)
+    after = ops.plan([sees("cba", "y"), sees("abc", "x")], pool, 2, invariant=True)
+    one, one_lse = ops.attention(q[1:], pool, alone, 0.125)
+    both, both_lse = ops.attention(q, pool, after, 0.125)
+    assert torch.equal(one[0], both[1]) and torch.equal(one_lse[0], both_lse[1])
+
+
+def values_that_cancel(pool, pages, first, half):
+    """Tokens [first, first + half) random over many magnitudes, the next `half` their negatives, all else 0.
+
+    With equal weights their sum is nothing but rounding: another order of additions is another result, in
+    the leading digits.
+    """
+    generator = torch.Generator().manual_seed(1)
+    pool.v.zero_()
+    x = torch.randn(half, pool.head_dim, generator=generator)
+    x *= torch.exp2(torch.randint(-12, 4, x.shape, generator=generator).float())
+    for i, row in enumerate(x.to(pool.dtype)):
+        for slot, value in ((first + i, row), (first + half + i, -row)):
+            pool.v[pages[slot // pool.page_size], 0, slot % pool.page_size] = value
+
+
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("options", [{"window": 180}, {"chunk": 300}], ids=str)
-def test_invariant_with_windows_on_large_pages(options, instruction_set):
-    generator = torch.Generator().manual_seed(0)
-    pool = ops.empty_pool(24, 1, 64, torch.float32, page_size=128)
-    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
-    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
-    shared = list(range(9))
-    alone = (1, [View(shared, 0, 1100, 0, 0), View([10], 0, 3, 1100, 1100, own=True)])
-    other = (1, [View(shared, 0, 1100, 0, 0), View([11], 0, 3, 970, 970, own=True)])
-    q = torch.randn(2, 4, 64, generator=generator)
+@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+def test_invariant_with_windows(page_size, options, dtype, instruction_set):
+    pool = ops.empty_pool(-(-1100 // page_size) + 3, 1, 64, dtype, page_size=page_size)
+    pool.k.zero_()
+    shared = list(range(pool.num_pages - 3))
+    values_that_cancel(pool, shared, 923, 88)
+    mine, theirs = ([pool.num_pages - i] for i in (1, 2))
+    alone = (1, [View(shared, 0, 1100, 0, 0), View(mine, 0, 3, 1100, 1100, own=True)])
+    q = torch.zeros(2, 4, 64, dtype=dtype)
     outs = []
-    for sets in ([alone], [other, alone]):
+    for at in (
+        None,
+        970,
+        971,
+        1003,
+    ):  # the other row's window starts elsewhere in a tile, or a pair
+        sets = [alone]
+        if at is not None:
+            other = View(theirs, 0, 3, at, at, own=True)
+            sets = [(1, [View(shared, 0, 1100, 0, 0), other]), alone]
         plan = ops.plan(sets, pool, 4, invariant=True)
-        outs.append(ops.attention(q[2 - len(sets) :], pool, plan, 0.125, **options)[0][-1])
-    assert torch.equal(outs[0], outs[1])
+        outs.append(ops.attention(q[: len(sets)], pool, plan, 0.125, **options)[0][-1])
+    assert outs[0].count_nonzero() > 0  # or there would be nothing to see
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
 def test_invariant_bits_survive_several_passes():
@@ -390,26 +472,29 @@ def test_own_workers_and_torchs_threads_agree():
         torch.set_num_threads(before)
 
 
+FORKING = """
+import os
+import torch
+from apr import ops
+from apr.ops import View
+
+torch.set_num_threads(4)
+torch.randn(600, 600) @ torch.randn(600, 600)  # torch's threads exist, and die with the fork
+pool = ops.empty_pool(40, 2, 64, torch.float32)
+pool.k.normal_(), pool.v.normal_()
+plan = ops.plan([(1, [View(list(range(40)), 0, 2500, 0, 0, own=True)])], pool, 6)
+q = torch.randn(1, 6, 64)
+child = os.fork()
+if child == 0:
+    out, _ = ops.attention(q, pool, plan, 0.125)
+    os._exit(0 if bool(out.isfinite().all()) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
 def test_a_forked_process_computes_alone():
     """Threads do not survive fork(2); waiting for them would never end."""
-    pool, generator = make(torch.float32, 2, 64, pages=80)
-    sets = [(1, [View(list(range(40, 70)), 0, 1900, 0, 0, own=True)])]
-    q = torch.randn(1, 6, 64, generator=generator)
-    plan = ops.plan(sets, pool, 6)
-    want, _ = ops.attention(q, pool, plan, 0.125)
-    child = os.fork()
-    if child == 0:
-        got, _ = ops.attention(q, pool, plan, 0.125)
-        os._exit(0 if torch.equal(got, want) else 1)
-    for _ in range(300):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail("the forked process hung")
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=120)
 
 
 def test_the_matrix_unit_is_shared_with_torch():

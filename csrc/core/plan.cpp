@@ -33,7 +33,11 @@ void Plan::finish() {
   pairs.resize(unsorted_.size());
   std::vector<int32_t> next(segment_pairs.begin(), segment_pairs.end() - 1);
   rotation_rows_.clear();
+  int32_t run = -1, order = 0;
   for (PlanPair pair : unsorted_) {
+    order = pair.run == run ? order + 1 : 0;
+    run = pair.run;
+    pair.order = order;
     pair.rotation_row = -1;
     if (pair.rotation != 0) {
       const auto [found, fresh] =

@@ -46,6 +46,7 @@ struct PlanPair {
   int32_t stride;        // view positions from one slot to the next
   int32_t rotation;      // re-rotation of the query, in positions
   int32_t rotation_row;  // row of the table of distinct rotations, -1 where rotation == 0
+  int32_t order;         // place of the segment in the run's view
   int32_t first_own;     // slot that the run's row 0 writes (rows are causal from there), else -1
 };
 

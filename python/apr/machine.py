@@ -54,7 +54,8 @@ def bytes_per_second(size: int, threads: int, rounds: int = 5) -> float:
 
     Other memory is read between the runs, so that little of it is left in a cache.
     """
-    data = torch.ones(size // 4)
+    granule = 512 * threads  # the kernel gives each thread an equal share of whole granules
+    data = torch.ones(max(1, size // 4 // granule) * granule)
     other = torch.ones(64 << 20)
     best = 0.0
     for _ in range(rounds):

@@ -31,7 +31,7 @@ from apr.trace import Stats, Trace
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
 
 # Without max_tokens the pool takes this part of the free memory, and at most so many tokens. Pages cost
-# nothing before they are written: the arenas are reserved, not touched.
+# nothing before their use is near: the arenas are reserved, and touched a little ahead (arena.py).
 _FREE_MEMORY_SHARE = 0.25
 _MOST_TOKENS = 1 << 22
 
@@ -141,9 +141,9 @@ class Session:
         if self._table is not None:
             self._stats = self.stats
             self._table = None
-            self._arena.close()
             self.pools = []
             self.attachment.close()
+            self._arena.close()
 
     def _open_table(self) -> _core.ThreadTable:
         if self._table is None:

@@ -7,7 +7,12 @@
 // The unit's operations take literal tile numbers. Without the unit they run on memory, so that the
 // kernel below is executed by the tests of any machine.
 #if defined(__AMX_BF16__)
-#define APR_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+// GCC's intrinsics do not say that they read memory, so stores before them could be moved behind.
+#define APR_TILE_LOAD(tile, from, stride) \
+  do {                                    \
+    __asm__ volatile("" : : : "memory");  \
+    _tile_loadd(tile, from, stride);      \
+  } while (false)
 #define APR_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define APR_TILE_ZERO(tile) _tile_zero(tile)
 #define APR_TILE_DOT(sum, a, b) _tile_dpbf16ps(sum, a, b)
@@ -41,6 +46,11 @@ struct EmulatedTiles {
     for (int64_t r = 0; r < kTileRows; ++r)
       __builtin_memcpy(static_cast<char*>(to) + r * stride, at(number) + r * 16, 64);
   }
+  static uint32_t bits(const float* p) {
+    uint32_t u;
+    __builtin_memcpy(&u, p, 4);
+    return u;
+  }
   void zero(int number) { __builtin_memset(at(number), 0, sizeof(tile[0])); }
   // sum[m][n] += the sums over k of a[m][k] * b[k][n], of even and of odd numbers.
   void dot(int sum, int a, int b) {
@@ -48,7 +58,7 @@ struct EmulatedTiles {
       for (int64_t n = 0; n < 16; n += kWidth) {
         Vec even = {}, odd = {};
         for (int64_t k = 0; k < 16; ++k) {
-          const VecBits x = VecBits(spread(at(a)[m * 16 + k]));
+          const VecBits x = VecBits{} + bits(at(a) + m * 16 + k);
           const VecBits y = VecBits(apr::cpu::APR_ISA::load(at(b) + k * 16 + n));
           even += Pairs::flushed(x << 16) * Pairs::flushed(y << 16);
           odd += Pairs::flushed(x & 0xffff0000u) * Pairs::flushed(y & 0xffff0000u);
@@ -74,6 +84,7 @@ class TileScope {
       config[16 + 2 * i] = 64;  // bytes of a row
       config[48 + i] = kTileRows;
     }
+    __asm__ volatile("" : : "r"(config) : "memory");  // see APR_TILE_LOAD
     _tile_loadconfig(config);
   }
   ~TileScope() { _tile_release(); }
@@ -163,14 +174,14 @@ void attend_matrix(const TileJob& job) {
               reinterpret_cast<float*>(queries + j * units), 16);
   for (int64_t i = 0; i < padded * dim_v; ++i) out[i] = 0.f;
 
-  for (int64_t slot = job.begin, tokens; slot < job.end; slot += tokens) {
+  for (int64_t slot = Pairs::first_slot(job), tokens; slot < job.end; slot += tokens) {
     tokens = tile_tokens(job, slot);
     const Tile tile = tile_at(job, slot, tokens, 2);
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const int64_t pairs = (tokens + 1) / 2;
     const char* k = whole_tile(tile.k, tokens, dim_k * 2, tail);
     tile.next_k.fetch(0, tile.next_k.bytes);
-    Pairs::values(tile.v, tokens, dim_v, values);
+    Pairs::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, values);
     tile.next_v.fetch(0, tile.next_v.bytes);
     for (int64_t i = pairs * dim_v; i < kTile / 2 * dim_v; ++i) values[i] = 0;
     for (int64_t j = 0; j < job.lanes; j += 16) {

@@ -144,7 +144,9 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   job.lane_hi = lane_hi;
   job.all_lo = block.all_lo;
   job.all_hi = block.all_hi;
-  job.begin = std::max<int64_t>(block.lo, (first_chunk + chunk) * block.chunk);
+  const int64_t chunk_begin = (first_chunk + chunk) * block.chunk;
+  job.begin = std::max<int64_t>(block.lo, chunk_begin);
+  job.grid_begin = std::max(chunk_begin, job.begin - job.begin % pool.page_size % kTile);
   job.end = std::min<int64_t>(block.hi, (first_chunk + chunk + 1) * block.chunk);
   job.head_dim_k = pool.head_dim_k;
   job.head_dim_v = pool.head_dim_v;

@@ -1,4 +1,5 @@
 // Chooses the instruction set once, by what the machine says it runs.
+#include <atomic>
 #include <stdexcept>
 
 #include "kernels/cpu/kernels.h"
@@ -22,10 +23,7 @@ APR_DECLARE(amx_emulated)
 
 namespace {
 
-const InstructionSet*& forced() {
-  static const InstructionSet* choice = nullptr;
-  return choice;
-}
+std::atomic<const InstructionSet*> forced{nullptr};
 
 #ifdef APR_HAVE_avx512
 bool has_avx512() {
@@ -66,7 +64,8 @@ std::vector<const InstructionSet*> instruction_sets() {
   if (has_avx512()) sets.push_back(&avx512::kTable);
 #endif
 #ifdef APR_HAVE_avx2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     sets.push_back(&avx2::kTable);
   }
 #endif
@@ -75,21 +74,21 @@ std::vector<const InstructionSet*> instruction_sets() {
 }
 
 const InstructionSet& instruction_set() {
-  if (forced() != nullptr) return *forced();
+  if (const InstructionSet* choice = forced.load(std::memory_order_relaxed)) return *choice;
   static const InstructionSet* const best = instruction_sets().front();
   return *best;
 }
 
 void force_instruction_set(const std::string& name) {
   if (name.empty()) {
-    forced() = nullptr;
+    forced = nullptr;
     return;
   }
   std::vector<const InstructionSet*> sets = instruction_sets();
   sets.push_back(&amx_emulated::kTable);
   for (const InstructionSet* set : sets) {
     if (name == set->name) {
-      forced() = set;
+      forced = set;
       return;
     }
   }

@@ -12,8 +12,9 @@ namespace apr::cpu {
 inline constexpr int64_t kTile = 64;       // tokens of a tile
 inline constexpr int64_t kMaxLanes = 256;  // query rows times group that share one pass over a tile
 inline constexpr int64_t kLaneAlign = 16;  // lanes are padded to a multiple of it
-// The maximum of no scores: finite, so that a fully masked row keeps sum 0 and makes no NaN.
-inline constexpr float kNoScore = -1e30f;
+// The maximum of no scores: the lowest finite number, so that a fully masked row keeps sum 0 and
+// makes no NaN.
+inline constexpr float kNoScore = -3.4028234664e38f;
 
 // Attention of up to kMaxLanes query rows ("lanes") over tokens [begin, end) of one segment, for
 // one kv head.
@@ -24,6 +25,9 @@ struct TileJob {
   const int32_t* pages;
   int64_t page_size;
   int64_t begin, end;  // slots
+  // Where the tile (or chunk) of `begin` starts. Products of pairs of tokens start there when they
+  // are pinned: which tokens make a pair decides the last bits.
+  int64_t grid_begin;
   int64_t head_dim_k, head_dim_v;
   int64_t lanes;
   const float* q;          // [lanes padded to kLaneAlign, head_dim_k]; the padding is 0

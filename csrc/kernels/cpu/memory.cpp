@@ -36,9 +36,10 @@ void populate(void* data, size_t bytes) {
   if (madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite) == 0) return;
   if (errno != EINVAL) return;  // known here, but not to be had now: the first touch will see
 #endif
-  for (uintptr_t at = begin < first ? first : begin; at < first + bytes; at += page) {
+  for (uintptr_t at = begin; at < end; at += page) {
     // An atomic "or 0" writes without changing what another thread may be writing here.
-    __atomic_fetch_or(reinterpret_cast<unsigned char*>(at), 0, __ATOMIC_RELAXED);
+    const uintptr_t inside = at < first ? first : at;
+    __atomic_fetch_or(reinterpret_cast<unsigned char*>(inside), 0, __ATOMIC_SEQ_CST);
   }
 }
 

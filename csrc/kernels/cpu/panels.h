@@ -145,6 +145,12 @@ inline int64_t tile_tokens(const TileJob& job, int64_t slot) {
   return tokens < job.end - slot ? tokens : job.end - slot;
 }
 
+// Tokens at the start of a tile that lie before the block and are seen by nobody.
+inline int64_t unseen_tokens(const TileJob& job, int64_t slot, int64_t tokens) {
+  const int64_t before = job.begin > slot ? job.begin - slot : 0;
+  return before < tokens ? before : tokens;
+}
+
 struct Tile {
   const char* k;
   const char* v;
@@ -196,12 +202,13 @@ inline void attend_panels(const TileJob& job) {
               reinterpret_cast<float*>(queries + j * units), p.width);
   }
 
-  for (int64_t slot = job.begin, tokens; slot < job.end; slot += tokens) {
+  for (int64_t slot = P::first_slot(job), tokens; slot < job.end; slot += tokens) {
     tokens = tile_tokens(job, slot);
     const Tile tile = tile_at(job, slot, tokens, size);
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const Element* keys = P::keys(tile.k, tokens, dim_k, wide_keys);
-    const Element* values = P::values(tile.v, tokens, dim_v, wide_values);
+    const Element* values =
+        P::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, wide_values);
     for (int64_t j = 0; j < job.lanes; j += kPanel) {
       const Panel p = panel_at(job, j);
       product<P, false>(tokens, units, keys, units, 1, queries + j * units, scores, p.width,

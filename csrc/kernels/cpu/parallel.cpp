@@ -126,10 +126,8 @@ OpenMpParallel openmp() {
 std::atomic<bool> own_workers{false};
 
 // A forked process has none of its parent's threads, and neither runtime can tell.
-bool is_forked() {
-  static const pid_t first = getpid();
-  return getpid() != first;
-}
+const pid_t loaded_in = getpid();
+bool is_forked() { return getpid() != loaded_in; }
 
 }  // namespace
 
@@ -149,7 +147,9 @@ void parallel(int threads, const std::vector<Phase>& phases) {
   }
   const auto job = std::make_shared<Job>(phases);
   if (openmp() != nullptr && !own_workers) {
-    openmp()([](void* data) { static_cast<Job*>(data)->work(); }, job.get(), used, 0);
+    // All of torch's threads, wanted or not: a smaller team would end the others, and torch would
+    // have to start them again.
+    openmp()([](void* data) { static_cast<Job*>(data)->work(); }, job.get(), threads, 0);
   } else {
     workers().run(used - 1, job);
   }

@@ -30,8 +30,12 @@ Visit visit_of(const PlanPair& pair, const PlanRun& run, int64_t i, const Attent
     lo = std::max(lo, first_above(start - 1));
     hi = std::min(hi, first_above(start + params.chunk - 1));
   }
-  return {static_cast<int32_t>(run.row_begin + i), static_cast<int32_t>(lo),
-          static_cast<int32_t>(std::max(lo, hi)), pair.rotation_row, 0};
+  return {static_cast<int32_t>(run.row_begin + i),
+          static_cast<int32_t>(lo),
+          static_cast<int32_t>(std::max(lo, hi)),
+          pair.rotation_row,
+          pair.order,
+          0};
 }
 
 void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
@@ -60,9 +64,9 @@ void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanA
       for (int64_t i = first; i < end; ++i) {
         const Visit visit = visit_of(pair, run, i, params);
         if (visit.hi <= visit.lo) continue;
-        if (static_cast<int64_t>(schedule.visits.size()) - block.first_visit == rows_at_once) {
-          close();
-        }
+        const auto rows = static_cast<int64_t>(schedule.visits.size()) - block.first_visit;
+        const bool apart = rows > 0 && (visit.lo > block.hi || visit.hi < block.lo);
+        if (rows == rows_at_once || apart) close();
         schedule.visits.push_back(visit);
         block.lo = std::min(block.lo, visit.lo);
         block.hi = std::max(block.hi, visit.hi);
@@ -86,7 +90,7 @@ void cut_chunks(const AttentionParams& params, const Pool& pool, const PlanArray
   schedule.block_tasks.assign(1, 0);
   for (Block& block : schedule.blocks) {
     int64_t size = chunk;
-    if (!params.invariant) {  // even chunks: the last one is not a small rest
+    if (!params.invariant) {  // even chunks, so that the last one is seldom a small rest
       const int64_t length = block.hi - block.lo, count = (length + chunk - 1) / chunk;
       size = round_up((length + count - 1) / count, plan.page_size);
     }
@@ -96,31 +100,46 @@ void cut_chunks(const AttentionParams& params, const Pool& pool, const PlanArray
   }
 }
 
-void number_parts(int64_t row_begin, int64_t row_end, int64_t num_rows, Schedule& schedule) {
-  std::vector<int32_t> counts(num_rows, 0);
-  for (const Block& block : schedule.blocks) {
-    for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
-      counts[schedule.visits[v].row] += block.chunks;
+void number_parts(const PlanArrays& plan, int64_t row_begin, int64_t row_end, Schedule& schedule) {
+  // Where each row's visits stand, in the order of its view.
+  std::vector<int32_t> run_pairs(plan.num_runs, 0);
+  for (int64_t p = 0; p < plan.segment_pairs[plan.num_segments]; ++p) {
+    ++run_pairs[plan.pairs[p].run];
+  }
+  std::vector<int64_t> first_place(plan.num_rows + 1, 0);
+  for (int64_t r = 0; r < plan.num_runs; ++r) {
+    const PlanRun& run = plan.runs[r];
+    for (int64_t row = run.row_begin; row < run.row_begin + run.row_count; ++row) {
+      first_place[row + 1] = row >= row_begin && row < row_end ? run_pairs[r] : 0;
     }
   }
-  schedule.row_parts.assign(num_rows + 1, 0);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const int32_t parts = counts[row] == 1 ? 0 : counts[row];
-    schedule.row_parts[row + 1] = schedule.row_parts[row] + parts;
-    if (counts[row] != 1 && row >= row_begin && row < row_end) {
+  for (int64_t row = 0; row < plan.num_rows; ++row) first_place[row + 1] += first_place[row];
+  struct Place {
+    int32_t visit = -1, chunks = 0;
+  };
+  std::vector<Place> places(first_place.back());
+  for (const Block& block : schedule.blocks) {
+    for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
+      const Visit& visit = schedule.visits[v];
+      places[first_place[visit.row] + visit.order] = {v, block.chunks};
+    }
+  }
+  schedule.row_parts.assign(plan.num_rows + 1, 0);
+  for (int64_t row = 0; row < plan.num_rows; ++row) {
+    const auto begin = places.begin() + first_place[row],
+               end = places.begin() + first_place[row + 1];
+    int32_t count = 0;
+    for (auto place = begin; place != end; ++place) count += place->chunks;
+    const bool direct = count == 1;
+    int32_t next = schedule.row_parts[row];
+    for (auto place = begin; place != end; ++place) {
+      if (place->visit < 0) continue;
+      schedule.visits[place->visit].first_part = direct ? -1 : next;
+      next += direct ? 0 : place->chunks;
+    }
+    schedule.row_parts[row + 1] = next;
+    if (!direct && row >= row_begin && row < row_end) {
       schedule.merged_rows.push_back(static_cast<int32_t>(row));
-    }
-  }
-  std::vector<int32_t> next(schedule.row_parts.begin(), schedule.row_parts.end() - 1);
-  for (const Block& block : schedule.blocks) {
-    for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
-      Visit& visit = schedule.visits[v];
-      if (counts[visit.row] == 1) {
-        visit.first_part = -1;
-        continue;
-      }
-      visit.first_part = next[visit.row];
-      next[visit.row] += block.chunks;
     }
   }
 }
@@ -132,7 +151,7 @@ Schedule make_schedule(const AttentionParams& params, const Pool& pool, const Pl
   Schedule schedule;
   collect_blocks(params, pool, plan, row_begin, row_end, schedule);
   cut_chunks(params, pool, plan, schedule);
-  number_parts(row_begin, row_end, plan.num_rows, schedule);
+  number_parts(plan, row_begin, row_end, schedule);
   return schedule;
 }
 

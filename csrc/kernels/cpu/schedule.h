@@ -14,10 +14,12 @@ struct Visit {
   int32_t row;
   int32_t lo, hi;        // visible slots
   int32_t rotation_row;  // -1: the query is used as written
+  int32_t order;         // place of the segment in the row's view
   int32_t first_part;    // number of the row's first partial result in its block, -1: its only one
 };
 
-// Rows that share each pass over a segment's tiles.
+// Rows that share each pass over a segment's tiles. What they see is connected: each slot of the
+// block is seen by one of them at least, so that no slot is read that nobody has written.
 struct Block {
   int32_t segment;
   int32_t first_visit, end_visit;
@@ -30,7 +32,9 @@ struct Block {
 struct Schedule {
   std::vector<Visit> visits;
   std::vector<Block> blocks;
-  std::vector<int32_t> row_parts;    // [rows + 1]: a row's partial results lie side by side
+  // [rows + 1]: a row's partial results lie side by side, in the order of its view. The order of
+  // the step's segments would do for a sum, but not for its bits.
+  std::vector<int32_t> row_parts;
   std::vector<int32_t> merged_rows;  // those that do not come from one partial result
   std::vector<int32_t> block_tasks;  // [blocks + 1]: first (chunk) task of each block
 };

@@ -28,10 +28,13 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecInt __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * kWidth)));
 typedef uint64_t VecLong __attribute__((vector_size(4 * kWidth)));
+typedef float FloatLoose __attribute__((may_alias));
 typedef float VecLoose __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t VecLooseBits __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
 
+inline FloatLoose* loose(float* p) { return reinterpret_cast<FloatLoose*>(p); }
+inline const FloatLoose* loose(const float* p) { return reinterpret_cast<const FloatLoose*>(p); }
 inline Vec load(const float* p) { return Vec(*reinterpret_cast<const VecLoose*>(p)); }
 inline VecBits load(const uint32_t* p) {
   return VecBits(*reinterpret_cast<const VecLooseBits*>(p));
@@ -167,11 +170,11 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
     }
     for (; j < columns; ++j)
       for (int64_t r = i; r < i + kWidth; ++r)
-        to[j * to_stride + r] = r < rows ? from[r * from_stride + j] : 0.f;
+        loose(to)[j * to_stride + r] = r < rows ? loose(from)[r * from_stride + j] : 0.f;
   }
   for (; i < padded; ++i)
     for (int64_t j = 0; j < columns; ++j)
-      to[j * to_stride + i] = i < rows ? from[i * from_stride + j] : 0.f;
+      loose(to)[j * to_stride + i] = i < rows ? loose(from)[i * from_stride + j] : 0.f;
 }
 
 struct Float32 {
@@ -253,9 +256,10 @@ struct Floats {
       return to;
     }
   }
-  static const float* values(const char* p, int64_t tokens, int64_t dim, float* to) {
+  static const float* values(const char* p, int64_t tokens, int64_t, int64_t dim, float* to) {
     return keys(p, tokens, dim, to);
   }
+  static int64_t first_slot(const TileJob& job) { return job.begin; }
   // A vector of elements from number `d` of a row on; values also take the next token's row.
   static Vec key(const char* row, int64_t d) {
     return T::many(reinterpret_cast<const typename T::Storage*>(row) + d);
@@ -312,7 +316,7 @@ struct Pairs {
       for (int64_t j = i; j < count; ++j) rest[j - i] = q[j];
       uint32_t packed[kWidth / 2];
       store_bfloat16(packed, load(rest));
-      for (int64_t j = i; j < count; j += 2) to[j / 2] = packed[(j - i) / 2];
+      __builtin_memcpy(to + i / 2, packed, (count - i + 1) / 2 * sizeof(uint32_t));
     }
     return to;
   }
@@ -320,8 +324,10 @@ struct Pairs {
   static const uint32_t* keys(const char* p, int64_t, int64_t, uint32_t*) {
     return reinterpret_cast<const uint32_t*>(p);
   }
-  // Elements [tokens / 2 rounded up, dim]; a last single token is paired with 0.
-  static const uint32_t* values(const char* p, int64_t tokens, int64_t dim, uint32_t* to) {
+  // Elements [tokens / 2 rounded up, dim]; a last single token is paired with 0, and so are the
+  // first `unseen` ones, which may never have been written.
+  static const uint32_t* values(const char* p, int64_t tokens, int64_t unseen, int64_t dim,
+                                uint32_t* to) {
     const auto* row = reinterpret_cast<const uint16_t*>(p);
     for (int64_t t = 0; t < tokens; t += 2, row += 2 * dim) {
       const uint16_t* next = t + 1 < tokens ? row + dim : nullptr;
@@ -332,8 +338,13 @@ struct Pairs {
       }
       for (; d < dim; ++d) out[d] = row[d] | (next == nullptr ? 0u : uint32_t(next[d]) << 16);
     }
+    for (int64_t i = 0; i < unseen / 2 * dim; ++i) to[i] = 0;
+    if (unseen % 2 != 0) {
+      for (int64_t i = unseen / 2 * dim; i < (unseen / 2 + 1) * dim; ++i) to[i] &= 0xffff0000u;
+    }
     return to;
   }
+  static int64_t first_slot(const TileJob& job) { return job.pinned ? job.grid_begin : job.begin; }
   static VecBits key(const char* row, int64_t d) {
     return load(reinterpret_cast<const uint32_t*>(row + 2 * d));
   }

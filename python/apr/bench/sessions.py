@@ -191,21 +191,22 @@ def bench_threads(options: argparse.Namespace) -> Iterator[Figure]:
 def bench_pages(options: argparse.Namespace) -> Iterator[Figure]:
     """One token for each of 16 threads, all on fresh pages of one layer: memory present or untouched."""
     threads, kv_heads, dim, rounds = 16, 8, 128, 5 if options.smoke else 40
-    pool = ops.empty_pool(2 * rounds * threads, kv_heads, dim, torch.bfloat16)
-    pages = iter(range(pool.num_pages))
+    # Two halves with 32 MiB between them: a huge page of one is no page of the other.
+    half, gap = rounds * threads, 256
+    pool = ops.empty_pool(2 * half + gap, kv_heads, dim, torch.bfloat16)
+    pages = {"untouched": iter(range(half)), "kept ahead": iter(range(half + gap, 2 * half + gap))}
+    pool.populate(half + gap, 2 * half + gap)
     k = torch.randn(threads, kv_heads, dim).to(torch.bfloat16)
 
-    def fresh() -> Callable[[], None]:
-        sets = [(1, [View([next(pages)], 0, 1, 0, 0, own=True)]) for _ in range(threads)]
+    def fresh(name: str) -> Callable[[], None]:
+        sets = [(1, [View([next(pages[name])], 0, 1, 0, 0, own=True)]) for _ in range(threads)]
         plan = ops.plan(sets, pool, kv_heads)
         return lambda: ops.append(k, k, pool, plan)
 
-    times: dict[str, list[float]] = {"untouched": [], "kept ahead": []}
+    times: dict[str, list[float]] = {name: [] for name in pages}
     for i in range(2 * rounds):
         name = ("untouched", "kept ahead")[i % 2]
-        if name == "kept ahead":
-            pool.populate(i * threads, (i + 1) * threads)
-        append = fresh()
+        append = fresh(name)
         began = time.perf_counter()
         append()
         times[name].append((time.perf_counter() - began) * 1e6)
