@@ -103,7 +103,7 @@ void attention(const Plan& plan, const RowsTuple& q, const RowsTuple& out, int64
 
 void merge(const std::vector<RowsTuple>& parts, const std::vector<int64_t>& part_lse,
            const RowsTuple& out, int64_t lse, int64_t num_rows, int64_t heads, int64_t dim,
-           int64_t dtype) {
+           int64_t dtype, int threads) {
   cpu::MergeParams params;
   for (const RowsTuple& part : parts) params.parts.push_back(rows(part));
   for (const int64_t p : part_lse) {
@@ -115,6 +115,7 @@ void merge(const std::vector<RowsTuple>& parts, const std::vector<int64_t>& part
   params.heads = heads;
   params.dim = dim;
   params.dtype = static_cast<DType>(dtype);
+  params.threads = threads;
   const py::gil_scoped_release release;
   cpu::merge(params);
 }
@@ -142,7 +143,8 @@ void bind_ops(py::module_& module) {
              py::arg("window"), py::arg("chunk"), py::arg("sinks"), py::arg("rotation"),
              py::arg("invariant"), py::arg("threads"));
   module.def("merge", &merge, py::arg("parts"), py::arg("part_lse"), py::arg("out"), py::arg("lse"),
-             py::arg("rows"), py::arg("heads"), py::arg("dim"), py::arg("dtype"));
+             py::arg("rows"), py::arg("heads"), py::arg("dim"), py::arg("dtype"),
+             py::arg("threads"));
 }
 
 }  // namespace apr::bindings

@@ -258,6 +258,7 @@ def merge(
     heads: typing.SupportsInt | typing.SupportsIndex,
     dim: typing.SupportsInt | typing.SupportsIndex,
     dtype: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def operate(
     dtype: typing.SupportsInt | typing.SupportsIndex,

@@ -342,5 +342,6 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         out.shape[1],
         out.shape[2],
         _DTYPE_CODES[out.dtype],
+        torch.get_num_threads(),
     )
     return out, lse

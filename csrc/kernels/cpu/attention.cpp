@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <memory>
 
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/schedule.h"
@@ -48,12 +47,11 @@ struct Parts {
 };
 
 // One lane's query, turned by the pair's rotation: to [head_dim].
-template <typename T>
 void gather_query(const AttentionParams& params, const Pool& pool, const Visit& visit, int64_t head,
                   float* to) {
-  const auto* q = static_cast<const typename T::Storage*>(params.q.data) +
-                  visit.row * params.q.row_stride + head * params.q.head_stride;
-  for (int64_t d = 0; d < pool.head_dim_k; ++d) to[d] = T::load(q[d]);
+  const int64_t at = visit.row * params.q.row_stride + head * params.q.head_stride;
+  const char* q = static_cast<const char*>(params.q.data) + at * element_size(pool.dtype);
+  instruction_set().load_row[static_cast<int>(pool.dtype)](q, pool.head_dim_k, to);
   const RotationTable& table = params.rotation;
   if (visit.rotation_row < 0 || table.cos_sin == nullptr) return;
   const float* cs = table.cos_sin + visit.rotation_row * table.pairs * 2;
@@ -81,12 +79,9 @@ struct Output {
       max = top;
     }
     const float inverse = sum > 0.f ? weight / sum : (sum == sum ? 0.f : sum);
-    dispatch(pool.dtype, [&](auto type) {
-      using T = decltype(type);
-      auto* out = static_cast<typename T::Storage*>(params.out.data) + row * params.out.row_stride +
-                  head * params.out.head_stride;
-      for (int64_t d = 0; d < pool.head_dim_v; ++d) out[d] = T::store(o[d] * inverse);
-    });
+    const int64_t at = row * params.out.row_stride + head * params.out.head_stride;
+    char* out = static_cast<char*>(params.out.data) + at * element_size(pool.dtype);
+    instruction_set().store_row[static_cast<int>(pool.dtype)](o, inverse, pool.head_dim_v, out);
     if (params.lse != nullptr) {
       params.lse[row * params.q_heads + head] =
           sum > 0.f ? (max + std::log2(sum)) * kLn2 : (sum == sum ? -INFINITY : sum);
@@ -104,10 +99,7 @@ void gather_lanes(const AttentionParams& params, const Pool& pool, const Schedul
     for (int64_t g = 0; g < group; ++g, ++lane) {
       lo[lane] = visit.lo;
       hi[lane] = visit.hi;
-      dispatch(pool.dtype, [&](auto type) {
-        gather_query<decltype(type)>(params, pool, visit, kv_head * group + g,
-                                     q + lane * pool.head_dim_k);
-      });
+      gather_query(params, pool, visit, kv_head * group + g, q + lane * pool.head_dim_k);
     }
   }
   for (; lane % kLaneAlign != 0; ++lane) {

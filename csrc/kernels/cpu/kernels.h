@@ -65,6 +65,8 @@ struct InstructionSet {
   const char* name;
   void (*attend[3])(const TileJob&);  // by DType
   void (*merge)(MergeJob&);
+  void (*load_row[3])(const void* from, int64_t count, float* to);
+  void (*store_row[3])(const float* from, float factor, int64_t count, void* to);
   // What the machine does at best, for benchmarks: multiplications and additions that fill the
   // widest unit (by DType; returns how many operations were done), and the sum of memory read once.
   int64_t (*operate[3])(int64_t rounds);
@@ -88,6 +90,7 @@ struct MergeParams {
   float* lse;
   int64_t rows, heads, dim;
   DType dtype;
+  int threads;
 };
 void merge(const MergeParams& params);
 

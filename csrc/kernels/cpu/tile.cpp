@@ -65,6 +65,8 @@ const InstructionSet kTable = {
     APR_TEXT(APR_ISA),
     {attend<Float32, Floats<Float32>>, attend_bfloat16, attend<Float16, Floats<Float16>>},
     merge,
+    {load_row<Float32>, load_row<BFloat16>, load_row<Float16>},
+    {store_row<Float32>, store_row<BFloat16>, store_row<Float16>},
     {operate<Floats<Float32>>, operate_bfloat16, operate<Floats<Float32>>},
     read};
 

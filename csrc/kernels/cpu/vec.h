@@ -177,22 +177,39 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
       loose(to)[j * to_stride + i] = i < rows ? loose(from)[i * from_stride + j] : 0.f;
 }
 
+// Storage types: vectors and single numbers to float, and vectors of float to them.
 struct Float32 {
   typedef float Storage;
   static Vec many(const float* p) { return load(p); }
+  static float one(float x) { return x; }
+  static void put(float* to, Vec x) { store(to, x); }
 };
+
 struct BFloat16 {
   typedef uint16_t Storage;
+  static Vec many(const uint16_t* p) {
+    return Vec(__builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits) << 16);
+  }
   static float one(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
     float f;
     __builtin_memcpy(&f, &bits, 4);
     return f;
   }
-  static Vec many(const uint16_t* p) {
-    return Vec(__builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits) << 16);
+  // To nearest, ties to even. NaN stays NaN.
+  static void put(uint16_t* to, Vec x) {
+#if defined(__AVX512BF16__)
+    const __m256bh y = _mm512_cvtneps_pbh(__m512(x));
+    __builtin_memcpy(to, &y, sizeof(y));
+#else
+    const VecBits u = VecBits(x);
+    const VecBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    *reinterpret_cast<VecHalf*>(to) =
+        __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40u, VecHalf);
+#endif
   }
 };
+
 struct Float16 {
   typedef uint16_t Storage;
   // Exponent and mantissa move into place, a multiplication re-biases (subnormals come out right),
@@ -202,6 +219,17 @@ struct Float16 {
     const Vec scaled = Vec((h & 0x7fffu) << 13) * 0x1p112f;
     const VecBits special = VecBits((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return Vec(VecBits(scaled) | special | ((h & 0x8000u) << 16));
+  }
+  // To nearest, ties to even: the mantissa is rounded in place; below the normal numbers adding 0.5
+  // leaves the rounded mantissa in the lowest bits.
+  static VecBits narrow(Vec x) {
+    const VecBits u = VecBits(x), magnitude = u & 0x7fffffffu, odd = (magnitude >> 13) & 1u;
+    const VecBits normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
+    const VecBits tiny = VecBits(Vec(magnitude) + 0.5f) - 0x3f000000u;
+    VecBits h = magnitude < 0x38800000u ? tiny : normal;
+    h = magnitude >= 0x477ff000u ? VecBits{} + 0x7c00u : h;
+    h = magnitude > 0x7f800000u ? VecBits{} + 0x7e00u : h;
+    return h | ((u >> 16) & 0x8000u);
   }
   static Vec many(const uint16_t* p) {
 #if defined(__AVX512F__)
@@ -217,19 +245,42 @@ struct Float16 {
     v[0] = x;
     return widen(v)[0];
   }
+  static void put(uint16_t* to, Vec x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+    *reinterpret_cast<VecHalf*>(to) = __builtin_convertvector(narrow(x), VecHalf);
+#endif
+  }
 };
 
-// To nearest bfloat16, ties to even, one behind the other. NaN stays NaN.
-inline void store_bfloat16(void* to, Vec x) {
-#if defined(__AVX512BF16__)
-  const __m256bh y = _mm512_cvtneps_pbh(__m512(x));
-  __builtin_memcpy(to, &y, sizeof(y));
-#else
-  const VecBits u = VecBits(x);
-  const VecBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  *static_cast<VecHalf*>(to) =
-      __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40u, VecHalf);
-#endif
+template <class T>
+inline void widen_row(const typename T::Storage* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, T::many(from + i));
+  for (; i < count; ++i) to[i] = T::one(from[i]);
+}
+
+// Rows of numbers between storage and float, for the code outside of the inner loops.
+template <class T>
+void load_row(const void* from, int64_t count, float* to) {
+  widen_row<T>(static_cast<const typename T::Storage*>(from), count, to);
+}
+template <class T>
+void store_row(const float* from, float factor, int64_t count, void* to) {
+  auto* out = static_cast<typename T::Storage*>(to);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) T::put(out + i, load(from + i) * factor);
+  if (i == count) return;
+  Vec rest = {};
+  for (int64_t j = i; j < count; ++j) rest[j - i] = from[j] * factor;
+  typename T::Storage packed[kWidth];
+  T::put(packed, rest);
+  __builtin_memcpy(out + i, packed, (count - i) * sizeof(packed[0]));
 }
 
 // How a product of tiles is taken in float: elements are single numbers, whatever the pool stores.
@@ -249,10 +300,7 @@ struct Floats {
       return reinterpret_cast<const float*>(p);
     } else {
       const auto* from = reinterpret_cast<const typename T::Storage*>(p);
-      const int64_t count = tokens * dim;
-      int64_t i = 0;
-      for (; i + kWidth <= count; i += kWidth) store(to + i, T::many(from + i));
-      for (; i < count; ++i) to[i] = T::one(from[i]);
+      widen_row<T>(from, tokens * dim, to);
       return to;
     }
   }
@@ -309,15 +357,7 @@ struct Pairs {
 #endif
   static VecBits spread(uint32_t a) { return VecBits{} + a; }
   static const uint32_t* queries(const float* q, int64_t count, uint32_t* to) {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store_bfloat16(to + i / 2, load(q + i));
-    if (i < count) {
-      float rest[kWidth] = {};
-      for (int64_t j = i; j < count; ++j) rest[j - i] = q[j];
-      uint32_t packed[kWidth / 2];
-      store_bfloat16(packed, load(rest));
-      __builtin_memcpy(to + i / 2, packed, (count - i + 1) / 2 * sizeof(uint32_t));
-    }
+    store_row<BFloat16>(q, 1.f, count, to);
     return to;
   }
 
@@ -366,11 +406,13 @@ inline void keep_row(float* to, int64_t t, Vec p) { store(to + t, p); }
 #if defined(APR_PAIRS)
 inline void keep(uint32_t* to, int64_t t, int64_t width, Vec a, Vec b, bool both) {
   uint16_t first[kWidth], second[kWidth];
-  store_bfloat16(first, a);
-  store_bfloat16(second, b);
+  BFloat16::put(first, a);
+  BFloat16::put(second, b);
   store(to + t / 2 * width, interleave(first, both ? second : nullptr));
 }
-inline void keep_row(uint32_t* to, int64_t t, Vec p) { store_bfloat16(to + t / 2, p); }
+inline void keep_row(uint32_t* to, int64_t t, Vec p) {
+  BFloat16::put(reinterpret_cast<uint16_t*>(to) + t, p);
+}
 #endif
 
 }  // namespace
