@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 import models
+from apr import _core
+from kernel_cases import SETS
 
 _BUILT: dict[str, object] = {}
 
@@ -36,3 +38,13 @@ def learned(request):
 @pytest.fixture
 def llama():
     return built("llama")
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    try:
+        _core.force_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"{request.param} was not built or does not run on this machine")
+    yield request.param
+    _core.force_instruction_set("")

@@ -3,7 +3,7 @@
 // sums stay in the nearest caches while a tile of tokens passes.
 #pragma once
 
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/products.h"
 
 namespace apr::cpu::APR_ISA {
 namespace {

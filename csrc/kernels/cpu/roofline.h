@@ -2,7 +2,7 @@
 // kernel's figures.
 #pragma once
 
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/products.h"
 
 namespace apr::cpu::APR_ISA {
 namespace {

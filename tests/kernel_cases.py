@@ -1,0 +1,101 @@
+"""What the kernels' tests share: pools, row sets, the float64 oracle beside the kernels, bounds."""
+
+from __future__ import annotations
+
+import torch
+
+from apr import _core, ops, reference
+from apr.ops import Rotation, View
+
+# Relative rounding of one stored number. Inputs are exact in the pool's dtype for both sides, so what
+# differs is the output rounding (half a unit) and float32 arithmetic over the visible tokens.
+UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def tolerance(
+    dtype: torch.dtype, tokens: int, score: float, v_max: float, paired: bool = False
+) -> float:
+    """Output rounding + float32 error: a score of size s in base 2 errs by s * 2^-23 * head sums.
+
+    Where products are taken on pairs of bfloat16, weights are rounded to it too: half a unit each, so the
+    weighted mean moves by at most that part of v_max.
+    """
+    arithmetic = 2.0**-23 * (8 * max(score, 1.0) + 4 * tokens**0.5)
+    roundings = 2 if paired and dtype is torch.bfloat16 else 1
+    return v_max * (roundings * 0.5 * UNIT[dtype] + arithmetic + 4e-7)
+
+
+# Every set that was built; the emulated matrix unit runs the source of `amx` on any machine.
+SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
+PAIRED = {"amx", "avx512_bf16", "amx_emulated"}  # bfloat16 products by pairs of bfloat16
+
+
+def make(dtype, kv_heads, head_dim, pages=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype)
+    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
+    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
+    return pool, generator
+
+
+def tree(rotated: bool = False):
+    """A ragged mix: prefill and decode, a shared prefix, a joined pair of segments, a live neighbour."""
+    shift = 7 if rotated else 0
+    prefix = [3, 1, 8]
+    return [
+        (1, [View(prefix, 0, 150, 0, 0), View([2], 0, 5, 150 + shift, 150, own=True)]),
+        (3, [View(prefix, 0, 150, 0, 0), View([4, 5], 10, 70, 140, 140 + shift, own=True)]),
+        (1, [View(prefix, 0, 90, 0, 0), View([6], 0, 1, 90, 90, own=True)]),
+        (
+            2,
+            [
+                View(prefix, 0, 150, 0, 0),
+                View([2], 0, 5, 150, 150),
+                View([4, 5], 10, 70, 300 - shift, 140),
+                View([7], 0, 40, 260, 250, own=True),
+            ],
+        ),
+        (70, [View([9, 10], 0, 100, 0, 0, own=True)]),
+    ]
+
+
+def run(
+    row_sets,
+    pool,
+    heads,
+    generator,
+    *,
+    rotation=None,
+    window=None,
+    invariant=False,
+    turned_dtype=None,
+    **options,
+):
+    plan = ops.plan(row_sets, pool, heads, window=window, invariant=invariant)
+    rows = plan.num_rows
+    shape = (rows, pool.num_kv_heads, pool.head_dim)
+    k = torch.randn(shape, generator=generator).to(pool.dtype)
+    v = torch.randn(shape, generator=generator).to(pool.dtype)
+    q = torch.randn(rows, heads, pool.head_dim, generator=generator).to(pool.dtype)
+    ops.append(k, v, pool, plan)
+    scale = pool.head_dim**-0.5
+    got = ops.attention(q, pool, plan, scale, rotation, **options)
+    want = reference.attention(
+        q, pool, row_sets, scale, rotation, window=window, turned_dtype=turned_dtype, **options
+    )
+    return got, want, q, plan
+
+
+def check(got, want, dtype, tokens=400):
+    out, lse = got
+    bound = tolerance(dtype, tokens, 12.0, 5.0, _core.instruction_set() in PAIRED)
+    assert (out.double() - want[0]).abs().max().item() <= bound
+    finite = want[1].isfinite()
+    assert torch.equal(finite, lse.isfinite())
+    assert (lse.double() - want[1])[finite].abs().max().item() <= 2e-5
+
+
+def rope(head_dim, interleaved=False, part=1.0):
+    size = int(head_dim * part) // 2 * 2
+    inv_freq = tuple(10000.0 ** (-2 * i / size) for i in range(size // 2))
+    return Rotation(inv_freq, (0, size), interleaved)
