@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test lint cross format stubs clean
+.PHONY: demo test lint cross sanitize format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ cross:
 	test -d $(VENV)-cross || $(PYTHON) -m venv $(VENV)-cross
 	$(VENV)-cross/bin/pip install -q ziglang==0.17.1
 	PYTHON=$(VENV)-cross/bin/python tools/cross.sh
+
+sanitize: $(VENV)/installed
+	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -50,6 +50,8 @@ def test_run_any_model(method, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (["bench", "attention", "--seconds", "0"], "--seconds"),
+        (["bench", "fork", "--rounds", "-1"], "--rounds"),
         (["run", "--n", "0"], "--n"),
         (["run", "--problems", "0"], "--problems"),
         (["run", "--temperature", "0"], "--temperature"),

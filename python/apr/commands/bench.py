@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from apr.bench import harness, kernels, sessions
+from apr.errors import InvalidInput
 
 BENCHES = {
     "attention": kernels.bench_attention,
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    for name in ("seconds", "tokens", "threads", "prefix", "rounds"):
+        if not getattr(options, name) > 0:
+            raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected more than 0")
     if options.smoke:
         options.tokens, options.rounds, options.prefix, options.seconds = 8192, 20, 256, 0.05
     machine = harness.Machine()
