@@ -43,12 +43,11 @@ struct TileJob {
   float* sum;      // [lanes padded]
 };
 
-// What a TileJob's scratch must hold, in floats, for any instruction set: packed queries, packed
-// sums (twice where a matrix unit keeps them by row), scores and probabilities of a panel, one
-// packed tile, one padded tile.
+// What a TileJob's scratch must hold, in floats, for any instruction set: packed queries and sums,
+// scores (then probabilities) of a panel, a packed tile of keys and one of values.
 inline int64_t scratch_floats(int64_t lanes, int64_t head_dim_k, int64_t head_dim_v) {
   const int64_t dim = head_dim_k > head_dim_v ? head_dim_k : head_dim_v;
-  return lanes * (head_dim_k + 2 * head_dim_v) + kTile * (32 + 2 * dim) + 1024;
+  return lanes * (head_dim_k + head_dim_v) + kTile * (32 + 2 * dim) + 1024;
 }
 
 // Partial results of one row and head, and what becomes of them.

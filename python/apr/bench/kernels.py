@@ -14,6 +14,7 @@ from torch import Tensor
 from apr import machine, ops
 from apr.bench.baselines import BASELINES, COMPILED, Problem
 from apr.bench.harness import Figure, in_turn, ratios
+from apr.bench.sessions import small_llama
 from apr.ops import View
 
 SHAPES = [(2048, 4, 128), (8192, 8, 256), (16384, 16, 256), (8192, 1, 0)]  # P, N, S
@@ -204,24 +205,24 @@ def bench_prefill(options: argparse.Namespace) -> Iterator[Figure]:
 
 @torch.no_grad()
 def bench_workers(options: argparse.Namespace) -> Iterator[Figure]:
-    """Attention and a matrix product of torch in turn, as in a model: do their threads hinder each other?
+    """Attention and a forward of a model in torch, alone and in turn: do their threads hinder each other?
 
     With the runtime's default waiting, where idle OpenMP threads spin; OMP_WAIT_POLICY=passive stops that.
     """
     problem = make_problem((512, 2, 64) if options.smoke else SHAPES[0], HEADS[0], torch.float32)
     step = tree_attention(problem)
-    x, weight = torch.randn(8, 1024), torch.randn(1024, 1024)
+    model = small_llama(hidden=512, layers=8, heads=8, kv_heads=2)
+    ids = torch.zeros(4, 8, dtype=torch.long)
+    both: dict[str, Callable[[], Any]] = {"model": lambda: model(ids), "attention": step}
     for whose in ("torch's threads", "own threads"):
         machine.use_own_workers(whose == "own threads")
         try:
-            alone = in_turn({"attention": step}, options.seconds / 4)
-            alone |= in_turn({"matmul": lambda: x @ weight}, options.seconds / 4)
-            turns = in_turn({"matmul": lambda: x @ weight, "attention": step}, options.seconds / 2)
+            alone = {k: in_turn({k: v}, options.seconds / 4)[k] for k, v in both.items()}
+            turns = in_turn(both, options.seconds / 2)
         finally:
             machine.use_own_workers(False)
         for when, figures in (("alone", alone), ("in turn", turns)):
-            for name in ("attention", "matmul"):
-                figure = figures[name]
+            for name, figure in figures.items():
                 figure.name = f"{whose}, {when}: {name}"
                 print(figure.line())
                 yield figure

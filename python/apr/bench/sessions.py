@@ -17,7 +17,8 @@ from apr.bench.harness import Figure, ratios, timed
 from apr.ops import View
 
 
-def _model(hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1) -> Any:
+def small_llama(hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1) -> Any:
+    """A Llama with random weights."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -51,7 +52,9 @@ def _report(figure: Figure) -> Figure:
 
 def bench_fork(options: argparse.Namespace) -> Iterator[Figure]:
     """Fork of a long thread against a deep copy of stock transformers' cache of the same size."""
-    with apr.Session(_model(), max_tokens=options.tokens + 64 * 64, self_test=False) as session:
+    with apr.Session(
+        small_llama(), max_tokens=options.tokens + 64 * 64, self_test=False
+    ) as session:
         root = session.thread([1] * options.tokens)
         _fill(session, [root])
         kv_bytes = options.tokens * session.spec.bytes_per_token
@@ -86,7 +89,7 @@ def bench_fork(options: argparse.Namespace) -> Iterator[Figure]:
 def _memory() -> Figure:
     """Sixteen threads of 256 tokens on one prefix of 8,192: pages in use against the bound."""
     prefix, own, count = 8192, 256, 16
-    with apr.Session(_model(), max_tokens=32768, self_test=False) as session:
+    with apr.Session(small_llama(), max_tokens=32768, self_test=False) as session:
         root = session.thread([1] * prefix)
         kids = root.fork(count)
         for kid in kids:
@@ -109,7 +112,7 @@ def _memory() -> Figure:
 def bench_plan(options: argparse.Namespace) -> Iterator[Figure]:
     """The plan of an ordinary decode step: one token a thread, shared prefix, own tails."""
     for shape in ("fork", "deep", "hogwild"):
-        with apr.Session(_model(), max_tokens=1 << 19, self_test=False) as session:
+        with apr.Session(small_llama(), max_tokens=1 << 19, self_test=False) as session:
             threads = _shape(session, shape, options.threads)
             times = []
             for _ in range(options.rounds):
@@ -154,7 +157,7 @@ def bench_threads(options: argparse.Namespace) -> Iterator[Figure]:
     Both run the same model (8 layers, hidden 512, 8 heads of 64, 2 KV heads, float32) on the same tokens,
     step by step in turn; the logits are compared first.
     """
-    model = _model(hidden=512, layers=8, heads=8, kv_heads=2)
+    model = small_llama(hidden=512, layers=8, heads=8, kv_heads=2)
     prefix = torch.randint(0, 64, (1, options.prefix), generator=torch.Generator().manual_seed(0))
     rounds = max(10, options.rounds // 10)
     for n in (1, 4, 16):
