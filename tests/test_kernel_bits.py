@@ -105,13 +105,19 @@ def test_invariant_bits_survive_several_passes():
         assert torch.equal(out[row], ops.attention(q[row : row + 1], pool, alone, 0.125)[0][0])
 
 
-def test_own_workers_and_torchs_threads_agree():
+def nine_threads():
+    """Pool, row sets and queries of nine threads on a prefix of 1,900 tokens."""
     pool, generator = make(torch.float32, 2, 64, pages=80)
     sets = [
         (1, [View(list(range(40, 70)), 0, 1900, 0, 0), View([i], 0, 9, 1900, 1900, own=True)])
         for i in range(9)
     ]
     q = torch.randn(9, 6, 64, generator=generator)
+    return pool, sets, q
+
+
+def test_own_workers_and_torchs_threads_agree():
+    pool, sets, q = nine_threads()
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     plan = ops.plan(sets, pool, 6)
@@ -165,12 +171,7 @@ def test_the_matrix_unit_is_shared_with_torch():
 
 
 def test_threads_do_not_change_the_result_beyond_rounding():
-    pool, generator = make(torch.float32, 2, 64, pages=80)
-    sets = [
-        (1, [View(list(range(40, 70)), 0, 1900, 0, 0), View([i], 0, 9, 1900, 1900, own=True)])
-        for i in range(9)
-    ]
-    q = torch.randn(9, 6, 64, generator=generator)
+    pool, sets, q = nine_threads()
     before = torch.get_num_threads()
     outs = []
     for threads in (1, 2, 4):

@@ -67,8 +67,11 @@ inline void stripe(int64_t rows, int64_t depth, const typename P::Element* a, in
     ahead.fetch(at, step);
     block<P, kRows, kCols, kAccumulate>(depth, a + i * si, si, sk, b, c + i * width, width, factor);
   }
-  for (; i < rows; ++i)
-    block<P, 1, kCols, kAccumulate>(depth, a + i * si, si, sk, b, c + i * width, width, factor);
+  if constexpr (kRows > 1) {
+    if (i < rows)
+      stripe<P, kRows / 2, kCols, kAccumulate>(rows - i, depth, a + i * si, si, sk, b,
+                                               c + i * width, width, factor, Ahead{});
+  }
 }
 
 template <class P, bool kAccumulate>
@@ -78,10 +81,11 @@ inline void product(int64_t rows, int64_t depth, const typename P::Element* a, i
   constexpr Ahead kNothing{nullptr, 0};
   // One vector wide, rows of floats come from memory faster in small bites, pairs in large ones.
   constexpr int kNarrow = P::kUnit == 1 ? kAccumulators / 2 : kAccumulators;
+  constexpr int kWide = kAccumulators == 16 ? 8 : 6;
   int64_t j = 0;
   for (; j + 2 * kWidth <= width; j += 2 * kWidth)
-    stripe<P, kAccumulators / 2, 2, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width,
-                                                 factor, j == 0 ? ahead : kNothing);
+    stripe<P, kWide, 2, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width, factor,
+                                     j == 0 ? ahead : kNothing);
   for (; j < width; j += kWidth)
     stripe<P, kNarrow, 1, kAccumulate>(rows, depth, a, si, sk, b + j, c + j, width, factor,
                                        j == 0 ? ahead : kNothing);
