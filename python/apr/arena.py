@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from apr.ops import Pool
 
-# Pages that are kept present beyond those in use: two a thread, and at least so many, unless these are
-# more bytes than that.
-_LEAST_PAGES = 64
-_MOST_LEAST_BYTES = 256 << 20
+# Pages that are kept present beyond those in use: two a thread, and at least so many, or as many as this
+# memory holds if that is fewer.
+_AHEAD_PAGES = 64
+_AHEAD_BYTES = 256 << 20
 
 
 class Arena:
@@ -24,7 +24,7 @@ class Arena:
     def __init__(self, pools: Sequence[Pool]) -> None:
         self._pools = [pool for pool in pools if pool.k.device.type == "cpu"]
         page_bytes = sum(pool.bytes_per_token * pool.page_size for pool in self._pools)
-        self._least = max(1, min(_LEAST_PAGES, _MOST_LEAST_BYTES // max(page_bytes, 1)))
+        self._least = max(1, min(_AHEAD_PAGES, _AHEAD_BYTES // max(page_bytes, 1)))
         self._present = 0
         self._worker: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
