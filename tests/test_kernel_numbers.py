@@ -7,7 +7,7 @@ import torch
 
 from apr import ops, reference
 from apr.ops import View
-from kernel_cases import PAIRED, UNIT, check, make, run
+from kernel_cases import PAIRED, UNIT, check, dtypes, make, rounds_weights, run
 
 
 def worst_case(q, pool, scale, tokens, paired):
@@ -46,7 +46,7 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
     q = torch.randn(rows, 2, 64, generator=generator).to(dtype)
     out, lse = ops.attention(q, pool, ops.plan(sets, pool, 2), 0.125)
     want, want_lse = reference.attention(q, pool, sets, 0.125)
-    paired = dtype is torch.bfloat16 and instruction_set in PAIRED
+    paired = rounds_weights(dtype, instruction_set)
     bound, lse_bound = worst_case(q, pool, 0.125, tokens + 1, paired)
     assert (out.double() - want).abs().max().item() <= bound
     lse_bound += 2.0**-23 * want_lse.abs().max().item()  # the sum's and its own rounding
@@ -59,7 +59,7 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
 
 def test_empty_ranges_and_rows_that_see_little(instruction_set):
     """Segments without a visible token, and whole tiles that a window hides from some rows of a block."""
-    for dtype in UNIT:
+    for dtype in dtypes():
         pool, generator = make(dtype, 1, 64)
         shared = [3, 1, 8, 20, 21]
         sets = [
@@ -133,7 +133,7 @@ def test_unwritten_slots_between_two_ranges_are_never_read(dtype, instruction_se
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64])
 def test_one_row_of_one_head(head_dim, instruction_set):
-    for dtype in UNIT:
+    for dtype in dtypes():
         pool, generator = make(dtype, 1, head_dim)
         for invariant in (False, True):
             sets = [(1, [View([3, 1], 0, 97, 0, 0), View([2], 0, 5, 97, 97, own=True)])]

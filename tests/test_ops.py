@@ -8,7 +8,7 @@ import torch
 from apr import ops, reference
 from apr.errors import InvalidInput
 from apr.ops import Rotation, View
-from kernel_cases import PAIRED, UNIT, check, make, rope, run, tolerance, tree
+from kernel_cases import UNIT, check, dtypes, make, rope, rounds_weights, run, tolerance, tree
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
@@ -31,7 +31,7 @@ def test_groups(kv_heads, group, dtype, instruction_set):
 def test_values_narrower_than_keys(instruction_set):
     """Latent attention (MLA) has keys of 192 and values of 128."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in UNIT:
+    for dtype in dtypes():
         pool = ops.empty_pool(40, 1, 192, dtype, head_dim_v=128)
         pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
         pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
@@ -46,7 +46,7 @@ def test_values_narrower_than_keys(instruction_set):
 def test_rotation(interleaved, part, dtype, instruction_set):
     pool, generator = make(dtype, 2, 64)
     rotation = rope(64, interleaved, part)
-    rounded = dtype is torch.bfloat16 and instruction_set in PAIRED
+    rounded = rounds_weights(dtype, instruction_set)
     got, want, q, plan = run(
         tree(rotated=True),
         pool,
@@ -56,10 +56,11 @@ def test_rotation(interleaved, part, dtype, instruction_set):
         turned_dtype=dtype if rounded else None,
     )
     if rounded:
-        # A query that lies half-way between two bfloat16 numbers in float32 may go to either side: a score
-        # moves by a unit of one number of the query, scale * 2^-8 * |q| * |k| <= 2^-3 * 2^-8 * 16.
-        assert (got[1].double() - want[1]).abs().max().item() <= 2.0**-7
-        assert (got[0].double() - want[0]).abs().max().item() <= 5 * (2.0**-7 + 2 * 2.0**-9)
+        # A query that lies half-way between two 16-bit numbers in float32 may go to either side: a score
+        # moves by a unit of one number of the query, scale * unit * |q| * |k| <= 2^-3 * unit * 16.
+        unit = UNIT[dtype]
+        assert (got[1].double() - want[1]).abs().max().item() <= 2 * unit
+        assert (got[0].double() - want[0]).abs().max().item() <= 5 * (2 * unit + unit)
     else:
         check(got, want, dtype)
     # Negative control: without re-rotation the same plan is far off.
@@ -68,7 +69,8 @@ def test_rotation(interleaved, part, dtype, instruction_set):
 
 
 def test_windows_chunks_softcap_and_sinks(instruction_set):
-    pool, generator = make(torch.float32, 2, 64)
+    dtype = dtypes()[0]
+    pool, generator = make(dtype, 2, 64)
     sinks = torch.randn(4, generator=generator)
     for options in (
         {"window": 20},
@@ -78,13 +80,14 @@ def test_windows_chunks_softcap_and_sinks(instruction_set):
         {"window": 9, "sinks": sinks, "softcap": 2.0},
     ):
         got, want, q, _plan = run(tree(), pool, 4, generator, **options)
-        check(got, want, torch.float32)
+        check(got, want, dtype)
         plain, _ = ops.attention(q, pool, ops.plan(tree(), pool, 4), 64**-0.5)
         assert (plain.double() - want[0]).abs().max().item() > 0.01, options
 
 
-def test_strided_slots():
-    pool, generator = make(torch.float32, 1, 64)
+def test_strided_slots(instruction_set):
+    dtype = dtypes()[0]
+    pool, generator = make(dtype, 1, 64)
     sets = [
         (
             1,
@@ -96,7 +99,7 @@ def test_strided_slots():
         )
     ]
     got, want, *_ = run(sets, pool, 2, generator, window=25)
-    check(got, want, torch.float32)
+    check(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
@@ -116,7 +119,7 @@ def test_merge(head_dim, dtype, instruction_set):
     out, lse = ops.merge([parts[0], nothing, parts[1]])
     want_out, want_lse = reference.attention(q, pool, [(1, whole)], 0.125)
     # Two roundings: the parts' and the merged output's.
-    bound = tolerance(dtype, 100, 12.0, 5.0, instruction_set in PAIRED)
+    bound = tolerance(dtype, 100, 12.0, 5.0, rounds_weights(dtype, instruction_set))
     assert (out.double() - want_out).abs().max().item() <= 2 * bound
     assert (lse.double() - want_lse).abs().max().item() <= 2e-5
     empty, empty_lse = ops.merge([nothing, nothing])

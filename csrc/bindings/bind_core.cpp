@@ -62,6 +62,13 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("ids", [](const Plan& p) { return array_of(p.ids); })
       .def_property_readonly("positions", [](const Plan& p) { return array_of(p.positions); })
       .def_property_readonly("rotations", [](const Plan& p) { return array_of(p.rotations); })
+      .def_property_readonly("slots", [](const Plan& p) { return array_of(p.slots); })
+      .def_property_readonly("copies",
+                             [](const Plan& p) {
+                               const auto* flat = reinterpret_cast<const int64_t*>(p.copies.data());
+                               const auto count = static_cast<py::ssize_t>(p.copies.size());
+                               return py::array_t<int64_t>({count, py::ssize_t{2}}, flat);
+                             })
       .def_property_readonly("num_copies", [](const Plan& p) { return p.copies.size(); });
 }
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -11,9 +12,14 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/gpu.h"
 
 namespace apr::bindings {
 namespace {
+
+// The emulated GPU serves CPU tensors while it is forced, like an instruction set that is never chosen.
+constexpr const char* kEmulated = "cuda_emulated";
+std::atomic<bool> emulating{false};
 
 // Multiplications and additions done by `rounds` on each thread, in a dtype's widest unit.
 int64_t operate(int64_t dtype, int64_t rounds, int threads) {
@@ -48,8 +54,17 @@ void bind_machine(py::module_& module) {
     for (const auto* set : cpu::instruction_sets()) names.emplace_back(set->name);
     return names;
   });
-  module.def("instruction_set", [] { return std::string(cpu::instruction_set().name); });
-  module.def("force_instruction_set", &cpu::force_instruction_set, py::arg("name"));
+  module.def("instruction_set", [] {
+    return emulating ? std::string(kEmulated) : std::string(cpu::instruction_set().name);
+  });
+  module.def(
+      "force_instruction_set",
+      [](const std::string& name) {
+        const bool emulate = name == kEmulated && emulated_backend() != nullptr;
+        cpu::force_instruction_set(emulate ? "" : name);
+        emulating = emulate;
+      },
+      py::arg("name"));
   module.def(
       "use_huge_pages",
       [](int64_t data, int64_t bytes) {
@@ -67,11 +82,6 @@ void bind_machine(py::module_& module) {
   module.def("read", &read, py::arg("data"), py::arg("count"), py::arg("threads"));
   module.def("has_openmp", &cpu::has_openmp);
   module.def("force_own_workers", &cpu::force_own_workers, py::arg("own"));
-#ifdef APR_CUDA_ARCHITECTURES
-  module.attr("cuda_architectures") = APR_CUDA_ARCHITECTURES;
-#else
-  module.attr("cuda_architectures") = "";
-#endif
 }
 
 }  // namespace apr::bindings

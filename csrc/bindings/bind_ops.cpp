@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/arrays.h"
 #include "bindings/tensor.h"
 #include "core/error.h"
 #include "core/plan.h"
@@ -14,19 +15,6 @@
 
 namespace apr::bindings {
 namespace {
-
-PlanArrays arrays_of(const Plan& plan) {
-  return {plan.runs.data(),
-          plan.pairs.data(),
-          plan.segment_pairs.data(),
-          plan.segment_pages.data(),
-          plan.page_table.data(),
-          plan.slots.data(),
-          static_cast<int64_t>(plan.runs.size()),
-          plan.num_segments(),
-          plan.num_rows(),
-          plan.page_size};
-}
 
 // (pages, lo, hi, offset, base, stride, own)
 using ViewTuple =
@@ -76,9 +64,6 @@ std::unique_ptr<Plan> plan_of(const std::vector<RowSet>& row_sets, int64_t page_
   return plan;
 }
 
-// (table pointer, first dimension, pairs, interleaved)
-using RotationTuple = std::tuple<int64_t, int64_t, int64_t, bool>;
-
 void attention(const Plan& plan, const RowsTuple& q, const RowsTuple& out, int64_t lse,
                const PoolTuple& pool_tuple, int64_t q_heads, double scale, double softcap,
                int64_t window, int64_t chunk, int64_t sinks, const RotationTuple& rotation,
@@ -93,8 +78,7 @@ void attention(const Plan& plan, const RowsTuple& q, const RowsTuple& out, int64
   params.window = window;
   params.chunk = chunk;
   params.sinks = static_cast<const float*>(pointer(sinks));
-  const auto& [table, first, pairs, interleaved] = rotation;
-  params.rotation = {static_cast<const float*>(pointer(table)), first, pairs, interleaved};
+  params.rotation = rotation_table(rotation);
   params.invariant = invariant;
   params.threads = threads;
   const py::gil_scoped_release release;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from apr import ops
+from apr import gpu, ops
 from apr.errors import InvalidInput
 from apr.interface import IMPLEMENTATION, members, running
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure, refuse
@@ -92,7 +92,7 @@ class Attachment:
             )
         if model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
-        ops.check_device("model", model.get_input_embeddings().weight.device)
+        gpu.backend(model.get_input_embeddings().weight.device)  # refused where there are no kernels
         self.model = model
         self.owner = members(model)
         self._open = True

@@ -22,13 +22,17 @@ class Kernels(NamedTuple):
 def kernels() -> Kernels:
     """The instruction sets of the CPU kernels, best first, and the CUDA architectures."""
     threads = "torch's (OpenMP)" if _core.has_openmp() else "own: torch loaded no OpenMP runtime"
+    cuda = _core.gpu(False)
     return Kernels(
-        _core.instruction_sets(), _core.instruction_set(), _core.cuda_architectures, threads
+        _core.instruction_sets(), _core.instruction_set(), cuda.architectures if cuda else "", threads
     )
 
 
 def use_kernels(name: str = "") -> None:
-    """Run the kernels of one instruction set from `kernels().cpu`; "" returns to the best. For benchmarks."""
+    """Run the kernels of one instruction set from `kernels().cpu`; "" returns to the best. For benchmarks.
+
+    "cuda_emulated" runs the CUDA kernels' source on CPU tensors, slowly, where the build has it (tests).
+    """
     _core.force_instruction_set(name)
 
 

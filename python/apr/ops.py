@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apr import _core
+from apr import _core, gpu
 from apr.errors import InvalidInput
 from apr.machine import kernels as kernels
 
@@ -55,15 +55,6 @@ class Rotation:
             )
 
 
-def check_device(what: str, device: torch.device) -> None:
-    """Raise InvalidInput where this build has no kernels for a device."""
-    if device.type != "cpu":
-        raise InvalidInput(
-            f"{what}: got device {device}, but this build has kernels for: cpu; move it to the CPU, or "
-            "install a build with CUDA kernels (python -m apr info)"
-        )
-
-
 class Pool:
     """Keys and values of one layer: k [pages, kv_heads, page_size, head_dim], v likewise."""
 
@@ -72,17 +63,19 @@ class Pool:
             raise InvalidInput(
                 f"pool: got dtype {k.dtype}; expected float32, bfloat16 or float16; convert the model"
             )
-        check_device("pool", k.device)
+        on_gpu = gpu.backend(k.device) is not None
         same = (v.dtype, v.device, v.shape[:3]) == (k.dtype, k.device, k.shape[:3])
         if k.ndim != 4 or v.ndim != 4 or not (same and k.is_contiguous() and v.is_contiguous()):
             raise InvalidInput(
                 f"pool: got k {list(k.shape)} {k.dtype} and v {list(v.shape)} {v.dtype}; expected two "
                 "contiguous [pages, kv_heads, page_size, head_dim] of one dtype on one device"
             )
+        if on_gpu:
+            gpu.check_pool(k, v)
         self.k, self.v = k, v
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k.shape
         self.head_dim_v = int(v.shape[3])
-        self._tuple = (
+        self.handle = (
             k.data_ptr(),
             v.data_ptr(),
             *k.shape,
@@ -124,7 +117,7 @@ def empty_pool(
         torch.empty(*shape, head_dim, dtype=dtype, device=device),
         torch.empty(*shape, head_dim_v or head_dim, dtype=dtype, device=device),
     )
-    for side in (pool.k, pool.v):
+    for side in (pool.k, pool.v) if pool.k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())
     return pool
 
@@ -143,20 +136,22 @@ class Plan:
         self.pages = pages  # (num_pages, page_size) of the pool that it was made for
         self.num_rows: int = core.num_rows
         self._rotations: np.ndarray = core.rotations
-        self._tables: dict[Rotation, Tensor] = {}
+        self._tables: dict[tuple[Rotation, torch.device], Tensor] = {}
+        self.on_gpu = gpu.DevicePlan(core, invariant)
 
-    def rotation_table(self, rotation: Rotation) -> Tensor | None:
+    def rotation_table(self, rotation: Rotation, device: torch.device) -> Tensor | None:
         """cos and sin of each re-rotation that the plan needs [rotations, pairs, 2], or None."""
         if not len(self._rotations):
             return None
-        if rotation not in self._tables:
+        key = (rotation, device)
+        if key not in self._tables:
             # Angles in float64: the difference is an exact integer, and so stays the only rounding.
             angle = np.outer(
                 self._rotations.astype(np.float64), np.asarray(rotation.inv_freq, dtype=np.float64)
             )
             table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
-            self._tables[rotation] = torch.from_numpy(np.ascontiguousarray(table))
-        return self._tables[rotation]
+            self._tables[key] = torch.from_numpy(np.ascontiguousarray(table)).to(device)
+        return self._tables[key]
 
 
 def plan(
@@ -232,18 +227,24 @@ def append(k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> None:
     """
     _check_pool(pool, plan)
     rows, heads = plan.num_rows, pool.num_kv_heads
-    _core.append(
-        plan.core,
-        _rows("append: k", k, pool, (rows, heads, pool.head_dim)),
-        _rows("append: v", v, pool, (rows, heads, pool.head_dim_v)),
-        pool._tuple,
-        torch.get_num_threads(),
-    )
+    backend = gpu.backend(pool.k.device)
+    if backend is not None:
+        k, v = gpu.aligned(k), gpu.aligned(v)
+    k_rows = _rows("append: k", k, pool, (rows, heads, pool.head_dim))
+    v_rows = _rows("append: v", v, pool, (rows, heads, pool.head_dim_v))
+    if backend is not None:
+        plan.on_gpu.append(backend, k_rows, v_rows, pool)
+        return
+    _core.append(plan.core, k_rows, v_rows, pool.handle, torch.get_num_threads())
 
 
 def copy_tokens(pool: Pool, plan: Plan) -> None:
     """Do the token copies that a session's step planned, before its forward."""
-    _core.copy_tokens(plan.core, pool._tuple)
+    backend = gpu.backend(pool.k.device)
+    if backend is None:
+        _core.copy_tokens(plan.core, pool.handle)
+        return
+    plan.on_gpu.copy_tokens(backend, pool)
 
 
 def attention(
@@ -274,13 +275,16 @@ def attention(
             f"attention: got a rotation of dimensions {rotation.dims}; expected them in "
             f"[0, {pool.head_dim}]"
         )
+    backend = gpu.backend(pool.k.device)
+    if backend is not None and q.ndim == 3:
+        q = gpu.aligned(q)
     heads = int(q.shape[1]) if q.ndim == 3 else 0
     rows = _rows("attention: q", q, pool, (plan.num_rows, max(heads, 1), pool.head_dim))
     if heads % pool.num_kv_heads:
         raise InvalidInput(
             f"attention: got {heads} query heads for {pool.num_kv_heads} KV heads; expected a multiple"
         )
-    table = plan.rotation_table(rotation) if rotation is not None else None
+    table = plan.rotation_table(rotation, q.device) if rotation is not None else None
     if rotation is None or table is None:
         turn = (0, 0, 0, False)
     else:
@@ -291,23 +295,40 @@ def attention(
             raise InvalidInput(f"sinks: got {list(sinks.shape)}; expected [{heads}]")
     out = torch.empty(plan.num_rows, heads, pool.head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.num_rows, heads, dtype=torch.float32, device=q.device)
+    out_rows = (out.data_ptr(), out.stride(0), out.stride(1))
+    options = (scale, softcap or 0.0)
+    sink_data = sinks.data_ptr() if sinks is not None else 0
+    window, chunk = window or plan.window or 0, chunk or 0
+    if backend is not None:
+        turns = 0 if table is None else len(table)
+        tensors = (rows, out_rows, lse.data_ptr(), pool.handle, heads, *options, sink_data)
+        plan.on_gpu.attention(backend, pool, heads, window, chunk, (*tensors, turn, turns))
+        return out, lse
     _core.attention(
         plan.core,
         rows,
-        (out.data_ptr(), out.stride(0), out.stride(1)),
+        out_rows,
         lse.data_ptr(),
-        pool._tuple,
+        pool.handle,
         heads,
-        scale,
-        softcap or 0.0,
-        window or plan.window or 0,
-        chunk or 0,
-        sinks.data_ptr() if sinks is not None else 0,
+        *options,
+        window,
+        chunk,
+        sink_data,
         turn,
         plan.invariant,
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _merge_in_torch(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    outs, lses = torch.stack([o for o, _ in parts]), torch.stack([x.float() for _, x in parts])
+    lse = torch.logsumexp(lses, 0)
+    # A part that saw nothing has weight 0 whatever its output holds; if none saw anything the sum is 0.
+    weight = torch.where(lses.isneginf(), 0.0, (lses - lse).exp())[..., None]
+    out = torch.where(weight == 0, 0.0, outs.float() * weight).sum(0)
+    return out.to(outs.dtype), lse
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -319,10 +340,10 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if not parts:
         raise InvalidInput("merge: got no parts; expected at least one (out, lse)")
     first, _ = parts[0]
-    if first.dtype not in _DTYPE_CODES or first.device.type != "cpu" or first.ndim != 3:
+    if first.dtype not in _DTYPE_CODES or first.ndim != 3:
         raise InvalidInput(
-            f"merge: got {list(first.shape)} {first.dtype} on {first.device}; expected "
-            "[tokens, heads, dim] float32, bfloat16 or float16 on the CPU"
+            f"merge: got {list(first.shape)} {first.dtype}; expected [tokens, heads, dim] float32, "
+            "bfloat16 or float16"
         )
     for out, lse in parts:
         if out.shape != first.shape or out.dtype != first.dtype or lse.shape != out.shape[:2]:
@@ -330,6 +351,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
                 f"merge: got out {list(out.shape)} {out.dtype} with lse {list(lse.shape)}; expected "
                 f"{list(first.shape)} {first.dtype} with {list(first.shape[:2])}"
             )
+    if gpu.backend(first.device) is not None:
+        return _merge_in_torch(parts)
     outs = [o.contiguous() for o, _ in parts]
     lses = [lse.to(torch.float32).contiguous() for _, lse in parts]
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])

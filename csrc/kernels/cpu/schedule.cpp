@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/ranges.h"
 
 namespace apr::cpu {
 namespace {
@@ -13,35 +14,11 @@ constexpr int64_t kInvariantChunk = 512;
 constexpr int64_t kSmallestChunk = 256;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-
-// Visible slots of one row: the pair's range, causal in the own tail, cut by window and chunk.
-Visit visit_of(const PlanPair& pair, const PlanRun& run, int64_t i, const AttentionParams& params) {
-  int64_t lo = pair.lo, hi = pair.hi;
-  if (pair.first_own >= 0) hi = std::min<int64_t>(hi, pair.first_own + i + 1);
-  const int64_t at = run.view_position + i * run.stride;
-  // First slot with a view position above p, and above or at p.
-  const auto first_above = [&](int64_t p) {
-    return floor_div(p - pair.view_offset, pair.stride) + 1;
-  };
-  if (params.window > 0) lo = std::max(lo, first_above(at - params.window));
-  if (params.chunk > 0) {
-    const int64_t start = floor_div(at, params.chunk) * params.chunk;
-    lo = std::max(lo, first_above(start - 1));
-    hi = std::min(hi, first_above(start + params.chunk - 1));
-  }
-  return {static_cast<int32_t>(run.row_begin + i),
-          static_cast<int32_t>(lo),
-          static_cast<int32_t>(std::max(lo, hi)),
-          pair.rotation_row,
-          pair.order,
-          0};
-}
-
 void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
                     int64_t row_begin, int64_t row_end, Schedule& schedule) {
   const int64_t group = params.q_heads / pool.kv_heads;
   const int64_t rows_at_once = std::max<int64_t>(1, kMaxLanes / group);
+  const int32_t window = bounded(params.window), chunk = bounded(params.chunk);
   for (int64_t s = 0; s < plan.num_segments; ++s) {
     Block block{};
     const auto open = [&] {
@@ -62,7 +39,14 @@ void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanA
       const int64_t first = std::max<int64_t>(row_begin - run.row_begin, 0);
       const int64_t end = std::min<int64_t>(row_end - run.row_begin, run.row_count);
       for (int64_t i = first; i < end; ++i) {
-        const Visit visit = visit_of(pair, run, i, params);
+        const SlotRange seen =
+            visible_slots(pair, run, static_cast<int32_t>(i), window, chunk);
+        const Visit visit{static_cast<int32_t>(run.row_begin + i),
+                          seen.lo,
+                          seen.hi,
+                          pair.rotation_row,
+                          pair.order,
+                          0};
         if (visit.hi <= visit.lo) continue;
         const auto rows = static_cast<int64_t>(schedule.visits.size()) - block.first_visit;
         const bool apart = rows > 0 && (visit.lo > block.hi || visit.hi < block.lo);

@@ -1,0 +1,59 @@
+// Writes new keys and values to their pages, and copies tokens between pages.
+#pragma once
+
+#include "kernels/cuda/primitives.cuh"
+#include "kernels/cuda/work.h"
+
+namespace apr::APR_GPU {
+
+inline constexpr int kCopyThreads = 256;
+
+// The pool's element 0 of one token and head.
+APR_DEVICE int64_t pool_at(int64_t slot, int head, int heads, int page_shift, int head_dim) {
+  const int64_t page = slot >> page_shift, in_page = slot & ((int64_t{1} << page_shift) - 1);
+  return (((page * heads + head) << page_shift) + in_page) * head_dim;
+}
+
+APR_DEVICE void copy16(const uint16_t* from, uint16_t* to) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
+// A thread moves eight elements of keys or values.
+APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_tokens(APR_GRID_CONSTANT AppendWork work) {
+  const int chunks_k = work.head_dim_k / 8, chunks = chunks_k + work.head_dim_v / 8;
+  const int64_t i = static_cast<int64_t>(block_index()) * kCopyThreads + thread_index();
+  if (i >= static_cast<int64_t>(work.rows) * work.kv_heads * chunks) return;
+  const auto chunk = static_cast<int>(i % chunks);
+  const auto head = static_cast<int>(i / chunks % work.kv_heads);
+  const int64_t row = i / chunks / work.kv_heads, slot = work.slots[row];
+  if (slot < 0) return;
+  if (chunk < chunks_k) {
+    const int64_t to = pool_at(slot, head, work.kv_heads, work.page_shift, work.head_dim_k);
+    copy16(work.k.at(row * work.k_row_stride + head * work.k_head_stride + chunk * 8, 8),
+           work.pool_k.at(to + chunk * 8, 8));
+  } else {
+    const int64_t to = pool_at(slot, head, work.kv_heads, work.page_shift, work.head_dim_v);
+    const int column = (chunk - chunks_k) * 8;
+    copy16(work.v.at(row * work.v_row_stride + head * work.v_head_stride + column, 8),
+           work.pool_v.at(to + column, 8));
+  }
+}
+
+// Sources are encoded before the step and destinations are new: no copy reads what another writes.
+APR_KERNEL APR_BOUNDS(kCopyThreads, 1) copy_tokens(APR_GRID_CONSTANT CopyWork work) {
+  const int chunks_k = work.head_dim_k / 8, chunks = chunks_k + work.head_dim_v / 8;
+  const int64_t i = static_cast<int64_t>(block_index()) * kCopyThreads + thread_index();
+  if (i >= static_cast<int64_t>(work.count) * work.kv_heads * chunks) return;
+  const auto chunk = static_cast<int>(i % chunks);
+  const auto head = static_cast<int>(i / chunks % work.kv_heads);
+  const PlanCopy copy = work.copies[i / chunks / work.kv_heads];
+  const bool keys = chunk < chunks_k;
+  const int dim = keys ? work.head_dim_k : work.head_dim_v;
+  const int64_t column = (keys ? chunk : chunk - chunks_k) * 8;
+  const Array<uint16_t>& pool = keys ? work.pool_k : work.pool_v;
+  const int64_t from = pool_at(copy.source, head, work.kv_heads, work.page_shift, dim) + column;
+  const int64_t to = pool_at(copy.destination, head, work.kv_heads, work.page_shift, dim) + column;
+  copy16(pool.at(from, 8), pool.at(to, 8));
+}
+
+}  // namespace apr::APR_GPU

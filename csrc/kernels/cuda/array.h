@@ -1,0 +1,61 @@
+// Arrays in device memory. Emulated, they know their size and check each access.
+#pragma once
+
+#include <cstdint>
+#ifdef APR_EMULATED
+#include <stdexcept>
+#include <string>
+#define APR_GPU cuda_emulated
+#else
+#define APR_GPU cuda
+#endif
+#ifdef __CUDACC__
+#define APR_DEVICE __device__ __forceinline__
+#define APR_INLINE __host__ __device__ __forceinline__
+#else
+#define APR_DEVICE inline
+#define APR_INLINE inline
+#endif
+
+namespace apr::APR_GPU {
+
+#ifdef APR_EMULATED
+// What a kernel did that hardware forbids or leaves undefined.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+#endif
+
+template <typename T>
+struct Array {
+  T* data = nullptr;
+#ifdef APR_EMULATED
+  int64_t size = 0;
+#endif
+
+  Array() = default;
+  APR_INLINE Array(T* from, int64_t count) : data(from) {
+#ifdef APR_EMULATED
+    size = count;
+#else
+    static_cast<void>(count);
+#endif
+  }
+
+  // The address of element i, from which `count` elements are read or written.
+  APR_INLINE T* at(int64_t i, int64_t count = 1) const {
+#ifdef APR_EMULATED
+    if (i < 0 || i + count > size) {
+      throw Fault("out of bounds: elements [" + std::to_string(i) + ", " +
+                  std::to_string(i + count) + ") of an array of " + std::to_string(size));
+    }
+#else
+    static_cast<void>(count);
+#endif
+    return data + i;
+  }
+  APR_INLINE T& operator[](int64_t i) const { return *at(i); }
+  APR_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace apr::APR_GPU

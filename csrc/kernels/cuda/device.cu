@@ -1,0 +1,31 @@
+// What the CUDA runtime says of a device.
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.h"
+
+namespace apr {
+namespace cuda {
+namespace {
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "device attribute");
+  return value;
+}
+
+}  // namespace
+
+GpuDevice device_of(int index) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
+              attribute(cudaDevAttrComputeCapabilityMinor, index),
+          attribute(cudaDevAttrMultiProcessorCount, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
+}
+
+std::string built_architectures() { return APR_CUDA_ARCHITECTURES; }
+
+}  // namespace cuda
+
+const GpuBackend* cuda_backend() { return &cuda::backend(); }
+
+}  // namespace apr

@@ -1,0 +1,234 @@
+// The primitives of primitives.cuh, executed by the emulator: what each instruction does to the
+// registers of its warp, to shared memory and to barriers, as the PTX manual (ISA 8.0 and later) has it.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "kernels/cuda/emulated/emulator.h"
+
+#define APR_KERNEL inline void
+#define APR_BOUNDS(threads, blocks)
+#define APR_GRID_CONSTANT
+
+namespace apr::cuda_emulated {
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline Block& block() { return Block::current(); }
+inline int thread_index() { return block().thread(); }
+inline int block_threads() { return static_cast<int>(block().threads()); }
+inline int block_index() { return static_cast<int>(block().block()); }
+inline int grid_blocks() { return static_cast<int>(block().blocks()); }
+inline char* shared_memory() { return block().shared(); }
+inline uint32_t shared_address(const void* p) { return block().shared_address(p); }
+
+// A typed view of shared memory: each access is checked.
+template <typename T>
+struct Shared {
+  uint32_t address;
+  T& operator[](int64_t i) const {
+    return *reinterpret_cast<T*>(block().shared_at(
+        static_cast<uint32_t>(address + i * static_cast<int64_t>(sizeof(T))), sizeof(T), sizeof(T)));
+  }
+};
+template <typename T>
+Shared<T> shared_array(uint32_t address) {
+  return {address};
+}
+
+// ---- numbers --------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float to_float(Float16 x) {
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return static_cast<float>(half);
+}
+template <typename T>
+T from_float(float x);
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline Float16 from_float<Float16>(float x) {
+  const auto half = static_cast<_Float16>(x);
+  Float16 result;
+  std::memcpy(&result.bits, &half, 2);
+  return result;
+}
+template <typename T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+template <typename T>
+float unpack(uint32_t pair, int which) {
+  return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
+}
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_log2(float x) { return std::log2(x); }
+inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float tanh_of(float x) { return std::tanh(x); }
+inline float infinity() { return INFINITY; }
+
+// ---- barriers and shuffles ------------------------------------------------------------------
+
+inline void sync_warp() {
+  Block& b = block();
+  b.meet(b.warp_meeting(), 32, b.thread() % 32, "a warp's barrier", nullptr, [](auto&) {});
+}
+inline void sync_block() {
+  Block& b = block();
+  b.meet(b.barrier(0), static_cast<int>(b.threads()), b.thread(), "the block's barrier", nullptr,
+         [](auto&) {});
+}
+// Threads [first, first + count) of the block meet at a barrier of their own (1 to 15).
+inline void sync_some(int number, int first, int count) {
+  Block& b = block();
+  b.meet(b.barrier(number), count, b.thread() - first, "a barrier of some warps", nullptr,
+         [](auto&) {});
+}
+
+template <typename T>
+T shuffle(T value, int (*from)(int lane, int by), int by, const char* what) {
+  Block& b = block();
+  T result = value;
+  struct Slot {
+    T value;
+    T* result;
+  } slot{value, &result};
+  b.meet(b.warp_meeting(), 32, b.thread() % 32, what, &slot, [&](std::vector<void*>& all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int source = from(lane, by);
+      *static_cast<Slot*>(all[static_cast<size_t>(lane)])->result =
+          static_cast<Slot*>(all[static_cast<size_t>(source)])->value;
+    }
+  });
+  return result;
+}
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  return shuffle(value, [](int lane, int by) { return lane ^ by; }, mask, "shuffle_xor");
+}
+template <typename T>
+T shuffle_up(T value, int by) {
+  return shuffle(value, [](int lane, int n) { return lane >= n ? lane - n : lane; }, by,
+                 "shuffle_up");
+}
+
+// ---- copies by warps ------------------------------------------------------------------------
+
+// 16 bytes to shared memory, in the background; zeros where `valid` is false.
+template <typename T>
+void copy_async16(uint32_t to, const Array<const T>& from, int64_t index, bool valid) {
+  char* target = block().shared_at(to, 16, 16);
+  const char* source =
+      valid ? reinterpret_cast<const char*>(from.at(index, 16 / sizeof(T))) : nullptr;
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0) throw Fault("cp.async: source not aligned");
+  block().start(Block::kCopy, [=] {
+    if (source == nullptr) {
+      std::memset(target, 0, 16);
+    } else {
+      std::memcpy(target, source, 16);
+    }
+  });
+}
+inline void copy_async_commit() { block().commit(Block::kCopy); }
+template <int kLeft>
+void copy_async_wait() {
+  block().wait(Block::kCopy, kLeft);
+}
+
+// ---- matrix products of a warp --------------------------------------------------------------
+
+struct MatrixLoad {
+  uint32_t address;
+  uint32_t* registers;
+};
+// Four 8 x 8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
+inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed = false) {
+  Block& b = block();
+  MatrixLoad mine{address, r};
+  b.meet(b.warp_meeting(), 32, b.thread() % 32, transposed ? "ldmatrix.trans" : "ldmatrix", &mine,
+         [&](std::vector<void*>& all) {
+           for (int m = 0; m < 4; ++m) {
+             uint16_t matrix[8][8];
+             for (int row = 0; row < 8; ++row) {
+               const auto* from = static_cast<MatrixLoad*>(all[static_cast<size_t>(8 * m + row)]);
+               std::memcpy(matrix[row], b.shared_at(from->address, 16, 16), 16);
+             }
+             for (int lane = 0; lane < 32; ++lane) {
+               const int row = lane / 4, col = lane % 4 * 2;
+               const uint32_t low = transposed ? matrix[col][row] : matrix[row][col];
+               const uint32_t high = transposed ? matrix[col + 1][row] : matrix[row][col + 1];
+               static_cast<MatrixLoad*>(all[static_cast<size_t>(lane)])->registers[m] =
+                   low | high << 16;
+             }
+           }
+         });
+}
+
+struct MatrixProduct {
+  float* c;
+  const uint32_t* a;
+  uint32_t b0, b1;
+};
+// c += a b with a [16, 16], b [16, 8], c [16, 8] in float32 (mma.m16n8k16).
+template <typename T>
+void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Block& blk = block();
+  MatrixProduct mine{c, a, b0, b1};
+  blk.meet(blk.warp_meeting(), 32, blk.thread() % 32, "mma", &mine, [](std::vector<void*>& all) {
+    float a16[16][16], b16[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* p = static_cast<MatrixProduct*>(all[static_cast<size_t>(lane)]);
+      const int row = lane / 4, col = lane % 4 * 2;
+      for (int e = 0; e < 2; ++e) {
+        a16[row][col + e] = unpack<T>(p->a[0], e);
+        a16[row + 8][col + e] = unpack<T>(p->a[1], e);
+        a16[row][col + 8 + e] = unpack<T>(p->a[2], e);
+        a16[row + 8][col + 8 + e] = unpack<T>(p->a[3], e);
+        b16[col + e][row] = unpack<T>(p->b0, e);
+        b16[col + 8 + e][row] = unpack<T>(p->b1, e);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* p = static_cast<MatrixProduct*>(all[static_cast<size_t>(lane)]);
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+        float sum = p->c[e];
+        for (int k = 0; k < 16; ++k) sum += a16[row][k] * b16[k][col];
+        p->c[e] = sum;
+      }
+    }
+  });
+}
+
+inline void launch_dependents() {}
+inline void wait_for_predecessor() {}
+
+}  // namespace apr::cuda_emulated

@@ -1,0 +1,188 @@
+// Implements the GPU back-end: for CUDA, or emulated.
+#include "kernels/gpu.h"
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/layout.h"
+#include "kernels/cuda/steps.h"
+#include "kernels/ranges.h"
+
+namespace apr::APR_GPU {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+int32_t log2_of(int64_t power) {
+  int32_t result = 0;
+  while ((int64_t{1} << result) < power) ++result;
+  return result;
+}
+
+template <typename T>
+Array<T> array(void* base, int64_t offset, int64_t count) {
+  return {reinterpret_cast<T*>(static_cast<char*>(base) + offset), count};
+}
+
+// Elements from the first to the last of [rows, heads, dim].
+int64_t extent(const Rows& rows, int64_t count, int64_t heads, int64_t dim) {
+  return (count - 1) * rows.row_stride + (heads - 1) * rows.head_stride + dim;
+}
+
+class Pass final : public GpuPlan {
+ public:
+  Pass(Layout layout, const AttentionKind& kind) : layout_(std::move(layout)), kind_(kind) {}
+
+  const std::vector<char>& upload() const override { return layout_.upload; }
+  int64_t table_bytes() const override { return layout_.bytes; }
+  int64_t part_bytes() const override { return layout_.part_floats(kind_) * 4; }
+  const char* kernel() const override { return layout_.instance->name; }
+
+  void prepare(void* tables, void* stream) const override {
+    run_plan_step(work_of(tables, nullptr), stream);
+  }
+
+  void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
+                 int64_t rotations, void* stream) const override;
+
+ private:
+  AttentionWork work_of(void* base, void* parts) const;
+
+  Layout layout_;
+  AttentionKind kind_;
+};
+
+AttentionWork Pass::work_of(void* base, void* parts) const {
+  AttentionWork work{};
+  work.counts = array<Counts>(base, layout_.counts, 1);
+  work.visits = array<const Visit>(base, layout_.visits, layout_.num_visits);
+  work.items = array<const Item>(base, layout_.items, layout_.num_items);
+  work.pairs = array<const PlanPair>(base, layout_.pairs, layout_.num_pairs);
+  work.runs = array<const PlanRun>(base, layout_.runs, layout_.num_runs);
+  work.segment_pages = array<const int32_t>(base, layout_.segment_pages, layout_.num_segments + 1);
+  work.page_table = array<const int32_t>(base, layout_.page_table, layout_.num_pages);
+  work.row_visits = array<const int32_t>(base, layout_.row_visits, layout_.num_rows + 1);
+  work.view_order = array<const int32_t>(base, layout_.view_order, layout_.num_view_order);
+  work.bounds = array<Bounds>(base, layout_.bounds, layout_.num_visits);
+  work.reach = array<Reach>(base, layout_.reach, layout_.num_items);
+  work.prefix = array<int32_t>(base, layout_.prefix, layout_.num_items + 1);
+  const int64_t lanes = layout_.slots * layout_.instance->item_rows;
+  work.part_out = array<float>(parts, 0, lanes * kind_.head_dim_v);
+  work.part_sum = array<float>(parts, lanes * kind_.head_dim_v * 4, lanes * 2);
+  work.alone_slots = layout_.alone_slots;
+  work.grid = static_cast<int32_t>(layout_.grid);
+  work.q_heads = static_cast<int32_t>(kind_.q_heads);
+  work.kv_heads = static_cast<int32_t>(kind_.kv_heads);
+  work.group = work.q_heads / work.kv_heads;
+  work.head_dim_k = static_cast<int32_t>(kind_.head_dim_k);
+  work.head_dim_v = static_cast<int32_t>(kind_.head_dim_v);
+  work.page_shift = log2_of(kind_.page_size);
+  work.window = bounded(kind_.window);
+  work.chunk = bounded(kind_.chunk);
+  work.unit_tiles = kind_.invariant ? kInvariantTiles : 1;
+  work.item_rows = layout_.instance->item_rows;
+  work.row_begin = static_cast<int32_t>(layout_.row_begin);
+  work.row_count = static_cast<int32_t>(layout_.row_end - layout_.row_begin);
+  return work;
+}
+
+void Pass::attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
+                     int64_t rotations, void* stream) const {
+  AttentionWork work = work_of(tables, parts);
+  const int64_t rows = layout_.num_rows;
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.q = {static_cast<const uint16_t*>(params.q.data),
+            extent(params.q, rows, kind_.q_heads, kind_.head_dim_k)};
+  work.out = {static_cast<uint16_t*>(params.out.data),
+              extent(params.out, rows, kind_.q_heads, kind_.head_dim_v)};
+  work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
+  work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.lse = {params.lse, rows * kind_.q_heads};
+  work.sinks = {params.sinks, kind_.q_heads};
+  work.cos_sin = {params.rotation.cos_sin, rotations * params.rotation.pairs * 2};
+  work.q_row_stride = params.q.row_stride;
+  work.q_head_stride = params.q.head_stride;
+  work.out_row_stride = params.out.row_stride;
+  work.out_head_stride = params.out.head_stride;
+  work.rotation_first = static_cast<int32_t>(params.rotation.first);
+  work.rotation_pairs = static_cast<int32_t>(params.rotation.pairs);
+  work.interleaved = params.rotation.interleaved ? 1 : 0;
+  work.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
+  work.softcap = params.softcap;
+  const Instance& instance = *layout_.instance;
+  instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});
+  run_merge(work, kind_.dtype, true, stream);
+}
+
+class Backend final : public GpuBackend {
+ public:
+  std::string architectures() const override { return built_architectures(); }
+
+  std::vector<GpuKernel> kernels() const override {
+    std::vector<GpuKernel> all;
+    for (const Instance* one : instances()) {
+      all.push_back({one->name, one->head_dim, one->item_rows, one->stages, one->threads,
+                     one->shared_bytes, one->wide});
+    }
+    return all;
+  }
+
+  GpuDevice device(int index) const override { return device_of(index); }
+
+  std::vector<std::unique_ptr<GpuPlan>> plan(const PlanArrays& plan, const AttentionKind& kind,
+                                             int device_index) const override {
+    std::vector<std::unique_ptr<GpuPlan>> passes;
+    for (Layout& layout : lay_out_passes(plan, kind, device_of(device_index))) {
+      passes.push_back(std::make_unique<Pass>(std::move(layout), kind));
+    }
+    return passes;
+  }
+
+  void append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots, int64_t rows,
+              void* stream) const override;
+  void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
+                   void* stream) const override;
+};
+
+void Backend::append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
+                     int64_t rows, void* stream) const {
+  AppendWork work{};
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.k = {static_cast<const uint16_t*>(k.data), extent(k, rows, pool.kv_heads, pool.head_dim_k)};
+  work.v = {static_cast<const uint16_t*>(v.data), extent(v, rows, pool.kv_heads, pool.head_dim_v)};
+  work.k_row_stride = k.row_stride;
+  work.k_head_stride = k.head_stride;
+  work.v_row_stride = v.row_stride;
+  work.v_head_stride = v.head_stride;
+  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
+  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.slots = {slots, rows};
+  work.rows = static_cast<int32_t>(rows);
+  work.kv_heads = static_cast<int32_t>(pool.kv_heads);
+  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
+  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
+  work.page_shift = log2_of(pool.page_size);
+  run_append(work, stream);
+}
+
+void Backend::copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
+                          void* stream) const {
+  CopyWork work{};
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
+  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.copies = {copies, count};
+  work.count = static_cast<int32_t>(count);
+  work.kv_heads = static_cast<int32_t>(pool.kv_heads);
+  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
+  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
+  work.page_shift = log2_of(pool.page_size);
+  run_copy(work, stream);
+}
+
+}  // namespace
+
+const GpuBackend& backend() {
+  static const Backend the;
+  return the;
+}
+
+}  // namespace apr::APR_GPU

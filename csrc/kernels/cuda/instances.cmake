@@ -1,0 +1,16 @@
+# Which instances of the attention kernels there are; instances.cpp lists the same names.
+foreach(number bf16 fp16)
+  if(number STREQUAL bf16)
+    set(type BFloat16)
+  else()
+    set(type Float16)
+  endif()
+  foreach(shape 64_16_4 64_32_4 128_16_2 128_16_3 128_32_2 128_32_3 256_16_2)
+    string(REPLACE "_" ";" parts ${shape})
+    list(GET parts 0 dim)
+    list(GET parts 1 rows)
+    list(GET parts 2 stages)
+    apr_gpu_instance(small small_${number}_${shape} "${APR_CUDA_ARCHITECTURES}"
+      APR_NUMBER=${type} APR_DIM=${dim} APR_ROWS=${rows} APR_STAGES=${stages})
+  endforeach()
+endforeach()

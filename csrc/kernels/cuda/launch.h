@@ -1,0 +1,50 @@
+// Starts a kernel: on the GPU, or in the emulator.
+#pragma once
+
+#include "kernels/cuda/work.h"
+
+#ifdef APR_EMULATED
+#include "kernels/cuda/emulated/emulator.h"
+#else
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#endif
+
+namespace apr::APR_GPU {
+
+#ifdef APR_EMULATED
+template <typename... Parameters, typename... Arguments>
+void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&... arguments) {
+  run_grid(launch.blocks, launch.threads, launch.shared_bytes, [&] { kernel(arguments...); });
+}
+#else
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("apr: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&... arguments) {
+  if (launch.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(launch.shared_bytes)),
+          "shared memory of a kernel");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = launch.overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+#endif
+
+}  // namespace apr::APR_GPU

@@ -1,0 +1,268 @@
+// Lays out the work of a plan for a GPU: visits, items and the kernel that suits them, as bytes to copy
+// to device memory and sizes of what the device adds.
+#include "kernels/cuda/layout.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels/ranges.h"
+
+namespace apr::APR_GPU {
+namespace {
+
+constexpr int64_t kMostPartBytes = int64_t{1} << 28;
+constexpr int64_t kBlocksPerMultiprocessor = 2;  // more would only make more partial results
+constexpr int64_t kReservedShared = 1024;        // bytes that each block takes beside its own
+
+// What the host knows of a visit and the device need not.
+struct Place {
+  SlotRange seen;
+  int32_t segment;
+  int32_t order;
+};
+
+struct Draft {
+  std::vector<Visit> visits;
+  std::vector<Place> places;
+  std::vector<Item> items;
+};
+
+// Rows that see something, segment by segment.
+Draft collect_visits(const PlanArrays& plan, const AttentionKind& kind, int64_t row_begin, int64_t row_end) {
+  Draft draft;
+  const int32_t window = bounded(kind.window), chunk = bounded(kind.chunk);
+  for (int64_t p = 0; p < plan.segment_pairs[plan.num_segments]; ++p) {
+    const PlanPair& pair = plan.pairs[p];
+    const PlanRun& run = plan.runs[pair.run];
+    const int64_t first = std::max<int64_t>(row_begin - run.row_begin, 0);
+    const int64_t end = std::min<int64_t>(row_end - run.row_begin, run.row_count);
+    for (int64_t i = first; i < end; ++i) {
+      const auto index = static_cast<int32_t>(i);
+      const SlotRange seen = visible_slots(pair, run, index, window, chunk);
+      if (seen.hi <= seen.lo) continue;
+      draft.visits.push_back({static_cast<int32_t>(p), index, run.row_begin + index, -1});
+      draft.places.push_back({seen, pair.segment, pair.order});
+    }
+  }
+  return draft;
+}
+
+int64_t fullest_segment(const Draft& draft) {
+  int64_t most = 0, count = 0;
+  for (size_t v = 0; v < draft.places.size(); ++v) {
+    count = v > 0 && draft.places[v].segment == draft.places[v - 1].segment ? count + 1 : 1;
+    most = std::max(most, count);
+  }
+  return most;
+}
+
+// Neighbours share an item while it has room and what they see is connected: each slot of its reach is
+// seen by one of them at least, so that no slot is read that nobody has written.
+void collect_items(Draft& draft, int64_t group, int64_t item_rows) {
+  const size_t count = draft.visits.size();
+  const auto most = std::max<int64_t>(1, item_rows / group);
+  size_t first = 0;
+  while (first < count) {
+    SlotRange reach = draft.places[first].seen;
+    size_t end = first + 1;
+    for (; end < count && static_cast<int64_t>(end - first) < most; ++end) {
+      const Place& next = draft.places[end];
+      if (next.segment != draft.places[first].segment) break;
+      if (next.seen.lo > reach.hi || next.seen.hi < reach.lo) break;
+      reach = {std::min(reach.lo, next.seen.lo), std::max(reach.hi, next.seen.hi)};
+    }
+    const int64_t lanes = static_cast<int64_t>(end - first) * group;
+    for (size_t v = first; v < end; ++v) draft.visits[v].item = static_cast<int32_t>(draft.items.size());
+    for (int64_t lane = 0; lane < lanes; lane += item_rows) {
+      Item item{};
+      item.segment = draft.places[first].segment;
+      item.first_visit = static_cast<int32_t>(first);
+      item.first_lane = static_cast<int32_t>(lane);
+      item.lanes = static_cast<int32_t>(std::min(item_rows, lanes - lane));
+      draft.items.push_back(item);
+    }
+    first = end;
+  }
+}
+
+// [rows + 1] and the visits of each row in the order of its view.
+struct Order {
+  std::vector<int32_t> row_visits, view_order;
+};
+
+Order order_of(const Draft& draft, int64_t num_rows) {
+  Order order;
+  order.row_visits.assign(static_cast<size_t>(num_rows) + 1, 0);
+  for (const Visit& visit : draft.visits) ++order.row_visits[visit.row + 1];
+  for (int64_t row = 0; row < num_rows; ++row) order.row_visits[row + 1] += order.row_visits[row];
+  order.view_order.resize(draft.visits.size());
+  std::vector<int32_t> next(order.row_visits.begin(), order.row_visits.end() - 1);
+  for (size_t v = 0; v < draft.visits.size(); ++v) {
+    order.view_order[next[draft.visits[v].row]++] = static_cast<int32_t>(v);
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::sort(order.view_order.begin() + order.row_visits[row],
+              order.view_order.begin() + order.row_visits[row + 1],
+              [&](int32_t a, int32_t b) { return draft.places[a].order < draft.places[b].order; });
+  }
+  return order;
+}
+
+int32_t mark_alone(Draft& draft, const Order& order) {
+  int32_t shared = 0;
+  for (Item& item : draft.items) {
+    item.shared_before = shared;
+    item.alone = 1;
+    const auto number = static_cast<int32_t>(&item - draft.items.data());
+    for (size_t v = item.first_visit; v < draft.visits.size(); ++v) {
+      const Visit& visit = draft.visits[v];
+      // A cut group's items all hold their one visit.
+      if (visit.item != number && static_cast<int32_t>(v) != item.first_visit) break;
+      if (order.row_visits[visit.row + 1] - order.row_visits[visit.row] > 1) item.alone = 0;
+    }
+    shared += item.alone ? 0 : 1;
+  }
+  return shared;
+}
+
+class Writer {
+ public:
+  explicit Writer(std::vector<char>& bytes) : bytes_(bytes) {}
+
+  template <typename T>
+  int64_t put(const T* from, int64_t count) {
+    bytes_.resize((bytes_.size() + 15) / 16 * 16);
+    const auto at = static_cast<int64_t>(bytes_.size());
+    bytes_.resize(bytes_.size() + sizeof(T) * static_cast<size_t>(count));
+    if (count > 0) std::memcpy(bytes_.data() + at, from, sizeof(T) * static_cast<size_t>(count));
+    return at;
+  }
+
+ private:
+  std::vector<char>& bytes_;
+};
+
+int64_t reserve(int64_t& bytes, int64_t size) {
+  bytes = (bytes + 15) / 16 * 16;
+  const int64_t at = bytes;
+  bytes += size;
+  return at;
+}
+
+}  // namespace
+
+const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const GpuDevice& device) {
+  const int64_t dim = std::max(kind.head_dim_k, kind.head_dim_v);
+  const Instance* best = nullptr;
+  // In the order of preference: the widest is best for many rows, the narrowest that fits for few.
+  for (const Instance* one : instances()) {
+    if (one->dtype != kind.dtype || one->head_dim < dim) continue;
+    // Bulk copies take whole tiles; invariant bits need one kernel whatever the number of lanes.
+    const bool may_be_wide = device.capability == 90 && kind.page_size >= kTile && !kind.invariant;
+    if (one->wide && (!may_be_wide || lanes <= 32)) continue;
+    if (one->shared_bytes > device.shared_per_block) continue;
+    if (best == nullptr) {
+      best = one;
+      continue;
+    }
+    if (one->wide != best->wide) {
+      best = one->wide ? one : best;
+    } else if (one->head_dim != best->head_dim) {
+      best = one->head_dim < best->head_dim ? one : best;
+    } else if (one->item_rows != best->item_rows) {
+      // Which rows share an item changes no bit, so this may follow the number of lanes.
+      const bool more = one->item_rows > best->item_rows;
+      best = more == (lanes > std::min(one->item_rows, best->item_rows)) ? one : best;
+    } else if (one->stages > best->stages) {
+      const int64_t two = 2 * (one->shared_bytes + kReservedShared);
+      if (two <= device.shared_per_multiprocessor) best = one;
+    }
+  }
+  if (best == nullptr) {
+    throw std::invalid_argument(
+        "no GPU kernel for head_dim " + std::to_string(dim) + ": expected bfloat16 or float16 and a "
+        "multiple of 8 up to 256");
+  }
+  return *best;
+}
+
+Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device, int64_t row_begin,
+               int64_t row_end) {
+  const int64_t group = kind.q_heads / kind.kv_heads;
+  Draft draft = collect_visits(plan, kind, row_begin, row_end);
+  Layout layout;
+  layout.instance = &choose_instance(kind, fullest_segment(draft) * group, device);
+  collect_items(draft, group, layout.instance->item_rows);
+  const Order order = order_of(draft, plan.num_rows);
+  const int64_t shared = mark_alone(draft, order);
+
+  const int64_t fitting = std::max<int64_t>(
+      1, device.shared_per_multiprocessor / (layout.instance->shared_bytes + kReservedShared));
+  layout.grid = device.multiprocessors * std::min(kBlocksPerMultiprocessor, fitting);
+  layout.alone_slots = shared * kind.kv_heads + layout.grid;
+  layout.slots = layout.alone_slots + 2 * layout.grid;
+  if (kind.invariant) {
+    int64_t units = 0;
+    for (size_t i = 0; i < draft.items.size(); ++i) {
+      SlotRange reach = draft.places[draft.items[i].first_visit].seen;
+      for (size_t v = draft.items[i].first_visit;
+           v < draft.visits.size() && draft.visits[v].item == static_cast<int32_t>(i); ++v) {
+        reach.lo = std::min(reach.lo, draft.places[v].seen.lo);
+        reach.hi = std::max(reach.hi, draft.places[v].seen.hi);
+      }
+      constexpr int kUnit = kTile * kInvariantTiles;
+      units += (reach.hi - 1) / kUnit - reach.lo / kUnit + 1;
+    }
+    layout.slots = units * kind.kv_heads;
+  }
+
+  const Counts counts{static_cast<int32_t>(draft.items.size()),
+                      static_cast<int32_t>(draft.visits.size()),
+                      static_cast<int32_t>(row_end), 0};
+  layout.num_visits = counts.visits;
+  layout.num_items = counts.items;
+  layout.num_rows = plan.num_rows;
+  layout.row_begin = row_begin;
+  layout.row_end = row_end;
+  layout.num_pairs = plan.segment_pairs[plan.num_segments];
+  layout.num_runs = plan.num_runs;
+  layout.num_segments = plan.num_segments;
+  layout.num_pages = plan.segment_pages[plan.num_segments];
+  layout.num_view_order = static_cast<int64_t>(order.view_order.size());
+  Writer writer(layout.upload);
+  layout.counts = writer.put(&counts, 1);
+  layout.visits = writer.put(draft.visits.data(), layout.num_visits);
+  layout.items = writer.put(draft.items.data(), layout.num_items);
+  layout.pairs = writer.put(plan.pairs, layout.num_pairs);
+  layout.runs = writer.put(plan.runs, layout.num_runs);
+  layout.segment_pages = writer.put(plan.segment_pages, plan.num_segments + 1);
+  layout.page_table = writer.put(plan.page_table, layout.num_pages);
+  layout.row_visits = writer.put(order.row_visits.data(), plan.num_rows + 1);
+  layout.view_order = writer.put(order.view_order.data(), layout.num_view_order);
+  layout.bytes = static_cast<int64_t>(layout.upload.size());
+  layout.bounds = reserve(layout.bytes, layout.num_visits * static_cast<int64_t>(sizeof(Bounds)));
+  layout.reach = reserve(layout.bytes, layout.num_items * static_cast<int64_t>(sizeof(Reach)));
+  layout.prefix = reserve(layout.bytes, (layout.num_items + 1) * 4);
+  return layout;
+}
+
+std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device) {
+  std::vector<Layout> passes;
+  std::vector<std::pair<int64_t, int64_t>> open{{0, plan.num_rows}};
+  while (!open.empty()) {
+    const auto [begin, end] = open.back();
+    open.pop_back();
+    Layout layout = lay_out(plan, kind, device, begin, end);
+    if (layout.part_floats(kind) * 4 > kMostPartBytes && end - begin > 1) {
+      const int64_t middle = (begin + end) / 2;
+      open.emplace_back(middle, end);
+      open.emplace_back(begin, middle);
+      continue;
+    }
+    passes.push_back(std::move(layout));
+  }
+  return passes;
+}
+
+}  // namespace apr::APR_GPU

@@ -1,0 +1,155 @@
+// What all attention kernels share: a block's spans of units, the gather of queries, the way results
+// are written.
+#pragma once
+
+#include "kernels/cuda/primitives.cuh"
+#include "kernels/cuda/work.h"
+
+namespace apr::APR_GPU {
+
+template <typename T>
+inline constexpr DType kNumber = DType::kFloat16;
+template <>
+inline constexpr DType kNumber<BFloat16> = DType::kBFloat16;
+
+// Consecutive units of one (item, kv head) that one block works on.
+struct Span {
+  int item, head;
+  int begin, end;  // units of this (item, head)
+  int units;       // all of them
+  int64_t first;   // linear index of unit `begin`
+
+  APR_DEVICE bool whole() const { return begin == 0 && end == units; }
+};
+
+// The units of a block, span by span. In order: items, then kv heads, then units.
+class Spans {
+ public:
+  APR_DEVICE explicit Spans(const AttentionWork& work) : work_(work) {
+    const Counts counts = work.counts[0];
+    items_ = counts.items;
+    const int64_t units = static_cast<int64_t>(work.prefix[items_]) * work.kv_heads;
+    next_ = end_ = 0;
+    if (units == 0 || block_index() >= counts.blocks) return;
+    next_ = share_begin(units, counts.blocks, block_index());
+    end_ = share_begin(units, counts.blocks, block_index() + 1);
+  }
+
+  APR_DEVICE bool next(Span& span) {
+    if (next_ >= end_) return false;
+    const int position = static_cast<int>(next_ / work_.kv_heads);
+    int low = 0, high = items_ - 1;  // the last item whose prefix is not above `position`
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (work_.prefix[middle] <= position) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    const int before = work_.prefix[low];
+    span.item = low;
+    span.units = work_.prefix[low + 1] - before;
+    const auto within = static_cast<int>(next_ - static_cast<int64_t>(before) * work_.kv_heads);
+    span.head = within / span.units;
+    span.begin = within % span.units;
+    const int64_t left = end_ - next_;
+    const int rest = span.units - span.begin;
+    int count = left < rest ? static_cast<int>(left) : rest;
+    if (work_.unit_tiles > 1) count = 1;  // each unit gives a partial result of its own
+    span.end = span.begin + count;
+    span.first = next_;
+    next_ += count;
+    return true;
+  }
+
+ private:
+  const AttentionWork& work_;
+  int items_;
+  int64_t next_, end_;
+};
+
+// Where a partial result lies. (item, head) and block both only grow along the units, so that their sum
+// is a number of its own for each span; items that are alone leave at most two rests a block.
+APR_DEVICE int64_t slot_of(const AttentionWork& work, const Item& item, int head, int64_t block,
+                           bool begins, int64_t unit) {
+  if (work.unit_tiles > 1) return unit;
+  if (item.alone) return work.alone_slots + 2 * block + (begins ? 1 : 0);
+  return static_cast<int64_t>(item.shared_before) * work.kv_heads + head + block;
+}
+
+// Row r of an item.
+struct Lane {
+  int visit, row, q_head;
+};
+APR_DEVICE Lane lane_of(const AttentionWork& work, const Item& item, int head, int r) {
+  const int lane = item.first_lane + r;
+  const int visit = item.first_visit + lane / work.group;
+  return {visit, work.visits[visit].row, head * work.group + lane % work.group};
+}
+
+// One finished output row, `width` elements apart for the threads that share it.
+template <typename T>
+APR_DEVICE float finish(const AttentionWork& work, int row, int q_head, float max, float sum,
+                        bool first_thread) {
+  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  float weight = 1.f;
+  if (work.sinks) {
+    const float sink = work.sinks[q_head] * kLog2e;
+    const float top = maximum(max, sink);
+    weight = fast_exp2(max - top);
+    sum = sum * weight + fast_exp2(sink - top);
+    max = top;
+  }
+  const bool number = sum == sum;
+  if (work.lse && first_thread) {
+    work.lse[static_cast<int64_t>(row) * work.q_heads + q_head] =
+        sum > 0.f ? (max + fast_log2(sum)) * kLn2 : (number ? -infinity() : sum);
+  }
+  return sum > 0.f ? weight / sum : (number ? 0.f : sum);
+}
+
+APR_DEVICE int64_t out_at(const AttentionWork& work, int row, int q_head) {
+  return row * work.out_row_stride + q_head * work.out_head_stride;
+}
+
+// The query rows of an item to shared memory, turned by their rotation. `address(row, column)` is where
+// an element goes, in bytes; eight that begin at a multiple of eight lie together. Rows that do not exist
+// and columns from head_dim on are 0. All `threads` from thread 0 on take part and must meet afterwards.
+template <typename T, int kRows, int kDim, typename Address>
+APR_DEVICE void gather_queries(const AttentionWork& work, const Item& item, int head, int thread,
+                               int threads, Address address) {
+  constexpr int kChunks = kDim / 8;
+  for (int i = thread; i < kRows * kChunks; i += threads) {
+    const int r = i / kChunks, column = i % kChunks * 8;
+    uint4 eight{0, 0, 0, 0};
+    if (r < item.lanes && column < work.head_dim_k) {
+      const Lane lane = lane_of(work, item, head, r);
+      eight = *reinterpret_cast<const uint4*>(
+          work.q.at(lane.row * work.q_row_stride + lane.q_head * work.q_head_stride + column, 8));
+    }
+    shared_array<uint4>(address(r, column))[0] = eight;
+  }
+}
+
+// Turns gathered queries in place; the threads must have met after the gather.
+template <typename T, int kRows, typename Address>
+APR_DEVICE void turn_queries(const AttentionWork& work, const Item& item, int head, int thread,
+                             int threads, Address address) {
+  if (!work.cos_sin) return;
+  const int pairs = work.rotation_pairs;
+  for (int i = thread; i < item.lanes * pairs; i += threads) {
+    const int r = i / pairs, pair = i % pairs;
+    const int turn = work.bounds[lane_of(work, item, head, r).visit].rotation_row;
+    if (turn < 0) continue;
+    const int a = work.rotation_first + (work.interleaved ? 2 * pair : pair);
+    const int b = work.interleaved ? a + 1 : a + pairs;
+    const float* cs = work.cos_sin.at((static_cast<int64_t>(turn) * pairs + pair) * 2, 2);
+    const auto at_a = shared_array<T>(address(r, a)), at_b = shared_array<T>(address(r, b));
+    const float x = to_float(at_a[0]), y = to_float(at_b[0]);
+    at_a[0] = from_float<T>(x * cs[0] - y * cs[1]);
+    at_b[0] = from_float<T>(y * cs[0] + x * cs[1]);
+  }
+}
+
+}  // namespace apr::APR_GPU

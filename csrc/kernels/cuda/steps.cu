@@ -1,0 +1,46 @@
+// Instantiates and starts the kernels that are not attention itself.
+#include "kernels/cuda/steps.h"
+
+#include "kernels/cuda/append.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/plan_step.cuh"
+
+namespace apr::APR_GPU {
+namespace {
+
+int64_t blocks_for(int64_t items, int64_t of_a_block) { return (items + of_a_block - 1) / of_a_block; }
+
+}  // namespace
+
+void run_plan_step(const AttentionWork& work, void* stream) {
+  start(plan_step, {1, kPlanThreads, kPlanThreads / 32 * 4, stream, false}, work);
+}
+
+void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* stream) {
+  const int64_t rows = static_cast<int64_t>(work.row_count) * work.q_heads;
+  const Launch launch{blocks_for(rows, kMergeThreads / 32), kMergeThreads, 0, stream, overlap};
+  if (dtype == DType::kBFloat16) {
+    start(merge_parts<BFloat16>, launch, work);
+  } else {
+    start(merge_parts<Float16>, launch, work);
+  }
+}
+
+void run_append(const AppendWork& work, void* stream) {
+  const int64_t chunks = static_cast<int64_t>(work.rows) * work.kv_heads *
+                         (work.head_dim_k + work.head_dim_v) / 8;
+  if (chunks > 0) {
+    start(append_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
+  }
+}
+
+void run_copy(const CopyWork& work, void* stream) {
+  const int64_t chunks = static_cast<int64_t>(work.count) * work.kv_heads *
+                         (work.head_dim_k + work.head_dim_v) / 8;
+  if (chunks > 0) {
+    start(copy_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
+  }
+}
+
+}  // namespace apr::APR_GPU

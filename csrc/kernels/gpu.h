@@ -1,0 +1,73 @@
+// What bindings see of a GPU back-end: plans in device memory, and the kernels of a layer. The CUDA
+// build and the emulator implement it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace apr {
+
+// What a layer's attention is, apart from its tensors.
+struct AttentionKind {
+  DType dtype;
+  int64_t q_heads, kv_heads, head_dim_k, head_dim_v, page_size;
+  int64_t window, chunk;  // 0: none
+  bool invariant;
+};
+
+// The GPU as the host needs to know it.
+struct GpuDevice {
+  int capability = 0;        // 90 for compute capability 9.0
+  int multiprocessors = 0;
+  int shared_per_block = 0;  // bytes that a block may ask for
+  int shared_per_multiprocessor = 0;
+};
+
+// One compiled attention kernel.
+struct GpuKernel {
+  std::string name;
+  int head_dim, item_rows, stages, threads, shared_bytes;
+  bool wide;
+};
+
+// One pass over a plan's rows. The caller owns the memory.
+class GpuPlan {
+ public:
+  virtual ~GpuPlan() = default;
+  virtual const std::vector<char>& upload() const = 0;  // to be copied to the front of `tables`
+  virtual int64_t table_bytes() const = 0;
+  virtual int64_t part_bytes() const = 0;
+  virtual const char* kernel() const = 0;
+  // The device planner: once, after the tables were copied.
+  virtual void prepare(void* tables, void* stream) const = 0;
+  // `rotations`: rows of the rotation table.
+  virtual void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
+                         int64_t rotations, void* stream) const = 0;
+};
+
+class GpuBackend {
+ public:
+  virtual ~GpuBackend() = default;
+  virtual std::string architectures() const = 0;
+  virtual std::vector<GpuKernel> kernels() const = 0;
+  virtual GpuDevice device(int index) const = 0;
+  // Throws std::invalid_argument where no kernel serves the kind.
+  virtual std::vector<std::unique_ptr<GpuPlan>> plan(const PlanArrays& plan,
+                                                     const AttentionKind& kind,
+                                                     int device_index) const = 0;
+  // `slots` [rows] in device memory: page * page_size + slot, or -1.
+  virtual void append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
+                      int64_t rows, void* stream) const = 0;
+  virtual void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
+                           void* stream) const = 0;
+};
+
+const GpuBackend* cuda_backend();      // nullptr: not in this build
+const GpuBackend* emulated_backend();  // nullptr: not in this build
+// Which GPU is emulated, and what its orders are drawn from.
+void set_emulated_device(const GpuDevice& device, uint64_t seed);
+
+}  // namespace apr
