@@ -142,14 +142,16 @@ def test_one_row_of_one_head(head_dim, instruction_set):
 
 
 def test_very_low_scores_are_scores(instruction_set):
-    pool, _generator = make(torch.float32, 1, 64)
-    pool.k.fill_(1e16)
+    dtype = dtypes()[0]
+    pool, _generator = make(dtype, 1, 64)
+    pool.k.fill_(2.0**53)
     sets = [(1, [View([0], 0, 8, 0, 0, own=True)])]
-    q = torch.full((1, 1, 64), -1e16)
+    q = torch.full((1, 1, 64), -(2.0**53), dtype=dtype)
     out, lse = ops.attention(q, pool, ops.plan(sets, pool, 1), 0.125)
-    # Eight equal scores of -64e32 / 8: the mean of the values.
-    assert (out[0, 0] - pool.v[0, 0, :8].mean(0)).abs().max().item() < 1e-6
-    assert abs(float(lse) / -8e32 - 1) < 1e-6
+    # Eight equal scores of -64 * 2^106 / 8: the mean of the values, all below 4.
+    mean = pool.v[0, 0, :8].float().mean(0)
+    assert (out[0, 0].float() - mean).abs().max().item() < 4 * UNIT[dtype] + 1e-6
+    assert abs(float(lse) / -(2.0**109) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)

@@ -72,8 +72,10 @@ class SmallAttention {
   APR_DEVICE void fetch(int step, int stage, int end) {
     if (step < end) {
       const int slot = step * Shape::kStep + warp_ * 16;
-      const int page = work_.page_table[work_.segment_pages[item_.segment] +
-                                        (slot >> work_.page_shift)];
+      int page = 0;  // past the end there may be none
+      if (slot < reach_.hi) {
+        page = work_.page_table[work_.segment_pages[item_.segment] + (slot >> work_.page_shift)];
+      }
       const int page_slot = slot & ((1 << work_.page_shift) - 1);
       const int64_t token =
           ((static_cast<int64_t>(page) * work_.kv_heads + span_.head) << work_.page_shift) +
