@@ -89,6 +89,7 @@ void Pass::attention(void* tables, void* parts, const AttentionParams& params, c
   AttentionWork work = work_of(tables, parts);
   const int64_t rows = layout_.num_rows;
   const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.num_pages = static_cast<int32_t>(pool.num_pages);
   work.q = {static_cast<const uint16_t*>(params.q.data),
             extent(params.q, rows, kind_.q_heads, kind_.head_dim_k)};
   work.out = {static_cast<uint16_t*>(params.out.data),

@@ -13,4 +13,11 @@ foreach(number bf16 fp16)
     apr_gpu_instance(small small_${number}_${shape} "${APR_CUDA_ARCHITECTURES}"
       APR_NUMBER=${type} APR_DIM=${dim} APR_ROWS=${rows} APR_STAGES=${stages})
   endforeach()
+  foreach(shape 64_128_8 128_128_5 256_128_2)
+    string(REPLACE "_" ";" parts ${shape})
+    list(GET parts 0 dim)
+    list(GET parts 2 stages)
+    apr_gpu_instance(wide wide_${number}_${shape} "90a-real"
+      APR_NUMBER=${type} APR_DIM=${dim} APR_STAGES=${stages})
+  endforeach()
 endforeach()

@@ -77,7 +77,7 @@ struct AttentionWork {
   Array<const float> cos_sin;
   int64_t q_row_stride, q_head_stride, out_row_stride, out_head_stride;
   int32_t q_heads, kv_heads, group, head_dim_k, head_dim_v;
-  int32_t page_shift;
+  int32_t page_shift, num_pages;
   int32_t rotation_first, rotation_pairs, interleaved;
   int32_t window, chunk;
   int32_t unit_tiles;  // 1, or kInvariantTiles

@@ -150,10 +150,15 @@ void Block::run(const std::function<void()>& body) {
 
 std::string Block::stuck() const {
   std::string text;
-  for (const auto& fiber : fibers_) {
-    if (fiber->done) continue;
-    text += "thread " + std::to_string(fiber->index) + " at " + fiber->waits_for + "; ";
-    if (text.size() > 300) return text + "...";
+  for (size_t i = 0; i < fibers_.size();) {
+    size_t end = i + 1;
+    const auto same = [&](const Fiber& a, const Fiber& b) {
+      return a.done == b.done && (a.done || a.waits_for == b.waits_for);
+    };
+    while (end < fibers_.size() && same(*fibers_[end], *fibers_[i])) ++end;
+    text += "threads " + std::to_string(i) + " to " + std::to_string(end - 1) +
+            (fibers_[i]->done ? " ended" : std::string(" at ") + fibers_[i]->waits_for) + "; ";
+    i = end;
   }
   return text;
 }

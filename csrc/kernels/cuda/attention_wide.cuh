@@ -1,0 +1,422 @@
+// Attention of up to 128 rows on wgmma, for compute capability 9.0. One thread keeps a ring of tiles full
+// by bulk copies; two groups of four warps consume it: each takes 64 rows, or, where an item has no more
+// than 64, every other tile, and they merge at the end of the span.
+#pragma once
+
+#include "kernels/cuda/bulk.cuh"
+#include "kernels/cuda/spans.cuh"
+
+namespace apr::APR_GPU {
+
+template <int kDim, int kStages>
+struct WideShape {
+  static constexpr int kThreads = 384;  // a group that copies, two that compute
+  static constexpr int kRows = 128;
+  static constexpr int kBoxes = kDim / 64;
+  static constexpr int kBoxBytes = 64 * 64 * 2;
+  static constexpr int kQueryBytes = kRows * kDim * 2;
+  static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
+  static constexpr int kStatsBytes = 128 * 4 * 4;
+  static constexpr int kBoundsBytes = kRows * 8;
+  static constexpr int kBarrierBytes = 2 * kStages * 8;
+  static constexpr int kRing = kQueryBytes;
+  static constexpr int kStats = kRing + kStages * kStageBytes;
+  static constexpr int kBounds = kStats + kStatsBytes;
+  static constexpr int kBarriers = kBounds + kBoundsBytes;
+  static constexpr int kSharedBytes = kBarriers + kBarrierBytes;
+};
+
+// The tiles of a span, counted from slot 0 of its segment.
+struct Tiles {
+  int first, end;
+};
+APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
+  const int unit = work.unit_tiles;
+  const Reach reach = work.reach[span.item];
+  const int base = reach.lo / kTile / unit * unit;
+  const int first = base + span.begin * unit, end = base + span.end * unit;
+  const int used_first = reach.lo / kTile, used_end = (reach.hi - 1) / kTile + 1;
+  return {first > used_first ? first : used_first, end < used_end ? end : used_end};
+}
+
+// Where the ring stands: the same sequence of stages for the thread that fills and those that empty it.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+  APR_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename T, int kDim, int kStages>
+class WideAttention {
+  using Shape = WideShape<kDim, kStages>;
+
+ public:
+  APR_DEVICE WideAttention(const AttentionWork& work, uint32_t shared)
+      : work_(work),
+        shared_(shared),
+        group_(thread_index() / 128 - 1),
+        thread_(thread_index() % 128),
+        bounds_(shared_array<int32_t>(shared + Shape::kBounds)) {}
+
+  APR_DEVICE static uint32_t filled(uint32_t shared, int stage) {
+    return shared + Shape::kBarriers + static_cast<uint32_t>(stage * 8);
+  }
+  APR_DEVICE static uint32_t emptied(uint32_t shared, int stage) {
+    return filled(shared, kStages + stage);
+  }
+
+  APR_DEVICE void run(const Span& span) {
+    span_ = span;
+    item_ = work_.items[span.item];
+    reach_ = work_.reach[span.item];
+    by_rows_ = item_.lanes > 64;
+    row_base_ = by_rows_ ? group_ * 64 : 0;
+    load_queries();
+    const Tiles tiles = tiles_of(work_, span);
+    int before = -1;  // the stage whose values are still being multiplied
+    for (int tile = tiles.first; tile < tiles.end; ++tile) {
+      barrier_wait(filled(shared_, ring_.stage), ring_.parity);
+      if (by_rows_ || (tile - tiles.first) % 2 == group_) {
+        attend(tile, before);
+        before = ring_.stage;
+      } else {
+        if (before >= 0) {  // the ring may be too short to hold a stage for two tiles
+          products_wait<0>();
+          release(before);
+          before = -1;
+        }
+        release(ring_.stage);
+      }
+      ring_.advance();
+    }
+    products_wait<0>();
+    if (before >= 0) release(before);
+    finish_span();
+  }
+
+ private:
+  // Both groups, and only they, meet.
+  APR_DEVICE void sync_groups() { sync_some(1, 128, 256); }
+  APR_DEVICE void sync_group() { sync_some(2 + group_, 128 + 128 * group_, 128); }
+
+  APR_DEVICE void release(int stage) {
+    sync_warp();  // a lane that is late would take the stage's next phase for this one
+    if (thread_ % 32 == 0) barrier_arrive(emptied(shared_, stage));
+  }
+
+  APR_DEVICE void load_queries() {
+    const auto address = [this](int r, int column) {
+      return shared_ + static_cast<uint32_t>(column / 64 * Shape::kRows * 128) +
+             in_rows_of_128(r, column % 64);
+    };
+    const int thread = group_ * 128 + thread_;
+    gather_queries<T, Shape::kRows, kDim>(work_, item_, span_.head, thread, 256, address);
+    for (int r = thread; r < Shape::kRows; r += 256) {
+      const bool exists = r < item_.lanes;
+      const int visit = exists ? lane_of(work_, item_, span_.head, r).visit : 0;
+      bounds_[2 * r] = exists ? work_.bounds[visit].lo : 0;
+      bounds_[2 * r + 1] = exists ? work_.bounds[visit].hi : 0;
+    }
+    if (work_.cos_sin) {
+      sync_groups();
+      turn_queries<T, Shape::kRows>(work_, item_, span_.head, thread, 256, address);
+    }
+    publish_shared();
+    sync_groups();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      max_[h] = -infinity();
+      sum_[h] = 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+      for (int e = 0; e < 32; ++e) out_[j][e] = 0.f;
+    }
+  }
+
+  APR_DEVICE void attend(int tile, int before) {
+    const uint32_t keys =
+        shared_ + Shape::kRing + static_cast<uint32_t>(ring_.stage * Shape::kStageBytes);
+    const uint32_t values = keys + Shape::kBoxes * Shape::kBoxBytes;
+    const int slot = tile * kTile;
+    clear_unseen(values, slot);
+    float score[32];
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      const auto in_box = static_cast<uint32_t>(k % 4 * 32);
+      const uint32_t q = shared_ + static_cast<uint32_t>(k / 4 * Shape::kRows * 128 + row_base_ * 128);
+      const uint32_t key = keys + static_cast<uint32_t>(k / 4 * Shape::kBoxBytes);
+      multiply_shared<T>(score, matrix_descriptor(q + in_box, 1024),
+                         matrix_descriptor(key + in_box, 1024), k > 0);
+    }
+    products_commit();
+    products_wait<0>();  // also of the tile before: its stage may be filled again
+    if (before >= 0) release(before);
+    scale(score);
+    if (slot < reach_.all_lo || slot + kTile > reach_.all_hi) mask(slot, score);
+    soften(score);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      weights_[k][0] = pack<T>(score[8 * k], score[8 * k + 1]);
+      weights_[k][1] = pack<T>(score[8 * k + 2], score[8 * k + 3]);
+      weights_[k][2] = pack<T>(score[8 * k + 4], score[8 * k + 5]);
+      weights_[k][3] = pack<T>(score[8 * k + 6], score[8 * k + 7]);
+    }
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t value = values + static_cast<uint32_t>(j * Shape::kBoxBytes + k * 16 * 128);
+        multiply_registers<T>(out_[j], weights_[k], matrix_descriptor(value, 1024));
+      }
+    }
+    products_commit();
+  }
+
+  // Values that no row sees become zeros: what a page holds there may be no number, and 0 times that is
+  // none. Both groups may clear the same tile; they write the same.
+  APR_DEVICE void clear_unseen(uint32_t values, int slot) {
+    if (slot >= reach_.lo && slot + kTile <= reach_.hi) return;
+    for (int i = thread_; i < kTile * 8 * Shape::kBoxes; i += 128) {
+      const int r = i / 8 % kTile;
+      if (slot + r >= reach_.lo && slot + r < reach_.hi) continue;
+      const auto box = static_cast<uint32_t>(i / (8 * kTile) * Shape::kBoxBytes);
+      shared_array<uint4>(values + box + in_rows_of_128(r, i % 8 * 8))[0] = uint4{0, 0, 0, 0};
+    }
+    publish_shared();
+    sync_group();
+  }
+
+  APR_DEVICE void scale(float (&score)[32]) {
+#pragma unroll
+    for (int e = 0; e < 32; ++e) {
+      float x = score[e] * work_.factor;
+      // The cap comes before the logarithm's base and before the mask.
+      if (work_.softcap != 0.f) x = tanh_of(x) * work_.softcap * 1.4426950408889634f;
+      score[e] = x;
+    }
+  }
+
+  APR_DEVICE int row_of(int h) const {  // of the two that this thread holds
+    return row_base_ + thread_ / 32 * 16 + h * 8 + thread_ % 32 / 4;
+  }
+
+  APR_DEVICE void mask(int slot, float (&score)[32]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row_of(h);
+      const int lo = bounds_[2 * r] - slot, hi = bounds_[2 * r + 1] - slot;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int token = n * 8 + thread_ % 4 * 2 + e;
+          if (token < lo || token >= hi) score[4 * n + 2 * h + e] = -infinity();
+        }
+      }
+    }
+  }
+
+  APR_DEVICE void soften(float (&score)[32]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = max_[h];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        top = maximum(top, maximum(score[4 * n + 2 * h], score[4 * n + 2 * h + 1]));
+      }
+      top = maximum(top, shuffle_xor(top, 1));
+      top = maximum(top, shuffle_xor(top, 2));
+      const float reference = top == -infinity() ? 0.f : top;
+      const float shrink = fast_exp2(max_[h] - reference);
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float weight = fast_exp2(score[4 * n + 2 * h + e] - reference);
+          score[4 * n + 2 * h + e] = weight;
+          sum += weight;
+        }
+      }
+      sum_[h] = sum_[h] * shrink + sum;  // of this lane's tokens; lanes add up at the end
+      max_[h] = top;
+#pragma unroll
+      for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          out_[j][4 * n + 2 * h] *= shrink;
+          out_[j][4 * n + 2 * h + 1] *= shrink;
+        }
+      }
+    }
+  }
+
+  APR_DEVICE void finish_span() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum_[h] += shuffle_xor(sum_[h], 1);
+      sum_[h] += shuffle_xor(sum_[h], 2);
+    }
+    sync_groups();  // nobody reads queries any more
+    if (!by_rows_) {
+      // The second group's sums go where the queries were; threads of both hold the same elements.
+      const auto sums = shared_array<float>(shared_);
+      const auto stats = shared_array<float>(shared_ + Shape::kStats);
+      if (group_ == 1) {
+#pragma unroll
+        for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+          for (int e = 0; e < 32; ++e) sums[(j * 32 + e) * 128 + thread_] = out_[j][e];
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          stats[h * 128 + thread_] = max_[h];
+          stats[(2 + h) * 128 + thread_] = sum_[h];
+        }
+      }
+      sync_groups();
+      if (group_ == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float other = stats[h * 128 + thread_], top = maximum(max_[h], other);
+          const float reference = top == -infinity() ? 0.f : top;
+          const float mine = fast_exp2(max_[h] - reference);
+          const float theirs = fast_exp2(other - reference);
+          sum_[h] = sum_[h] * mine + stats[(2 + h) * 128 + thread_] * theirs;
+          max_[h] = top;
+#pragma unroll
+          for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                const int e = 4 * n + 2 * h + i;
+                out_[j][e] = out_[j][e] * mine + sums[(j * 32 + e) * 128 + thread_] * theirs;
+              }
+            }
+          }
+        }
+      }
+    }
+    if (by_rows_ || group_ == 0) write_rows();
+    sync_groups();  // the next span's queries take the place of the sums
+  }
+
+  APR_DEVICE void write_rows() {
+    const bool direct = item_.alone && span_.whole();
+    const int64_t slot =
+        slot_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row_of(h);
+      if (r >= item_.lanes) continue;
+      const Lane lane = lane_of(work_, item_, span_.head, r);
+      const bool leads = thread_ % 4 == 0;
+      const float inverse =
+          direct ? finish<T>(work_, lane.row, lane.q_head, max_[h], sum_[h], leads) : 1.f;
+      const int64_t part = slot * work_.item_rows + r;
+#pragma unroll
+      for (int j = 0; j < Shape::kBoxes; ++j) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const int column = j * 64 + n * 8 + thread_ % 4 * 2;
+          if (column >= work_.head_dim_v) continue;
+          const float x = out_[j][4 * n + 2 * h] * inverse;
+          const float y = out_[j][4 * n + 2 * h + 1] * inverse;
+          if (direct) {
+            *reinterpret_cast<uint32_t*>(
+                work_.out.at(out_at(work_, lane.row, lane.q_head) + column, 2)) = pack<T>(x, y);
+          } else {
+            *reinterpret_cast<float2*>(work_.part_out.at(part * work_.head_dim_v + column, 2)) = {x,
+                                                                                                  y};
+          }
+        }
+      }
+      if (!direct && leads) {
+        work_.part_sum[2 * part] = max_[h];
+        work_.part_sum[2 * part + 1] = sum_[h];
+      }
+    }
+  }
+
+  const AttentionWork& work_;
+  uint32_t shared_;
+  int group_, thread_;
+  decltype(shared_array<int32_t>(0)) bounds_;
+  Ring<kStages> ring_;
+  Span span_;
+  Item item_;
+  Reach reach_;
+  bool by_rows_ = false;
+  int row_base_ = 0;
+  float out_[Shape::kBoxes][32], max_[2], sum_[2];
+  uint32_t weights_[4][4];
+};
+
+// The thread that fills the ring.
+template <typename T, int kDim, int kStages>
+APR_DEVICE void fill_ring(const AttentionWork& work, const TensorMap& keys, const TensorMap& values,
+                          uint32_t shared) {
+  using Shape = WideShape<kDim, kStages>;
+  using Attention = WideAttention<T, kDim, kStages>;
+  Ring<kStages> ring;
+  Spans spans(work);
+  Span span;
+  while (spans.next(span)) {
+    const Tiles tiles = tiles_of(work, span);
+    const int first_page = work.segment_pages[work.items[span.item].segment];
+    for (int tile = tiles.first; tile < tiles.end; ++tile) {
+      const int slot = tile * kTile;
+      const int page = work.page_table[first_page + (slot >> work.page_shift)];
+      const int token = slot & ((1 << work.page_shift) - 1);
+      const uint32_t filled = Attention::filled(shared, ring.stage);
+      // In the first round nobody has to empty the stage: the phase before the first one is over.
+      barrier_wait(Attention::emptied(shared, ring.stage), ring.parity ^ 1);
+      barrier_expect(filled, Shape::kStageBytes);
+      uint32_t to = shared + Shape::kRing + static_cast<uint32_t>(ring.stage * Shape::kStageBytes);
+      for (int i = 0; i < 2 * Shape::kBoxes; ++i, to += Shape::kBoxBytes) {
+        const int dim = i % Shape::kBoxes * 64;
+        copy_box(to, i < Shape::kBoxes ? keys : values, dim, token, span.head, page, filled);
+      }
+      ring.advance();
+    }
+  }
+}
+
+template <typename T, int kDim, int kStages>
+APR_KERNEL APR_BOUNDS(384, 1) attention_wide(APR_GRID_CONSTANT AttentionWork work,
+                                             APR_GRID_CONSTANT TensorMap keys,
+                                             APR_GRID_CONSTANT TensorMap values) {
+  using Attention = WideAttention<T, kDim, kStages>;
+  const uint32_t shared = shared_address(shared_memory());
+  if (thread_index() == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(Attention::filled(shared, stage), 1);
+      barrier_init(Attention::emptied(shared, stage), 8);  // a lane of each warp that computes
+    }
+    barrier_init_done();
+  }
+  sync_block();
+  if (thread_index() < 128) {
+    give_registers<40>();
+    if (thread_index() == 0) fill_ring<T, kDim, kStages>(work, keys, values, shared);
+  } else {
+    take_registers<232>();
+    Attention attention(work, shared);
+    Spans spans(work);
+    Span span;
+    while (spans.next(span)) attention.run(span);
+  }
+  launch_dependents();
+}
+
+}  // namespace apr::APR_GPU
