@@ -5,6 +5,7 @@
 
 #include "bindings/tensor.h"
 #include "core/plan.h"
+#include "core/view_tables.h"
 
 namespace apr::bindings {
 
@@ -19,6 +20,13 @@ inline PlanArrays arrays_of(const Plan& plan) {
           plan.num_segments(),
           plan.num_rows(),
           plan.page_size};
+}
+
+inline ViewArrays arrays_of(const ViewTables& views) {
+  const auto count = [](const auto& values) { return static_cast<int64_t>(values.size()); };
+  return {views.rows().data(),       views.entries().data(),     views.segments().data(),
+          views.page_table().data(), count(views.rows()),        count(views.entries()),
+          count(views.segments()),   count(views.page_table())};
 }
 
 // (table pointer, first dimension, pairs, interleaved)

@@ -9,6 +9,7 @@
 
 #include "core/step.h"
 #include "core/thread_table.h"
+#include "core/view_tables.h"
 
 namespace apr::bindings {
 
@@ -85,7 +86,11 @@ void bind_segments(py::class_<ThreadTable>& table) {
            py::arg("stride"))
       .def("seal", &ThreadTable::seal)
       .def("retain_segment", [](ThreadTable& t, SegmentId id) { t.segments().retain(id); })
-      .def("release_segment", [](ThreadTable& t, SegmentId id) { t.segments().release(id); })
+      .def("release_segment",
+           [](ThreadTable& t, SegmentId id) {
+             t.touch();
+             t.segments().release(id);
+           })
       .def("segment_length",
            [](ThreadTable& t, SegmentId id) { return t.segments().at(id).length(); })
       .def("segment_encoded",
@@ -167,11 +172,27 @@ void bind_table(py::module_& module) {
   bind_segments(table);
 }
 
+void bind_view_tables(py::module_& module) {
+  py::class_<ViewTables>(module, "ViewTables", "Views of threads with one queued token each.")
+      .def(py::init<>())
+      .def("refresh", &ViewTables::refresh, py::arg("table"), py::arg("threads"))
+      .def("commit", &ViewTables::commit)
+      .def("forget", &ViewTables::forget)
+      .def_property_readonly("changed", &ViewTables::changed)
+      .def_property_readonly("ids", [](const ViewTables& v) { return array_of(v.ids()); })
+      .def_property_readonly("max_position", &ViewTables::max_position)
+      .def_property_readonly("sizes", [](const ViewTables& v) {
+        return std::make_tuple(v.rows().size(), v.entries().size(), v.segments().size(),
+                               v.page_table().size());
+      });
+}
+
 }  // namespace
 
 void bind_core(py::module_& module) {
   bind_plan(module);
   bind_table(module);
+  bind_view_tables(module);
   py::class_<Step>(module, "Step", "One step as a transaction.")
       .def(py::init(&make_step), py::arg("table"), py::arg("threads"), py::arg("has_logits"),
            py::arg("step_tokens"), py::keep_alive<1, 2>())

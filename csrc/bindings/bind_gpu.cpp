@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -81,10 +82,42 @@ void bind_plan(py::module_& module) {
            py::arg("stream"));
 }
 
+// (rows, entries, segments, pages)
+using CapacityTuple = std::array<int64_t, 4>;
+
+void bind_views(py::module_& module) {
+  py::class_<GpuViews, GpuPlan>(module, "GpuViews",
+                                "Views whose lengths grow on the device, for a captured graph.")
+      .def(
+          "update",
+          [](GpuViews& gpu, const ViewTables& views) { gpu.update(arrays_of(views)); },
+          py::arg("views"))
+      .def(
+          "step",
+          [](const GpuViews& views, int64_t tables, int64_t slots, int64_t positions,
+             int64_t stream) {
+            const py::gil_scoped_release release;
+            views.step(pointer(tables), static_cast<int64_t*>(pointer(slots)),
+                       static_cast<int64_t*>(pointer(positions)), pointer(stream));
+          },
+          py::arg("tables"), py::arg("slots"), py::arg("positions"), py::arg("stream"))
+      .def(
+          "turn",
+          [](const GpuViews& views, int64_t tables, int64_t inv_freq, int64_t pairs,
+             int64_t cos_sin, int64_t stream) {
+            const py::gil_scoped_release release;
+            views.turn(pointer(tables), static_cast<const double*>(pointer(inv_freq)), pairs,
+                       static_cast<float*>(pointer(cos_sin)), pointer(stream));
+          },
+          py::arg("tables"), py::arg("inv_freq"), py::arg("pairs"), py::arg("cos_sin"),
+          py::arg("stream"));
+}
+
 }  // namespace
 
 void bind_gpu(py::module_& module) {
   bind_plan(module);
+  bind_views(module);
   py::class_<GpuKernel>(module, "GpuKernel", "One compiled attention kernel.")
       .def_readonly("name", &GpuKernel::name)
       .def_readonly("head_dim", &GpuKernel::head_dim)
@@ -106,6 +139,13 @@ void bind_gpu(py::module_& module) {
             return gpu.plan(arrays_of(plan), kind_of(kind), device);
           },
           py::arg("plan"), py::arg("kind"), py::arg("device"))
+      .def(
+          "views",
+          [](const GpuBackend& gpu, const ViewTables& views, const KindTuple& kind,
+             const CapacityTuple& c, int device) {
+            return gpu.views(arrays_of(views), kind_of(kind), {c[0], c[1], c[2], c[3]}, device);
+          },
+          py::arg("views"), py::arg("kind"), py::arg("capacity"), py::arg("device"))
       .def(
           "append",
           [](const GpuBackend& gpu, const RowsTuple& k, const RowsTuple& v, const PoolTuple& p,

@@ -124,6 +124,7 @@ void ThreadTable::join_text(ThreadId parent_id, const std::vector<ThreadId>& chi
 
 void ThreadTable::join(ThreadId parent_id, const std::vector<ThreadId>& children,
                        JoinPositions positions, bool reencode) {
+  touch();
   check_joinable(parent_id, children);
   if (children.empty()) return;
   if (reencode) return join_text(parent_id, children);

@@ -24,6 +24,7 @@ Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t s
     throw Error(ErrorKind::kInvalidInput,
                 "step_tokens: got " + std::to_string(step_tokens) + "; expected at least 1");
   }
+  table_.touch();
   for (const StepThread& request : threads) table_.at(request.thread);
   replay_views_.reserve(threads.size());
   try {
@@ -141,29 +142,36 @@ void Step::check_split() const {
 
 // A child whose last inherited entry is short takes a copy of it into its own pages, so that
 // repeated forks do not pile up short segments.
-void Step::copy_short_inheritance(ThreadId id) {
-  Thread& thread = table_.at(id);
-  SegmentStore& segments = table_.segments();
-  Segment& tail = segments.at(thread.tail);
+bool copies_inheritance(const ThreadTable& table, const Thread& thread) {
+  const Segment& tail = table.segments().at(thread.tail);
   const size_t own = thread.tail_entry();
   // Its children remember where they were forked by segment and token.
-  if (!thread.children.empty()) return;
-  if (own == 0 || tail.encoded != 0 || tail.head != 0 || tail.queued() == 0) return;
+  if (!thread.children.empty()) return false;
+  if (own == 0 || tail.encoded != 0 || tail.head != 0 || tail.queued() == 0) return false;
   const Entry before = thread.view[own - 1];
   const Entry mine = thread.view[own];
   if (!before.inherited || before.hi == kLive || before.offset == kMoving ||
       mine.offset == kMoving || mine.lo != 0) {
-    return;
+    return false;
   }
-  const Segment& source = segments.at(before.segment);
+  const Segment& source = table.segments().at(before.segment);
   const int64_t count = before.hi - before.lo;
   const bool continues = before.offset + before.hi == mine.offset &&
                          source.base + before.hi == tail.base && source.stride == 1 &&
                          tail.stride == 1;
-  if (!source.forked_tail || !continues || count <= 0 || count >= table_.pool().page_size() ||
-      source.encoded < before.hi) {
-    return;
-  }
+  return source.forked_tail && continues && count > 0 && count < table.pool().page_size() &&
+         source.encoded >= before.hi;
+}
+
+void Step::copy_short_inheritance(ThreadId id) {
+  Thread& thread = table_.at(id);
+  if (!copies_inheritance(table_, thread)) return;
+  SegmentStore& segments = table_.segments();
+  Segment& tail = segments.at(thread.tail);
+  const size_t own = thread.tail_entry();
+  const Entry before = thread.view[own - 1];
+  const Segment& source = segments.at(before.segment);
+  const int64_t count = before.hi - before.lo;
   head_copies_.push_back({id, thread.view, before.segment});
   segments.grow_pages(tail, count);
   const int64_t page_size = table_.pool().page_size();

@@ -15,6 +15,9 @@ struct StepThread {
   bool has_logits;  // the caller still holds the logits of the thread's last token
 };
 
+// Whether the thread's next step first copies a short part that it inherited.
+bool copies_inheritance(const ThreadTable& table, const Thread& thread);
+
 class Step {
  public:
   // Collects the work; throws kInvalidInput or kOutOfPages before anything is changed.

@@ -78,6 +78,7 @@ void ThreadTable::open_tail(Thread& thread, ThreadId id, int64_t offset, int64_t
 // ---- making threads and segments ------------------------------------------------------------
 
 ThreadId ThreadTable::create(const std::vector<int32_t>& tokens) {
+  touch();
   const ThreadId id = next_++;
   open_tail(threads_[id], id, 0, 0, false);
   extend(id, tokens);
@@ -86,6 +87,7 @@ ThreadId ThreadTable::create(const std::vector<int32_t>& tokens) {
 
 ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes,
                                        Visibility visibility) {
+  touch();
   check_view(view, writes);
   if (writes != kNone) {
     check_writable(writes, kNone);
@@ -120,6 +122,7 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
 
 SegmentId ThreadTable::create_segment(const std::vector<int32_t>& tokens, int64_t base,
                                       std::vector<Entry> after) {
+  touch();
   if (tokens.empty()) invalid("segment: got no tokens; a sealed segment needs at least one");
   check_view(after, kNone);
   const SegmentId id = segments_.create(base, 1);
@@ -137,6 +140,7 @@ SegmentId ThreadTable::create_segment(const std::vector<int32_t>& tokens, int64_
 
 SegmentId ThreadTable::create_region(const std::vector<int32_t>& tokens, int64_t base,
                                      int64_t stride) {
+  touch();
   const SegmentId id = segments_.create(base, stride);
   Segment& segment = segments_.at(id);
   segment.tokens = tokens;
@@ -145,6 +149,7 @@ SegmentId ThreadTable::create_region(const std::vector<int32_t>& tokens, int64_t
 }
 
 void ThreadTable::seal(SegmentId id) {
+  touch();
   Segment& segment = segments_.at(id);
   if (segment.writer != kNone) {
     invalid("seal: segment " + std::to_string(id) + " is being written by " +
@@ -172,6 +177,7 @@ void ThreadTable::extend(ThreadId id, const std::vector<int32_t>& tokens) {
 // ---- fork -----------------------------------------------------------------------------------
 
 std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
+  touch();
   at(id);
   if (count < 1) {
     invalid("fork: got " + std::to_string(count) + " children; expected at least 1");
@@ -232,6 +238,7 @@ void ThreadTable::orphan_children(ThreadId id) {
 }
 
 void ThreadTable::release(ThreadId id) {
+  touch();
   Thread& thread = at(id);
   orphan_children(id);
   if (thread.parent != kNone && alive(thread.parent)) {
@@ -245,6 +252,7 @@ void ThreadTable::release(ThreadId id) {
 }
 
 void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
+  touch();
   Thread& thread = at(id);
   check_view(view, thread.tail);
   const bool listed = std::any_of(view.begin(), view.end(),
@@ -267,6 +275,7 @@ void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
 }
 
 void ThreadTable::set_writes(ThreadId id, SegmentId segment_id) {
+  touch();
   Thread& thread = at(id);
   if (segment_id == thread.tail) return;
   check_writable(segment_id, id);

@@ -76,8 +76,14 @@ class ThreadTable {
   Thread& at(ThreadId id);
   std::unordered_map<ThreadId, Thread>& threads() { return threads_; }
 
+  // Changes with whatever may change a view; tokens that are queued or encoded do not.
+  uint64_t version() const { return version_; }
+  void touch() { ++version_; }
+
   PagePool& pool() { return pool_; }
+  const PagePool& pool() const { return pool_; }
   SegmentStore& segments() { return segments_; }
+  const SegmentStore& segments() const { return segments_; }
   bool can_rotate() const { return can_rotate_; }
 
   // Number of tokens that a reader sees of a live entry when no step is running.
@@ -112,6 +118,7 @@ class ThreadTable {
   SegmentStore segments_;
   bool can_rotate_;
   ThreadId next_ = 0;
+  uint64_t version_ = 0;
   std::unordered_map<ThreadId, Thread> threads_;
 };
 

@@ -83,6 +83,7 @@ bool ThreadTable::sees(const Thread& thread, SegmentId segment, int64_t index) c
 }
 
 void ThreadTable::trim(ThreadId id, int64_t length_kept) {
+  touch();
   Thread& thread = at(id);
   const int64_t total = length(id);
   if (length_kept < 0 || length_kept > total) {

@@ -48,6 +48,26 @@ class GpuPlan {
                          int64_t rotations, void* stream) const = 0;
 };
 
+// What the views that share one captured graph may come to.
+struct ViewCapacity {
+  int64_t rows, entries, segments, pages;
+};
+
+// The same for views of which only lengths change from step to step.
+class GpuViews : public GpuPlan {
+ public:
+  // Lays other views out in the same memory; `upload` is new. Throws std::invalid_argument where they do
+  // not fit.
+  virtual void update(const ViewArrays& views) = 0;
+  // The device's part before the layers: what each row sees now, the cut, where new tokens go ([rows of
+  // the capacity], -1 beyond the rows that there are) and the positions that they are written at; lengths
+  // grow by one.
+  virtual void step(void* tables, int64_t* slots, int64_t* positions, void* stream) const = 0;
+  // cos and sin [entries of the capacity, pairs, 2] of what `step` found; `inv_freq` [pairs] in device memory.
+  virtual void turn(void* tables, const double* inv_freq, int64_t pairs, float* cos_sin,
+                    void* stream) const = 0;
+};
+
 class GpuBackend {
  public:
   virtual ~GpuBackend() = default;
@@ -58,6 +78,8 @@ class GpuBackend {
   virtual std::vector<std::unique_ptr<GpuPlan>> plan(const PlanArrays& plan,
                                                      const AttentionKind& kind,
                                                      int device_index) const = 0;
+  virtual std::unique_ptr<GpuViews> views(const ViewArrays& views, const AttentionKind& kind,
+                                          const ViewCapacity& capacity, int device_index) const = 0;
   // `slots` [rows] in device memory: page * page_size + slot, or -1.
   virtual void append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
                       int64_t rows, void* stream) const = 0;

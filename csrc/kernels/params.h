@@ -25,6 +25,15 @@ struct PlanArrays {
   int64_t page_size;
 };
 
+// The flat arrays of ViewTables (core/view_tables.h).
+struct ViewArrays {
+  const ViewRow* rows;
+  const ViewEntry* entries;
+  const ViewSegment* segments;
+  const int32_t* page_table;
+  int64_t num_rows, num_entries, num_segments, num_pages;
+};
+
 // Keys and values of one layer: [page, kv_head, page_size, head_dim], contiguous.
 struct Pool {
   void* k;

@@ -81,11 +81,37 @@ def aligned(x: Tensor) -> Tensor:
 
 
 class Pass(NamedTuple):
-    """One pass over a plan's rows, prepared in device memory."""
+    """One pass over a plan's rows, in device memory."""
 
     core: _core.GpuPlan
-    tables: Tensor
-    parts: Tensor
+    tables: Tensor  # uint8; begins with what `core.upload` holds
+    parts: Tensor  # uint8; partial results
+
+
+Kind = tuple[Any, ...]  # what a layer's attention is, apart from its tensors
+
+
+def kind_of(pool: Pool, heads: int, window: int, chunk: int, invariant: bool) -> Kind:
+    """(dtype, query heads, KV heads, head_dim of k, of v, page_size, window, chunk, invariant)."""
+    dims = (pool.head_dim, pool.head_dim_v, pool.page_size)
+    return (
+        _DTYPE_CODES[pool.dtype],
+        heads,
+        pool.num_kv_heads,
+        *dims,
+        window,
+        chunk,
+        invariant,
+    )
+
+
+def memory_of(core: _core.GpuPlan, device: torch.device) -> Pass:
+    """Device memory for a plan, with its tables copied there."""
+    tables = torch.empty(core.table_bytes, dtype=torch.uint8, device=device)
+    upload = torch.from_numpy(core.upload)
+    tables[: len(upload)].copy_(upload)
+    parts = torch.empty(max(core.part_bytes, 1), dtype=torch.uint8, device=device)
+    return Pass(core, tables, parts)
 
 
 class DevicePlan:
@@ -93,21 +119,19 @@ class DevicePlan:
 
     def __init__(self, core: _core.Plan, invariant: bool) -> None:
         self._core, self._invariant = core, invariant
-        self._passes: dict[tuple[Any, ...], list[Pass]] = {}
+        self._passes: dict[tuple[torch.device, Kind], list[Pass]] = {}
         self._slots: dict[torch.device, Tensor] = {}
 
-    def _prepare(
-        self, gpu: _core.GpuBackend, device: torch.device, kind: tuple[Any, ...]
-    ) -> list[Pass]:
+    def adopt(self, device: torch.device, slots: Tensor, passes: dict[Kind, Pass]) -> None:
+        """Take slots and passes that somebody else keeps up to date."""
+        self._slots[device] = slots
+        self._passes = {(device, kind): [one] for kind, one in passes.items()}
+
+    def _prepare(self, gpu: _core.GpuBackend, device: torch.device, kind: Kind) -> list[Pass]:
         """Lay the plan out, copy it to the device, and run the device planner."""
-        passes = []
-        for core in gpu.plan(self._core, kind, device.index or 0):
-            upload = torch.from_numpy(core.upload)
-            tables = torch.empty(core.table_bytes, dtype=torch.uint8, device=device)
-            tables[: len(upload)].copy_(upload)
+        passes = [memory_of(core, device) for core in gpu.plan(self._core, kind, device.index or 0)]
+        for core, tables, _ in passes:
             core.prepare(tables.data_ptr(), stream(device))
-            parts = torch.empty(max(core.part_bytes, 1), dtype=torch.uint8, device=device)
-            passes.append(Pass(core, tables, parts))
         return passes
 
     def append(self, gpu: _core.GpuBackend, k: Rows, v: Rows, pool: Pool) -> None:
@@ -137,11 +161,10 @@ class DevicePlan:
     ) -> None:
         """Attention of a layer; `tensors` are what a GpuPlan takes after its memory and before the stream."""
         device = pool.k.device
-        dims = (pool.head_dim, pool.head_dim_v, pool.page_size)
-        kind = (_DTYPE_CODES[pool.dtype], heads, pool.num_kv_heads, *dims, window, chunk)
-        key = (gpu, device, kind)
+        kind = kind_of(pool, heads, window, chunk, self._invariant)
+        key = (device, kind)
         with on(device):
             if key not in self._passes:
-                self._passes[key] = self._prepare(gpu, device, (*kind, self._invariant))
+                self._passes[key] = self._prepare(gpu, device, kind)
             for core, tables, parts in self._passes[key]:
                 core.attention(tables.data_ptr(), parts.data_ptr(), *tensors, stream(device))

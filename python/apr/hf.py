@@ -160,6 +160,17 @@ class Attachment:
             logits = logits[keep]
         return logits.float()
 
+    def forward_static(
+        self, plan: ops.Plan, pools: Sequence[ops.Pool], ids: Tensor, positions: Tensor
+    ) -> Tensor:
+        """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows, vocab]."""
+        packed = PackedForward(self.spec, pools, plan, self.owner)
+        with running(packed), torch.no_grad():
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+        packed.check_complete(self.model)
+        logits: Tensor = out.logits[0]
+        return logits.float()
+
     def close(self) -> None:
         """Give the model back as it was; safe to call twice."""
         if not self._open:

@@ -26,6 +26,7 @@ SINKS = ("s_aux", "sinks")
 class LayerSpec:
     """One attention call of a forward, in call order."""
 
+    q_heads: int
     kv_heads: int
     head_dim: int
     head_dim_v: int
@@ -174,7 +175,13 @@ def measure(model: Any) -> ModelSpec:
         rotation = found if isinstance(found, Rotation) else None
         layers.append(
             LayerSpec(
-                masked.kv_heads, masked.q.shape[3], masked.head_dim_v, rotation, window, chunk
+                masked.q.shape[1],
+                masked.kv_heads,
+                masked.q.shape[3],
+                masked.head_dim_v,
+                rotation,
+                window,
+                chunk,
             )
         )
     return ModelSpec(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr import _core, ops
+from apr import _core, gpu, ops
 from apr._self_test import self_test as run_self_test
 from apr.arena import Arena
 from apr.errors import (
@@ -23,6 +23,7 @@ from apr.errors import (
     NonFiniteLogits,
     UnsupportedRope,
 )
+from apr.graph import StepGraphs
 from apr.hf import Attachment
 from apr.probe import ModelSpec
 from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
@@ -36,7 +37,9 @@ _FREE_MEMORY_SHARE = 0.25
 _MOST_TOKENS = 1 << 22
 
 
-def _free_memory() -> int:
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -45,7 +48,8 @@ class Session:
 
     max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one forward;
     longer prefills are split and are still one transaction. invariant: attention bits of a thread do not
-    depend on its neighbours. seed: with the request index and the fork path it keys every thread's
+    depend on its neighbours. cuda_graphs: capture the model's decode step and replay it (graph.py); the
+    model's forward must be capturable, as static shapes and no work on the host make it. seed: with the request index and the fork path it keys every thread's
     generator. Raises UnsupportedModel with the reason where the model cannot be attached; `self_test=False`
     skips the proof (three tiny forwards, once a model).
     """
@@ -71,10 +75,6 @@ class Session:
             raise InvalidInput(f"page_size: got {page_size}; expected a power of two from 16 on")
         if step_tokens < 1:
             raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
-        if cuda_graphs:
-            raise InvalidInput(
-                "cuda_graphs: got True; this build has no CUDA kernels; leave it None"
-            )
         self.model, self.seed, self.invariant = model, seed, invariant
         self.page_size, self.step_tokens = page_size, step_tokens
         self.trace = Trace()
@@ -87,6 +87,7 @@ class Session:
                     run_self_test(small)
                 self.attachment.tested = True
             self._make_pools(max_tokens)
+            self._graphs = self._make_graphs(cuda_graphs)
         except BaseException:
             self.attachment.close()
             raise
@@ -99,7 +100,7 @@ class Session:
     def _make_pools(self, max_tokens: int | None) -> None:
         spec = self.spec
         if max_tokens is None:
-            fitting = int(_free_memory() * _FREE_MEMORY_SHARE) // spec.bytes_per_token
+            fitting = int(_free_memory(spec.device) * _FREE_MEMORY_SHARE) // spec.bytes_per_token
             max_tokens = max(self.page_size, min(fitting, _MOST_TOKENS))
         pages = -(-max_tokens // self.page_size)
         self.pools = [
@@ -117,6 +118,17 @@ class Session:
         self._table = _core.ThreadTable(pages, self.page_size, spec.can_rotate)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
+
+    def _make_graphs(self, wanted: bool | None) -> StepGraphs | None:
+        backend = gpu.backend(self.spec.device)
+        if wanted and backend is None:
+            raise InvalidInput(
+                f"cuda_graphs: got True for a model on {self.spec.device}; expected one on a GPU; "
+                "leave it None"
+            )
+        if not wanted or backend is None:
+            return None
+        return StepGraphs(backend, self.attachment, self.pools, self.invariant)
 
     @property
     def spec(self) -> ModelSpec:
@@ -287,6 +299,12 @@ class Session:
         began = self.trace.clock()
         self._stepping = True
         try:
+            logits = None if any(held) else self._replay_step(table, numbers)
+            if logits is not None:
+                for thread, row in zip(threads, logits.unbind(0), strict=True):
+                    thread._logits = row
+                self.trace.step(numbers, len(numbers), began)
+                return logits
             fresh, counts = self._run_step(table, numbers, held)
         finally:
             self._stepping = False
@@ -332,7 +350,7 @@ class Session:
         try:
             while step.next():
                 plan = ops.Plan(step.plan, invariant=self.invariant)
-                self._check_positions(plan)
+                self._check_position(int(plan.core.positions.max()))
                 for pool in self.pools if step.plan.num_copies else ():
                     ops.copy_tokens(pool, plan)
                 wanted = step.logits_rows
@@ -340,11 +358,7 @@ class Session:
                 began = time.perf_counter()
                 plan_seconds += began - planned
                 logits = self.attachment.forward(plan, rows, self.pools)
-                if bool(logits.isnan().any()):
-                    raise NonFiniteLogits(
-                        "step: the model returned NaN logits; the step was taken back. Check the "
-                        "model's dtype and weights (float16 overflows where bfloat16 does not)"
-                    )
+                self._check_finite(logits)
                 index = {row: i for i, row in enumerate(rows)}
                 for number, row in wanted:
                     fresh[number] = logits[index[row]]
@@ -364,12 +378,40 @@ class Session:
         stats.forward_seconds += forward_seconds
         return fresh, (rows_run, forwards)
 
-    def _check_positions(self, plan: ops.Plan) -> None:
+    def _replay_step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
+        """Logits of an ordinary step by a captured graph; None where this is none."""
+        graphs = self._graphs
+        furthest = None if graphs is None else graphs.plan(table, numbers)
+        if graphs is None or furthest is None:
+            return None
+        began = time.perf_counter()
+        try:
+            self._check_position(furthest)
+            logits = graphs.run().clone()
+            self._check_finite(logits)
+        except BaseException:
+            graphs.forget()
+            raise
+        graphs.commit()
+        self._stats.steps += 1
+        self._stats.rows += len(numbers)
+        self._stats.forwards += 1
+        self._stats.forward_seconds += time.perf_counter() - began
+        return logits
+
+    def _check_finite(self, logits: Tensor) -> None:
+        if bool(logits.isnan().any()):
+            raise NonFiniteLogits(
+                "step: the model returned NaN logits; the step was taken back. Check the "
+                "model's dtype and weights (float16 overflows where bfloat16 does not)"
+            )
+
+    def _check_position(self, furthest: int) -> None:
         limit = self.spec.position_limit
-        if limit is not None and int(plan.core.positions.max()) >= limit:
+        if limit is not None and furthest >= limit:
             raise UnsupportedRope(
-                f"step: position {int(plan.core.positions.max())} passes {limit}, where this model's "
-                "rope_type='longrope' changes all frequencies at once; keep threads shorter"
+                f"step: position {furthest} passes {limit}, where this model's rope_type='longrope' "
+                "changes all frequencies at once; keep threads shorter"
             )
 
     # ---- figures --------------------------------------------------------------------------------

@@ -279,8 +279,8 @@ class SmallAttention {
     }
     sync_block();
     const bool direct = item_.alone && span_.whole();
-    const int64_t slot =
-        slot_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
+    const int64_t first_part =
+        part_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
     for (int r = warp_; r < item_.lanes; r += Shape::kWarps) {
       float top = -infinity();
 #pragma unroll
@@ -297,7 +297,7 @@ class SmallAttention {
       const Lane lane = lane_of(work_, item_, span_.head, r);
       const float inverse =
           direct ? finish<T>(work_, lane.row, lane.q_head, top, sum, lane_ == 0) : 1.f;
-      const int64_t part = slot * work_.item_rows + r;
+      const int64_t part = first_part + r;
       for (int column = lane_; column < work_.head_dim_v; column += 32) {
         float x = 0.f;
 #pragma unroll

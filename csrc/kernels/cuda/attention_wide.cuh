@@ -313,8 +313,8 @@ class WideAttention {
 
   APR_DEVICE void write_rows() {
     const bool direct = item_.alone && span_.whole();
-    const int64_t slot =
-        slot_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
+    const int64_t first_part =
+        part_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row_of(h);
@@ -323,7 +323,7 @@ class WideAttention {
       const bool leads = thread_ % 4 == 0;
       const float inverse =
           direct ? finish<T>(work_, lane.row, lane.q_head, max_[h], sum_[h], leads) : 1.f;
-      const int64_t part = slot * work_.item_rows + r;
+      const int64_t part = first_part + r;
 #pragma unroll
       for (int j = 0; j < Shape::kBoxes; ++j) {
 #pragma unroll

@@ -27,9 +27,66 @@ int64_t extent(const Rows& rows, int64_t count, int64_t heads, int64_t dim) {
   return (count - 1) * rows.row_stride + (heads - 1) * rows.head_stride + dim;
 }
 
-class Pass final : public GpuPlan {
+AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* base) {
+  AttentionWork work{};
+  work.counts = array<Counts>(base, layout.counts, 1);
+  work.visits = array<const Visit>(base, layout.visits, layout.num_visits);
+  work.items = array<const Item>(base, layout.items, layout.num_items);
+  work.pairs = array<const PlanPair>(base, layout.pairs, layout.num_pairs);
+  work.runs = array<const PlanRun>(base, layout.runs, layout.num_runs);
+  work.segment_pages = array<const int32_t>(base, layout.segment_pages, layout.num_segments + 1);
+  work.page_table = array<const int32_t>(base, layout.page_table, layout.num_pages);
+  work.row_visits = array<const int32_t>(base, layout.row_visits, layout.num_rows + 1);
+  work.view_order = array<const int32_t>(base, layout.view_order, layout.num_view_order);
+  work.bounds = array<Bounds>(base, layout.bounds, layout.num_visits);
+  work.reach = array<Reach>(base, layout.reach, layout.num_items);
+  work.prefix = array<int32_t>(base, layout.prefix, layout.num_items + 1);
+  work.alone_lanes = layout.alone_lanes;
+  work.grid = static_cast<int32_t>(layout.grid);
+  work.q_heads = static_cast<int32_t>(kind.q_heads);
+  work.kv_heads = static_cast<int32_t>(kind.kv_heads);
+  work.group = work.q_heads / work.kv_heads;
+  work.head_dim_k = static_cast<int32_t>(kind.head_dim_k);
+  work.head_dim_v = static_cast<int32_t>(kind.head_dim_v);
+  work.page_shift = log2_of(kind.page_size);
+  work.window = bounded(kind.window);
+  work.chunk = bounded(kind.chunk);
+  work.unit_tiles = kind.invariant ? kInvariantTiles : 1;
+  work.item_rows = layout.instance->item_rows;
+  work.row_begin = static_cast<int32_t>(layout.row_begin);
+  work.row_count = static_cast<int32_t>(layout.row_end - layout.row_begin);
+  return work;
+}
+
+void set_tensors(AttentionWork& work, const AttentionKind& kind, const AttentionParams& params,
+                 const Pool& pool, int64_t rows, int64_t rotations) {
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.num_pages = static_cast<int32_t>(pool.num_pages);
+  work.q = {static_cast<const uint16_t*>(params.q.data),
+            extent(params.q, rows, kind.q_heads, kind.head_dim_k)};
+  work.out = {static_cast<uint16_t*>(params.out.data),
+              extent(params.out, rows, kind.q_heads, kind.head_dim_v)};
+  work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
+  work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.lse = {params.lse, rows * kind.q_heads};
+  work.sinks = {params.sinks, kind.q_heads};
+  work.cos_sin = {params.rotation.cos_sin, rotations * params.rotation.pairs * 2};
+  work.q_row_stride = params.q.row_stride;
+  work.q_head_stride = params.q.head_stride;
+  work.out_row_stride = params.out.row_stride;
+  work.out_head_stride = params.out.head_stride;
+  work.rotation_first = static_cast<int32_t>(params.rotation.first);
+  work.rotation_pairs = static_cast<int32_t>(params.rotation.pairs);
+  work.interleaved = params.rotation.interleaved ? 1 : 0;
+  work.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
+  work.softcap = params.softcap;
+}
+
+// What a plan and views have in common: tables in device memory, and the attention over them.
+template <typename Interface>
+class Tables : public Interface {
  public:
-  Pass(Layout layout, const AttentionKind& kind) : layout_(std::move(layout)), kind_(kind) {}
+  Tables(Layout layout, const AttentionKind& kind) : layout_(std::move(layout)), kind_(kind) {}
 
   const std::vector<char>& upload() const override { return layout_.upload; }
   int64_t table_bytes() const override { return layout_.bytes; }
@@ -41,77 +98,74 @@ class Pass final : public GpuPlan {
   }
 
   void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
-                 int64_t rotations, void* stream) const override;
+                 int64_t rotations, void* stream) const override {
+    AttentionWork work = work_of(tables, parts);
+    set_tensors(work, kind_, params, pool, layout_.num_rows, rotations);
+    const Instance& instance = *layout_.instance;
+    instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});
+    run_merge(work, kind_.dtype, true, stream);
+  }
 
- private:
-  AttentionWork work_of(void* base, void* parts) const;
+ protected:
+  AttentionWork work_of(void* base, void* parts) const {
+    AttentionWork work = tables_of(layout_, kind_, base);
+    const int64_t lanes = layout_.part_lanes;
+    work.part_out = array<float>(parts, 0, lanes * kind_.head_dim_v);
+    work.part_sum = array<float>(parts, lanes * kind_.head_dim_v * 4, lanes * 2);
+    return work;
+  }
 
   Layout layout_;
   AttentionKind kind_;
 };
 
-AttentionWork Pass::work_of(void* base, void* parts) const {
-  AttentionWork work{};
-  work.counts = array<Counts>(base, layout_.counts, 1);
-  work.visits = array<const Visit>(base, layout_.visits, layout_.num_visits);
-  work.items = array<const Item>(base, layout_.items, layout_.num_items);
-  work.pairs = array<const PlanPair>(base, layout_.pairs, layout_.num_pairs);
-  work.runs = array<const PlanRun>(base, layout_.runs, layout_.num_runs);
-  work.segment_pages = array<const int32_t>(base, layout_.segment_pages, layout_.num_segments + 1);
-  work.page_table = array<const int32_t>(base, layout_.page_table, layout_.num_pages);
-  work.row_visits = array<const int32_t>(base, layout_.row_visits, layout_.num_rows + 1);
-  work.view_order = array<const int32_t>(base, layout_.view_order, layout_.num_view_order);
-  work.bounds = array<Bounds>(base, layout_.bounds, layout_.num_visits);
-  work.reach = array<Reach>(base, layout_.reach, layout_.num_items);
-  work.prefix = array<int32_t>(base, layout_.prefix, layout_.num_items + 1);
-  const int64_t lanes = layout_.slots * layout_.instance->item_rows;
-  work.part_out = array<float>(parts, 0, lanes * kind_.head_dim_v);
-  work.part_sum = array<float>(parts, lanes * kind_.head_dim_v * 4, lanes * 2);
-  work.alone_slots = layout_.alone_slots;
-  work.grid = static_cast<int32_t>(layout_.grid);
-  work.q_heads = static_cast<int32_t>(kind_.q_heads);
-  work.kv_heads = static_cast<int32_t>(kind_.kv_heads);
-  work.group = work.q_heads / work.kv_heads;
-  work.head_dim_k = static_cast<int32_t>(kind_.head_dim_k);
-  work.head_dim_v = static_cast<int32_t>(kind_.head_dim_v);
-  work.page_shift = log2_of(kind_.page_size);
-  work.window = bounded(kind_.window);
-  work.chunk = bounded(kind_.chunk);
-  work.unit_tiles = kind_.invariant ? kInvariantTiles : 1;
-  work.item_rows = layout_.instance->item_rows;
-  work.row_begin = static_cast<int32_t>(layout_.row_begin);
-  work.row_count = static_cast<int32_t>(layout_.row_end - layout_.row_begin);
-  return work;
-}
+using Pass = Tables<GpuPlan>;
 
-void Pass::attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
-                     int64_t rotations, void* stream) const {
-  AttentionWork work = work_of(tables, parts);
-  const int64_t rows = layout_.num_rows;
-  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
-  work.num_pages = static_cast<int32_t>(pool.num_pages);
-  work.q = {static_cast<const uint16_t*>(params.q.data),
-            extent(params.q, rows, kind_.q_heads, kind_.head_dim_k)};
-  work.out = {static_cast<uint16_t*>(params.out.data),
-              extent(params.out, rows, kind_.q_heads, kind_.head_dim_v)};
-  work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
-  work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
-  work.lse = {params.lse, rows * kind_.q_heads};
-  work.sinks = {params.sinks, kind_.q_heads};
-  work.cos_sin = {params.rotation.cos_sin, rotations * params.rotation.pairs * 2};
-  work.q_row_stride = params.q.row_stride;
-  work.q_head_stride = params.q.head_stride;
-  work.out_row_stride = params.out.row_stride;
-  work.out_head_stride = params.out.head_stride;
-  work.rotation_first = static_cast<int32_t>(params.rotation.first);
-  work.rotation_pairs = static_cast<int32_t>(params.rotation.pairs);
-  work.interleaved = params.rotation.interleaved ? 1 : 0;
-  work.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
-  work.softcap = params.softcap;
-  const Instance& instance = *layout_.instance;
-  instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});
-  run_merge(work, kind_.dtype, true, stream);
-}
+class Views final : public Tables<GpuViews> {
+ public:
+  Views(const ViewArrays& views, const AttentionKind& kind, const ViewCapacity& capacity,
+        const GpuDevice& device)
+      : Tables(lay_out_views(views, kind, device, capacity), kind),
+        capacity_(capacity),
+        device_(device) {}
+
+  void update(const ViewArrays& views) override {
+    layout_ = lay_out_views(views, kind_, device_, capacity_);
+  }
+
+  void step(void* tables, int64_t* slots, int64_t* positions, void* stream) const override {
+    ViewWork work{};
+    work.counts = array<const Counts>(tables, layout_.counts, 1);
+    work.rows = array<const ViewRow>(tables, layout_.rows, capacity_.rows);
+    work.entries = array<const ViewEntry>(tables, layout_.entries, capacity_.entries);
+    work.segments = array<ViewSegment>(tables, layout_.segments, capacity_.segments);
+    work.page_table = array<const int32_t>(tables, layout_.page_table, capacity_.pages);
+    work.runs = array<PlanRun>(tables, layout_.runs, capacity_.rows);
+    work.pairs = array<PlanPair>(tables, layout_.pairs, capacity_.entries);
+    work.slots = {slots, capacity_.rows};
+    work.positions = {positions, capacity_.rows};
+    work.row_capacity = static_cast<int32_t>(capacity_.rows);
+    work.page_shift = log2_of(kind_.page_size);
+    run_view_step(work, stream);
+    prepare(tables, stream);
+  }
+
+  void turn(void* tables, const double* inv_freq, int64_t pairs, float* cos_sin,
+            void* stream) const override {
+    TurnWork work{};
+    work.counts = array<const Counts>(tables, layout_.counts, 1);
+    work.pairs = array<const PlanPair>(tables, layout_.pairs, capacity_.entries);
+    work.inv_freq = {inv_freq, pairs};
+    work.cos_sin = {cos_sin, capacity_.entries * pairs * 2};
+    work.capacity = static_cast<int32_t>(capacity_.entries);
+    work.frequencies = static_cast<int32_t>(pairs);
+    run_turn(work, stream);
+  }
+
+ private:
+  ViewCapacity capacity_;
+  GpuDevice device_;
+};
 
 class Backend final : public GpuBackend {
  public:
@@ -135,6 +189,11 @@ class Backend final : public GpuBackend {
       passes.push_back(std::make_unique<Pass>(std::move(layout), kind));
     }
     return passes;
+  }
+
+  std::unique_ptr<GpuViews> views(const ViewArrays& views, const AttentionKind& kind,
+                                  const ViewCapacity& capacity, int device_index) const override {
+    return std::make_unique<Views>(views, kind, capacity, device_of(device_index));
   }
 
   void append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots, int64_t rows,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "kernels/cuda/bytes.h"
 #include "kernels/ranges.h"
 
 namespace apr::APR_GPU {
@@ -110,9 +111,9 @@ Order order_of(const Draft& draft, int64_t num_rows) {
 }
 
 int32_t mark_alone(Draft& draft, const Order& order) {
-  int32_t shared = 0;
+  int32_t lanes = 0;
   for (Item& item : draft.items) {
-    item.shared_before = shared;
+    item.lanes_before = lanes;
     item.alone = 1;
     const auto number = static_cast<int32_t>(&item - draft.items.data());
     for (size_t v = item.first_visit; v < draft.visits.size(); ++v) {
@@ -121,33 +122,9 @@ int32_t mark_alone(Draft& draft, const Order& order) {
       if (visit.item != number && static_cast<int32_t>(v) != item.first_visit) break;
       if (order.row_visits[visit.row + 1] - order.row_visits[visit.row] > 1) item.alone = 0;
     }
-    shared += item.alone ? 0 : 1;
+    lanes += item.alone ? 0 : item.lanes;
   }
-  return shared;
-}
-
-class Writer {
- public:
-  explicit Writer(std::vector<char>& bytes) : bytes_(bytes) {}
-
-  template <typename T>
-  int64_t put(const T* from, int64_t count) {
-    bytes_.resize((bytes_.size() + 15) / 16 * 16);
-    const auto at = static_cast<int64_t>(bytes_.size());
-    bytes_.resize(bytes_.size() + sizeof(T) * static_cast<size_t>(count));
-    if (count > 0) std::memcpy(bytes_.data() + at, from, sizeof(T) * static_cast<size_t>(count));
-    return at;
-  }
-
- private:
-  std::vector<char>& bytes_;
-};
-
-int64_t reserve(int64_t& bytes, int64_t size) {
-  bytes = (bytes + 15) / 16 * 16;
-  const int64_t at = bytes;
-  bytes += size;
-  return at;
+  return lanes;
 }
 
 }  // namespace
@@ -187,6 +164,15 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
   return *best;
 }
 
+void set_grid(Layout& layout, const AttentionKind& kind, const GpuDevice& device, int64_t shared) {
+  const int64_t fitting = std::max<int64_t>(
+      1, device.shared_per_multiprocessor / (layout.instance->shared_bytes + kReservedShared));
+  layout.grid = device.multiprocessors * std::min(kBlocksPerMultiprocessor, fitting);
+  const int64_t item_rows = layout.instance->item_rows;
+  layout.alone_lanes = shared * kind.kv_heads + layout.grid * item_rows;
+  layout.part_lanes = layout.alone_lanes + 2 * layout.grid * item_rows;
+}
+
 Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device, int64_t row_begin,
                int64_t row_end) {
   const int64_t group = kind.q_heads / kind.kv_heads;
@@ -197,11 +183,7 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   const Order order = order_of(draft, plan.num_rows);
   const int64_t shared = mark_alone(draft, order);
 
-  const int64_t fitting = std::max<int64_t>(
-      1, device.shared_per_multiprocessor / (layout.instance->shared_bytes + kReservedShared));
-  layout.grid = device.multiprocessors * std::min(kBlocksPerMultiprocessor, fitting);
-  layout.alone_slots = shared * kind.kv_heads + layout.grid;
-  layout.slots = layout.alone_slots + 2 * layout.grid;
+  set_grid(layout, kind, device, shared);
   if (kind.invariant) {
     int64_t units = 0;
     for (size_t i = 0; i < draft.items.size(); ++i) {
@@ -214,7 +196,7 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
       constexpr int kUnit = kTile * kInvariantTiles;
       units += (reach.hi - 1) / kUnit - reach.lo / kUnit + 1;
     }
-    layout.slots = units * kind.kv_heads;
+    layout.part_lanes = units * kind.kv_heads * layout.instance->item_rows;
   }
 
   const Counts counts{static_cast<int32_t>(draft.items.size()),

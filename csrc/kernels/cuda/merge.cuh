@@ -42,8 +42,7 @@ APR_KERNEL APR_BOUNDS(kMergeThreads, 1) merge_parts(APR_GRID_CONSTANT AttentionW
         work.unit_tiles > 1 ? first + count : owner_of(units, counts.blocks, first + count - 1) + 1;
     if (item.alone && end == begin + 1) return;  // the attention kernel wrote the row
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t slot = slot_of(work, item, head, part, part == begin, part);
-      const int64_t at = slot * work.item_rows + lane_in_item;
+      const int64_t at = part_of(work, item, head, part, part == begin, part) + lane_in_item;
       const float part_top = work.part_sum[2 * at];
       const float new_top = maximum(top, part_top);
       const float reference = new_top == -infinity() ? 0.f : new_top;

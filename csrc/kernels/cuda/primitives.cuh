@@ -72,6 +72,14 @@ APR_DEVICE float fast_log2(float x) { return log2f(x); }
 APR_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 APR_DEVICE float tanh_of(float x) { return tanhf(x); }
 APR_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+struct CosSin {
+  float cos, sin;
+};
+APR_DEVICE CosSin cos_sin_of(double angle) {
+  double sine, cosine;
+  sincos(angle, &sine, &cosine);
+  return {static_cast<float>(cosine), static_cast<float>(sine)};
+}
 
 // ---- barriers and shuffles ------------------------------------------------------------------
 
@@ -89,6 +97,10 @@ APR_DEVICE T shuffle_xor(T value, int mask) {
 template <typename T>
 APR_DEVICE T shuffle_up(T value, int by) {
   return __shfl_up_sync(0xffffffffu, value, by);
+}
+template <typename T>
+APR_DEVICE T shuffle_from(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
 }
 
 // ---- copies by warps ------------------------------------------------------------------------

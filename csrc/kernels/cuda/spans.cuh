@@ -69,13 +69,15 @@ class Spans {
   int64_t next_, end_;
 };
 
-// Where a partial result lies. (item, head) and block both only grow along the units, so that their sum
-// is a number of its own for each span; items that are alone leave at most two rests a block.
-APR_DEVICE int64_t slot_of(const AttentionWork& work, const Item& item, int head, int64_t block,
+// The first lane of a partial result. (item, head) and block both only grow along the units, so that the
+// lanes of the one and whole items for the other add up to a place of its own for each span; items that are
+// alone leave at most two rests a block.
+APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, int head, int64_t block,
                            bool begins, int64_t unit) {
-  if (work.unit_tiles > 1) return unit;
-  if (item.alone) return work.alone_slots + 2 * block + (begins ? 1 : 0);
-  return static_cast<int64_t>(item.shared_before) * work.kv_heads + head + block;
+  if (work.unit_tiles > 1) return unit * work.item_rows;
+  if (item.alone) return work.alone_lanes + (2 * block + (begins ? 1 : 0)) * work.item_rows;
+  return static_cast<int64_t>(item.lanes_before) * work.kv_heads + head * item.lanes +
+         block * work.item_rows;
 }
 
 // Row r of an item.

@@ -5,6 +5,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/plan_step.cuh"
+#include "kernels/cuda/view_step.cuh"
 
 namespace apr::APR_GPU {
 namespace {
@@ -24,6 +25,17 @@ void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* strea
     start(merge_parts<BFloat16>, launch, work);
   } else {
     start(merge_parts<Float16>, launch, work);
+  }
+}
+
+void run_view_step(const ViewWork& work, void* stream) {
+  start(view_step, {1, kViewThreads, 0, stream, false}, work);
+}
+
+void run_turn(const TurnWork& work, void* stream) {
+  const int64_t angles = static_cast<int64_t>(work.capacity) * work.frequencies;
+  if (angles > 0) {
+    start(turn_pairs, {blocks_for(angles, kTurnThreads), kTurnThreads, 0, stream, false}, work);
   }
 }
 

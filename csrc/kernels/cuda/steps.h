@@ -7,6 +7,8 @@ namespace apr::APR_GPU {
 
 void run_plan_step(const AttentionWork& work, void* stream);
 void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* stream);
+void run_view_step(const ViewWork& work, void* stream);
+void run_turn(const TurnWork& work, void* stream);
 void run_append(const AppendWork& work, void* stream);
 void run_copy(const CopyWork& work, void* stream);
 

@@ -29,7 +29,7 @@ struct Item {
   int32_t first_visit;
   int32_t first_lane;
   int32_t lanes;
-  int32_t shared_before;  // items before this one that are not `alone`
+  int32_t lanes_before;  // of the items before this one that are not `alone`
   int32_t alone;          // its rows see this one segment only
 };
 
@@ -64,9 +64,9 @@ struct AttentionWork {
   Array<Bounds> bounds;    // [visits]
   Array<Reach> reach;      // [items]
   Array<int32_t> prefix;   // [items + 1] units of one kv head before each item
-  // Partial results: [slots, rows of an item, head_dim_v] unnormalised, and (max in base 2, sum).
+  // Partial results of a lane: [head_dim_v] unnormalised, and (max in base 2, sum).
   Array<float> part_out, part_sum;
-  int64_t alone_slots;   // the first slot of items that are alone: two for each block
+  int64_t alone_lanes;   // where those of items that are alone begin: two items a block
   int32_t grid;          // blocks of the attention kernel
 
   // Tensors.
@@ -85,6 +85,28 @@ struct AttentionWork {
   int32_t row_begin, row_count;  // rows to write; those from counts.rows on become zeros
   float factor;   // makes scores logarithms to base 2, or the softcap's argument
   float softcap;  // 0: none
+};
+
+// What the view kernels are given.
+struct ViewWork {
+  Array<const Counts> counts;
+  Array<const ViewRow> rows;
+  Array<const ViewEntry> entries;
+  Array<ViewSegment> segments;  // lengths grow
+  Array<const int32_t> page_table;
+  Array<PlanRun> runs;          // [rows]
+  Array<PlanPair> pairs;        // [entries]
+  Array<int64_t> slots, positions;  // [row_capacity]
+  int32_t row_capacity, page_shift;
+};
+
+struct TurnWork {
+  Array<const Counts> counts;
+  Array<const PlanPair> pairs;
+  Array<const double> inv_freq;
+  Array<float> cos_sin;
+  int32_t capacity;  // of pairs
+  int32_t frequencies;
 };
 
 // What the kernels that write the pool are given.

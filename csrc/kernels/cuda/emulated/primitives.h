@@ -94,6 +94,12 @@ inline float fast_log2(float x) { return std::log2(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline float infinity() { return INFINITY; }
+struct CosSin {
+  float cos, sin;
+};
+inline CosSin cos_sin_of(double angle) {
+  return {static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))};
+}
 
 // ---- barriers and shuffles ------------------------------------------------------------------
 
@@ -138,6 +144,10 @@ template <typename T>
 T shuffle_up(T value, int by) {
   return shuffle(value, [](int lane, int n) { return lane >= n ? lane - n : lane; }, by,
                  "shuffle_up");
+}
+template <typename T>
+T shuffle_from(T value, int source) {
+  return shuffle(value, [](int, int from) { return from; }, source, "shuffle");
 }
 
 // ---- copies by warps ------------------------------------------------------------------------

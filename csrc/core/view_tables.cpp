@@ -1,0 +1,145 @@
+// Flat tables of the views of threads that each have one token queued: what a device needs to work out
+// step after step by itself, and the host's part of such a step.
+#include "core/view_tables.h"
+
+#include <algorithm>
+
+#include "core/step.h"
+
+namespace apr {
+namespace {
+
+// Pages that each thread gets ahead, so that the tables stay as they are for as many steps as they hold.
+constexpr int64_t kMostPagesAhead = 16;
+
+int64_t pages_ahead(const PagePool& pool, int64_t threads) {
+  return std::clamp<int64_t>(pool.num_free() / (4 * threads), 1, kMostPagesAhead);
+}
+
+}  // namespace
+
+bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& threads) {
+  changed_ = version_ != table.version() || threads != threads_;
+  if (!changed_) {
+    for (const Segment* tail : tails_) {
+      const auto room = static_cast<int64_t>(tail->pages.size()) * page_size_;
+      if (tail->queued() != 1) {
+        version_ = kNever;
+        return false;
+      }
+      changed_ |= tail->head + tail->encoded + 1 > room;
+    }
+  }
+  if (changed_ && !build(table, threads)) {
+    version_ = kNever;
+    return false;
+  }
+  max_position_ = 0;
+  for (size_t row = 0; row < tails_.size(); ++row) {
+    const Segment& tail = *tails_[row];
+    ids_[row] = tail.tokens.back();
+    max_position_ = std::max(max_position_, tail.written_position(tail.encoded));
+  }
+  return true;
+}
+
+void ViewTables::commit() {
+  for (Segment* tail : tails_) ++tail->encoded;
+}
+
+bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads) {
+  version_ = kNever;
+  page_size_ = table.pool().page_size();
+  threads_ = threads;
+  tails_.clear();
+  rows_.clear();
+  entries_.clear();
+  segments_.clear();
+  segment_ids_.clear();
+  local_.clear();
+  page_table_.clear();
+  for (const ThreadId id : threads) {
+    if (!add_row(table, table.at(id))) return false;
+  }
+  ids_.assign(threads.size(), 0);
+  // All or nothing: pages for this step first, pages ahead as far as they go.
+  const int64_t ahead = pages_ahead(table.pool(), static_cast<int64_t>(threads.size()));
+  for (Segment* tail : tails_) table.segments().grow_pages(*tail, tail->head + tail->encoded + 1);
+  for (Segment* tail : tails_) {
+    const int64_t slots = static_cast<int64_t>(tail->pages.size()) * page_size_;
+    const int64_t wanted = tail->head + tail->encoded + 1 + (ahead - 1) * page_size_;
+    if (wanted > slots && table.pool().num_free() >= ahead) {
+      table.segments().grow_pages(*tail, wanted);
+    }
+  }
+  // Entries sorted by segment are pairs; counting keeps the readers of a segment in the order of rows.
+  std::vector<int32_t> next(segments_.size() + 1, 0);
+  for (const ViewEntry& entry : entries_) ++next[static_cast<size_t>(entry.segment) + 1];
+  for (size_t s = 1; s < next.size(); ++s) next[s] += next[s - 1];
+  for (ViewEntry& entry : entries_) entry.pair = next[static_cast<size_t>(entry.segment)]++;
+  for (size_t s = 0; s < segments_.size(); ++s) {
+    segments_[s].first_page = static_cast<int32_t>(page_table_.size());
+    const Segment& segment = table.segments().at(segment_ids_[s]);
+    page_table_.insert(page_table_.end(), segment.pages.begin(), segment.pages.end());
+  }
+  version_ = table.version();
+  return true;
+}
+
+bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
+  const SegmentStore& store = table.segments();
+  Segment& tail = table.segments().at(thread.tail);
+  if (tail.queued() != 1 || !tail.context.empty() || copies_inheritance(table, thread) ||
+      (!table.can_rotate() && turns(table, thread))) {
+    return false;
+  }
+  const auto row = static_cast<int32_t>(rows_.size());
+  ViewRow flat{static_cast<int32_t>(entries_.size()), static_cast<int32_t>(thread.view.size()), 0,
+               thread.visibility == Visibility::kCurrent ? 1 : 0};
+  for (const Entry& entry : thread.view) {
+    const Segment& segment = store.at(entry.segment);
+    ViewEntry line{};
+    line.segment = local_segment(store, entry.segment);
+    line.offset = entry.offset == kMoving ? kMovingOffset : static_cast<int32_t>(entry.offset);
+    line.lo = static_cast<int32_t>(entry.lo);
+    line.hi = kLiveEnd;
+    if (entry.segment == thread.tail) {
+      flat.own = static_cast<int32_t>(entries_.size()) - flat.first_entry;
+      segments_[static_cast<size_t>(line.segment)].writer = row;
+    } else if (entry.hi != kLive || segment.settled()) {
+      const int64_t upto = std::min(entry.hi, segment.length());
+      if (upto > segment.encoded) return false;  // it has to run first
+      line.hi = static_cast<int32_t>(upto);
+    }
+    entries_.push_back(line);
+  }
+  rows_.push_back(flat);
+  tails_.push_back(&tail);
+  return true;
+}
+
+int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id) {
+  const auto [found, fresh] = local_.try_emplace(id, static_cast<int32_t>(segments_.size()));
+  if (!fresh) return found->second;
+  const Segment& segment = store.at(id);
+  segments_.push_back({static_cast<int32_t>(segment.base), static_cast<int32_t>(segment.stride),
+                       static_cast<int32_t>(segment.head), static_cast<int32_t>(segment.encoded), 0,
+                       -1});
+  segment_ids_.push_back(id);
+  return found->second;
+}
+
+// Whether some entry would be read elsewhere than where it was written, now or as lengths grow.
+bool ViewTables::turns(const ThreadTable& table, const Thread& thread) const {
+  const size_t own = thread.tail_entry();
+  const std::vector<int64_t> start = table.offsets(thread.view, thread.tail);
+  const int64_t mine = start[own] - table.segments().at(thread.tail).base;
+  for (size_t i = 0; i < thread.view.size(); ++i) {
+    const Entry& entry = thread.view[i];
+    if (entry.offset == kMoving && i > 0) return true;
+    if (start[i] - table.segments().at(entry.segment).base != mine) return true;
+  }
+  return false;
+}
+
+}  // namespace apr

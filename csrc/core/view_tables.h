@@ -1,0 +1,55 @@
+// Flat tables of the views of threads that each have one token queued: what a device needs to work out
+// step after step by itself, and the host's part of such a step.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "core/thread_table.h"
+
+namespace apr {
+
+class ViewTables {
+ public:
+  // Readies the tables for a step of these threads. False where the step is no ordinary one: it has more
+  // to run than one token a thread, or copies, or re-rotations that the model does not have. Throws
+  // kOutOfPages before anything is changed.
+  bool refresh(ThreadTable& table, const std::vector<ThreadId>& threads);
+  // Whether the last refresh made the tables anew: the device's copy is out of date.
+  bool changed() const { return changed_; }
+  void commit();                        // the step has run: lengths grow, here as on the device
+  void forget() { version_ = kNever; }  // the device's lengths are not to be trusted
+
+  const std::vector<ViewRow>& rows() const { return rows_; }
+  const std::vector<ViewEntry>& entries() const { return entries_; }
+  const std::vector<ViewSegment>& segments() const { return segments_; }
+  const std::vector<int32_t>& page_table() const { return page_table_; }
+  const std::vector<int64_t>& ids() const { return ids_; }  // of the queued tokens
+  int64_t max_position() const { return max_position_; }    // as written
+  int64_t page_size() const { return page_size_; }
+
+ private:
+  static constexpr uint64_t kNever = ~uint64_t{0};
+
+  bool build(ThreadTable& table, const std::vector<ThreadId>& threads);
+  bool add_row(ThreadTable& table, const Thread& thread);
+  int32_t local_segment(const SegmentStore& store, SegmentId id);
+  bool turns(const ThreadTable& table, const Thread& thread) const;
+
+  uint64_t version_ = kNever;
+  bool changed_ = false;
+  std::vector<ThreadId> threads_;
+  std::vector<Segment*> tails_;
+  std::vector<ViewRow> rows_;
+  std::vector<ViewEntry> entries_;
+  std::vector<ViewSegment> segments_;
+  std::vector<SegmentId> segment_ids_;
+  std::unordered_map<SegmentId, int32_t> local_;
+  std::vector<int32_t> page_table_;
+  std::vector<int64_t> ids_;
+  int64_t max_position_ = 0;
+  int64_t page_size_ = 0;
+};
+
+}  // namespace apr
