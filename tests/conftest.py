@@ -9,6 +9,7 @@ import models
 from apr import _core
 from kernel_cases import GPUS, SETS, emulate
 
+_TRAPS = pytest.StashKey[dict[int, list[str]]]()
 _BUILT: dict[str, object] = {}
 
 
@@ -58,3 +59,24 @@ def instruction_set(request):
         pytest.skip("the CUDA kernels take 16-bit numbers, and pages of a power of two")
     yield _core.instruction_set()
     _core.force_instruction_set("")
+
+
+def traps(items) -> dict[int, list[str]]:
+    """Which tests cover which trap of docs/kernels.md."""
+    found: dict[int, list[str]] = {}
+    for item in items:
+        for marker in item.iter_markers("trap"):
+            for number in marker.args:
+                name = f"{item.path.stem}::{item.originalname}"
+                if name not in found.setdefault(number, []):
+                    found[number].append(name)
+    return found
+
+
+def pytest_collection_finish(session):
+    session.config.stash[_TRAPS] = traps(session.items)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for number, names in sorted(terminalreporter.config.stash.get(_TRAPS, {}).items()):
+        terminalreporter.write_line(f"trap {number:2}: {', '.join(names)}")

@@ -43,11 +43,15 @@ def dtypes() -> list[torch.dtype]:
     return [d for d in UNIT if not (on_gpu and d is torch.float32)]
 
 
-def emulate(capability: int, blocks: int = 3, shared: int = 227, seed: int = 1) -> None:
+def emulate(
+    capability: int, blocks: int = 3, shared: int = 227, seed: int = 1, part_bytes: int = 1 << 28
+) -> None:
     """Force the emulated GPU: `blocks` multiprocessors with `shared` KiB for a block."""
     _core.force_instruction_set("cuda_emulated")
     per_multiprocessor = (shared + 1) * 1024
-    _core.set_emulated_device(capability, blocks, shared * 1024, per_multiprocessor, seed)
+    _core.set_emulated_device(
+        capability, blocks, shared * 1024, per_multiprocessor, part_bytes, seed
+    )
 
 
 def make(dtype, kv_heads, head_dim, pages=40, seed=0):

@@ -13,6 +13,7 @@ from apr.ops import View
 from kernel_cases import UNIT, make, tree
 
 
+@pytest.mark.trap(5)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_invariant_bits_do_not_depend_on_the_company(dtype, instruction_set):
     pool, generator = make(dtype, 2, 64, pages=80)
@@ -30,6 +31,7 @@ def test_invariant_bits_do_not_depend_on_the_company(dtype, instruction_set):
     assert torch.equal(one[0], all_[7]) and torch.equal(one_lse[0], all_lse[7])
 
 
+@pytest.mark.trap(5)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_invariant_bits_follow_the_view_not_the_step(dtype, instruction_set):
     """Another thread that lists the same segments in another order makes the step number them so."""

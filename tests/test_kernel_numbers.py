@@ -25,6 +25,7 @@ def worst_case(q, pool, scale, tokens, paired):
     return pool.v.float().abs().max().item() * (weight + half), 2 * score + tokens * 2.0**-24 + 4e-7
 
 
+@pytest.mark.trap(6)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("case", ["large scores", "long range", "one token"])
 @pytest.mark.parametrize("rows", [1, 3, 9])
@@ -57,6 +58,7 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
         assert (want - mean).abs().max().item() > 10 * bound
 
 
+@pytest.mark.trap(2, 4)
 def test_empty_ranges_and_rows_that_see_little(instruction_set):
     """Segments without a visible token, and whole tiles that a window hides from some rows of a block."""
     for dtype in dtypes():
@@ -98,6 +100,7 @@ def test_half_conversions_cover_every_bit_pattern(instruction_set):
         assert torch.equal(out.isnan(), every.isnan())
 
 
+@pytest.mark.trap(3)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("tokens", [1, 64, 71])
 def test_poisoned_pages_beyond_the_visible_are_never_read(tokens, dtype, instruction_set):
@@ -131,6 +134,7 @@ def test_unwritten_slots_between_two_ranges_are_never_read(dtype, instruction_se
         check(got, want, dtype)
 
 
+@pytest.mark.trap(16)
 @pytest.mark.parametrize("head_dim", [8, 40, 64])
 def test_one_row_of_one_head(head_dim, instruction_set):
     for dtype in dtypes():

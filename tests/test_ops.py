@@ -11,6 +11,7 @@ from apr.ops import Rotation, View
 from kernel_cases import UNIT, check, dtypes, make, rope, rounds_weights, run, tolerance, tree
 
 
+@pytest.mark.trap(1, 6, 10)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 128, 256])
 def test_head_dims_and_dtypes(dtype, head_dim, instruction_set):
@@ -19,6 +20,7 @@ def test_head_dims_and_dtypes(dtype, head_dim, instruction_set):
     check(got, want, dtype)
 
 
+@pytest.mark.trap(9)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("kv_heads,group", [(1, 1), (1, 2), (2, 3), (1, 5), (2, 7), (1, 16)])
 def test_groups(kv_heads, group, dtype, instruction_set):
@@ -68,6 +70,7 @@ def test_rotation(interleaved, part, dtype, instruction_set):
     assert (off.double() - want[0]).abs().max().item() > 0.25
 
 
+@pytest.mark.trap(7, 8)
 def test_windows_chunks_softcap_and_sinks(instruction_set):
     dtype = dtypes()[0]
     pool, generator = make(dtype, 2, 64)
@@ -102,6 +105,7 @@ def test_strided_slots(instruction_set):
     check(got, want, dtype)
 
 
+@pytest.mark.trap(1, 2)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_merge(head_dim, dtype, instruction_set):

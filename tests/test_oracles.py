@@ -18,7 +18,7 @@ def without_rotation(monkeypatch):
     """Switches re-rotation off: the negative control of everything that needs it."""
 
     def off():
-        monkeypatch.setattr(ops.Plan, "rotation_table", lambda self, rotation: None)
+        monkeypatch.setattr(ops.Plan, "rotation_table", lambda self, rotation, device: None)
         monkeypatch.setattr(apr.session, "run_self_test", lambda session: None)  # it would refuse
 
     return off

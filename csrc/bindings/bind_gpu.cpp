@@ -23,6 +23,9 @@ const GpuBackend* emulated_backend() { return nullptr; }
 void set_emulated_device(const GpuDevice&, uint64_t) {
   throw std::invalid_argument("this build has no emulation; build with APR_EMULATION=ON");
 }
+std::string run_broken_kernel(const std::string&) {
+  throw std::invalid_argument("this build has no emulation; build with APR_EMULATION=ON");
+}
 #endif
 }  // namespace apr
 
@@ -168,15 +171,17 @@ void bind_gpu(py::module_& module) {
       "gpu",
       [](bool emulated) { return emulated ? emulated_backend() : cuda_backend(); },
       py::arg("emulated"), py::return_value_policy::reference);
+  module.def("run_broken_kernel", &run_broken_kernel, py::arg("name"));
   module.def(
       "set_emulated_device",
       [](int capability, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
-         uint64_t seed) {
-        set_emulated_device(
-            {capability, multiprocessors, shared_per_block, shared_per_multiprocessor}, seed);
+         int64_t most_part_bytes, uint64_t seed) {
+        set_emulated_device({capability, multiprocessors, shared_per_block,
+                             shared_per_multiprocessor, most_part_bytes},
+                            seed);
       },
       py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_per_block"),
-      py::arg("shared_per_multiprocessor"), py::arg("seed"));
+      py::arg("shared_per_multiprocessor"), py::arg("most_part_bytes"), py::arg("seed"));
 }
 
 }  // namespace apr::bindings

@@ -24,6 +24,7 @@ struct GpuDevice {
   int multiprocessors = 0;
   int shared_per_block = 0;  // bytes that a block may ask for
   int shared_per_multiprocessor = 0;
+  int64_t most_part_bytes = int64_t{1} << 28;  // for partial results; longer plans run in passes
 };
 
 // One compiled attention kernel.
@@ -91,5 +92,7 @@ const GpuBackend* cuda_backend();      // nullptr: not in this build
 const GpuBackend* emulated_backend();  // nullptr: not in this build
 // Which GPU is emulated, and what its orders are drawn from.
 void set_emulated_device(const GpuDevice& device, uint64_t seed);
+// Runs a kernel with a known fault: "" where the emulator saw none, else what it saw.
+std::string run_broken_kernel(const std::string& name);
 
 }  // namespace apr

@@ -9,15 +9,20 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "GpuBackend",
+    "GpuKernel",
+    "GpuPlan",
+    "GpuViews",
     "Plan",
     "Step",
     "ThreadTable",
+    "ViewTables",
     "append",
     "attention",
     "copy_tokens",
-    "cuda_architectures",
     "force_instruction_set",
     "force_own_workers",
+    "gpu",
     "has_openmp",
     "instruction_set",
     "instruction_sets",
@@ -26,6 +31,7 @@ __all__: list[str] = [
     "plan",
     "populate",
     "read",
+    "set_emulated_device",
     "use_huge_pages",
 ]
 
@@ -33,6 +39,8 @@ class Plan:
     """
     Flat work arrays of one packed forward.
     """
+    @property
+    def copies(self) -> numpy.typing.NDArray[numpy.int64]: ...
     @property
     def ids(self) -> numpy.typing.NDArray[numpy.int64]: ...
     @property
@@ -47,6 +55,8 @@ class Plan:
     def positions(self) -> numpy.typing.NDArray[numpy.int64]: ...
     @property
     def rotations(self) -> numpy.typing.NDArray[numpy.int32]: ...
+    @property
+    def slots(self) -> numpy.typing.NDArray[numpy.int64]: ...
 
 class ThreadTable:
     """
@@ -171,6 +181,27 @@ class ThreadTable:
     @property
     def used_pages(self) -> int: ...
 
+class ViewTables:
+    """
+    Views of threads with one queued token each.
+    """
+    def __init__(self) -> None: ...
+    def commit(self) -> None: ...
+    def forget(self) -> None: ...
+    def refresh(
+        self,
+        table: ThreadTable,
+        threads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> bool: ...
+    @property
+    def changed(self) -> bool: ...
+    @property
+    def ids(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def sizes(self) -> tuple[int, int, int, int]: ...
+
 class Step:
     """
     One step as a transaction.
@@ -191,6 +222,160 @@ class Step:
     def logits_rows(self) -> list[tuple[int, int]]: ...
     @property
     def plan(self) -> Plan: ...
+
+class GpuPlan:
+    """
+    One pass over the rows of a plan, for device memory.
+    """
+    def attention(
+        self,
+        tables: typing.SupportsInt | typing.SupportsIndex,
+        parts: typing.SupportsInt | typing.SupportsIndex,
+        q: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+        ],
+        out: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+        ],
+        lse: typing.SupportsInt | typing.SupportsIndex,
+        pool: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+        ],
+        q_heads: typing.SupportsInt | typing.SupportsIndex,
+        scale: typing.SupportsFloat | typing.SupportsIndex,
+        softcap: typing.SupportsFloat | typing.SupportsIndex,
+        sinks: typing.SupportsInt | typing.SupportsIndex,
+        rotation: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            bool,
+        ],
+        rotations: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def prepare(
+        self,
+        tables: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def part_bytes(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...
+    @property
+    def upload(self) -> numpy.typing.NDArray[numpy.uint8]: ...
+
+class GpuViews(GpuPlan):
+    """
+    Views whose lengths grow on the device, for a captured graph.
+    """
+    def step(
+        self,
+        tables: typing.SupportsInt | typing.SupportsIndex,
+        slots: typing.SupportsInt | typing.SupportsIndex,
+        positions: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def turn(
+        self,
+        tables: typing.SupportsInt | typing.SupportsIndex,
+        inv_freq: typing.SupportsInt | typing.SupportsIndex,
+        pairs: typing.SupportsInt | typing.SupportsIndex,
+        cos_sin: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def update(self, views: ViewTables) -> None: ...
+
+class GpuKernel:
+    """
+    One compiled attention kernel.
+    """
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def item_rows(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def wide(self) -> bool: ...
+
+class GpuBackend:
+    """
+    The kernels of a GPU, or of the emulated one.
+    """
+    def append(
+        self,
+        k: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+        ],
+        v: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
+        ],
+        pool: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+        ],
+        slots: typing.SupportsInt | typing.SupportsIndex,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def capability(self, device: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def copy_tokens(
+        self,
+        pool: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
+        ],
+        copies: typing.SupportsInt | typing.SupportsIndex,
+        count: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def plan(
+        self,
+        plan: Plan,
+        kind: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            bool,
+        ],
+        device: typing.SupportsInt | typing.SupportsIndex,
+    ) -> list[GpuPlan]: ...
+    def views(
+        self,
+        views: ViewTables,
+        kind: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            bool,
+        ],
+        capacity: typing.Annotated[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(4)"
+        ],
+        device: typing.SupportsInt | typing.SupportsIndex,
+    ) -> GpuViews: ...
+    @property
+    def architectures(self) -> str: ...
+    @property
+    def kernels(self) -> list[GpuKernel]: ...
 
 def append(
     plan: Plan,
@@ -240,6 +425,7 @@ def copy_tokens(
 ) -> None: ...
 def force_instruction_set(name: str) -> None: ...
 def force_own_workers(own: bool) -> None: ...
+def gpu(emulated: bool) -> GpuBackend: ...
 def has_openmp() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
@@ -293,9 +479,14 @@ def read(
     count: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> float: ...
+def set_emulated_device(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    multiprocessors: typing.SupportsInt | typing.SupportsIndex,
+    shared_per_block: typing.SupportsInt | typing.SupportsIndex,
+    shared_per_multiprocessor: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def use_huge_pages(
     data: typing.SupportsInt | typing.SupportsIndex,
     bytes: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
-
-cuda_architectures: str = ""

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from apr.ops import Pool
+import torch
+
+from apr.ops import Pool, empty_pool
+from apr.probe import ModelSpec
 
 # Pages that are kept present beyond those in use: two a thread, and at least so many, or as many as this
 # memory holds if that is fewer.
 _AHEAD_PAGES = 64
 _AHEAD_BYTES = 256 << 20
+
+
+# Without max_tokens the pool takes this part of the free memory, and at most so many tokens. On the CPU
+# pages cost nothing before their use is near: the arenas are reserved, and touched a little ahead.
+_FREE_MEMORY_SHARE = 0.25
+_MOST_TOKENS = 1 << 22
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def pages_for(spec: ModelSpec, max_tokens: int | None, page_size: int) -> int:
+    """Pages for so many tokens, or for a part of the free memory."""
+    if max_tokens is None:
+        fitting = int(_free_memory(spec.device) * _FREE_MEMORY_SHARE) // spec.bytes_per_token
+        max_tokens = max(page_size, min(fitting, _MOST_TOKENS))
+    return -(-max_tokens // page_size)
+
+
+def make_pools(spec: ModelSpec, pages: int, page_size: int) -> list[Pool]:
+    """A pool for each layer of a model."""
+    return [
+        empty_pool(pages, x.kv_heads, x.head_dim, spec.dtype, spec.device, page_size, x.head_dim_v)
+        for x in spec.layers
+    ]
 
 
 class Arena:

@@ -167,4 +167,5 @@ class DevicePlan:
             if key not in self._passes:
                 self._passes[key] = self._prepare(gpu, device, kind)
             for core, tables, parts in self._passes[key]:
-                core.attention(tables.data_ptr(), parts.data_ptr(), *tensors, stream(device))
+                args = (tables.data_ptr(), parts.data_ptr(), *tensors, stream(device))
+                core.attention(*args)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apr import _core, gpu, ops
-from apr.hf import Attachment
+from apr.hf import Attachment, check_finite
 from apr.ops import Rotation
 
 
@@ -35,15 +35,22 @@ def capacity_of(sizes: Sequence[int]) -> Capacity:
     """The smallest class that holds (rows, entries, segments, pages); few classes, so few captures."""
     rows, entries, segments, pages = sizes
     width = next((w for w in (4, 16, 64, 256) if w >= rows), _room(rows, 256))
-    return Capacity(width, _room(entries, 8 * width), _room(segments, 2 * width), _room(pages, 1024))
+    return Capacity(
+        width, _room(entries, 8 * width), _room(segments, 2 * width), _room(pages, 1024)
+    )
 
 
 class ViewPlan(ops.Plan):
     """A plan whose tables the device keeps up to date, for one capacity."""
 
     def __init__(
-        self, backend: _core.GpuBackend, attachment: Attachment, pools: Sequence[ops.Pool],
-        views: _core.ViewTables, capacity: Capacity, invariant: bool,
+        self,
+        backend: _core.GpuBackend,
+        attachment: Attachment,
+        pools: Sequence[ops.Pool],
+        views: _core.ViewTables,
+        capacity: Capacity,
+        invariant: bool,
     ) -> None:
         super().__init__(_core.plan([], pools[0].page_size), invariant=invariant)
         self.num_rows = capacity.rows
@@ -86,16 +93,18 @@ class ViewPlan(ops.Plan):
         core, (_, tables, _) = next(iter(self._views.values()))
         for frequencies, table in self._turns.values():
             core.turn(
-                tables.data_ptr(), frequencies.data_ptr(), len(frequencies), table.data_ptr(), stream
+                tables.data_ptr(),
+                frequencies.data_ptr(),
+                len(frequencies),
+                table.data_ptr(),
+                stream,
             )
 
 
 class StepGraph:
     """The forward of one capacity; on the emulated GPU a replay is a call."""
 
-    def __init__(
-        self, plan: ViewPlan, attachment: Attachment, pools: Sequence[ops.Pool]
-    ) -> None:
+    def __init__(self, plan: ViewPlan, attachment: Attachment, pools: Sequence[ops.Pool]) -> None:
         self.plan = plan
         device = pools[0].k.device
         self.ids = torch.zeros(1, plan.num_rows, dtype=torch.long, device=device)
@@ -110,7 +119,7 @@ class StepGraph:
 
     def _capture(self, forward: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         # Libraries choose their kernels in a first run; it must not be on the stream that is captured.
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             forward()
@@ -155,12 +164,14 @@ class StepGraphs:
 
     def run(self) -> Tensor:
         """float32 logits [threads, vocab] of the step that was planned; `commit` or `forget` ends it."""
-        if self._views.changed or self._current is None:
-            self._ready()
-        assert self._current is not None
-        return self._current.run(torch.from_numpy(self._views.ids))
+        graph = self._current
+        if graph is None or self._views.changed:
+            graph = self._ready()
+        logits = graph.run(torch.from_numpy(self._views.ids)).clone()
+        check_finite(logits)
+        return logits
 
-    def _ready(self) -> None:
+    def _ready(self) -> StepGraph:
         capacity = capacity_of(self._views.sizes)
         graph = self._graphs.get(capacity)
         if graph is None:
@@ -177,6 +188,7 @@ class StepGraphs:
         graph.plan.upload(self._views)
         self.uploads += 1
         self._current = graph
+        return graph
 
     def commit(self) -> None:
         """The step counts: lengths have grown."""

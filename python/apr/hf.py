@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from apr import gpu, ops
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, NonFiniteLogits
 from apr.interface import IMPLEMENTATION, members, running
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure, refuse
 
@@ -23,6 +23,15 @@ def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
         return model.eval(), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise NonFiniteLogits where a forward returned no numbers; waits for the device."""
+    if bool(logits.isnan().any()):
+        raise NonFiniteLogits(
+            "step: the model returned NaN logits; the step was taken back. Check the "
+            "model's dtype and weights (float16 overflows where bfloat16 does not)"
+        )
 
 
 class PackedForward:
@@ -92,7 +101,9 @@ class Attachment:
             )
         if model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
-        gpu.backend(model.get_input_embeddings().weight.device)  # refused where there are no kernels
+        gpu.backend(
+            model.get_input_embeddings().weight.device
+        )  # refused where there are no kernels
         self.model = model
         self.owner = members(model)
         self._open = True
@@ -158,7 +169,9 @@ class Attachment:
         logits: Tensor = out.logits[0]
         if not self.spec.keeps_rows:
             logits = logits[keep]
-        return logits.float()
+        logits = logits.float()
+        check_finite(logits)
+        return logits
 
     def forward_static(
         self, plan: ops.Plan, pools: Sequence[ops.Pool], ids: Tensor, positions: Tensor

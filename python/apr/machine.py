@@ -24,7 +24,10 @@ def kernels() -> Kernels:
     threads = "torch's (OpenMP)" if _core.has_openmp() else "own: torch loaded no OpenMP runtime"
     cuda = _core.gpu(False)
     return Kernels(
-        _core.instruction_sets(), _core.instruction_set(), cuda.architectures if cuda else "", threads
+        _core.instruction_sets(),
+        _core.instruction_set(),
+        cuda.architectures if cuda else "",
+        threads,
     )
 
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from apr import rope
-from apr.errors import UnsupportedModel
+from apr.errors import UnsupportedModel, UnsupportedRope
 from apr.interface import members, running
 from apr.ops import Rotation
 
@@ -53,6 +53,14 @@ class ModelSpec:
         """KV bytes of one token over all layers."""
         size = torch.empty((), dtype=self.dtype).element_size()
         return size * sum(x.kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
+
+    def check_position(self, furthest: int) -> None:
+        """Raise UnsupportedRope where a position lies past what the model's frequencies hold for."""
+        if self.position_limit is not None and furthest >= self.position_limit:
+            raise UnsupportedRope(
+                f"step: position {furthest} passes {self.position_limit}, where this model's "
+                "rope_type='longrope' changes all frequencies at once; keep threads shorter"
+            )
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections.abc import Sequence
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from apr import _core, gpu, ops
 from apr._self_test import self_test as run_self_test
-from apr.arena import Arena
+from apr.arena import Arena, make_pools, pages_for
 from apr.errors import (
     Error,
     ForeignThread,
     InvalidInput,
-    NonFiniteLogits,
-    UnsupportedRope,
 )
 from apr.graph import StepGraphs
 from apr.hf import Attachment
@@ -30,17 +27,6 @@ from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids
 from apr.trace import Stats, Trace
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
-
-# Without max_tokens the pool takes this part of the free memory, and at most so many tokens. Pages cost
-# nothing before their use is near: the arenas are reserved, and touched a little ahead (arena.py).
-_FREE_MEMORY_SHARE = 0.25
-_MOST_TOKENS = 1 << 22
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Session:
@@ -98,24 +84,9 @@ class Session:
         self._stats = Stats()
 
     def _make_pools(self, max_tokens: int | None) -> None:
-        spec = self.spec
-        if max_tokens is None:
-            fitting = int(_free_memory(spec.device) * _FREE_MEMORY_SHARE) // spec.bytes_per_token
-            max_tokens = max(self.page_size, min(fitting, _MOST_TOKENS))
-        pages = -(-max_tokens // self.page_size)
-        self.pools = [
-            ops.empty_pool(
-                pages,
-                x.kv_heads,
-                x.head_dim,
-                spec.dtype,
-                spec.device,
-                self.page_size,
-                x.head_dim_v,
-            )
-            for x in spec.layers
-        ]
-        self._table = _core.ThreadTable(pages, self.page_size, spec.can_rotate)
+        pages = pages_for(self.spec, max_tokens, self.page_size)
+        self.pools = make_pools(self.spec, pages, self.page_size)
+        self._table = _core.ThreadTable(pages, self.page_size, self.spec.can_rotate)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
 
@@ -301,8 +272,8 @@ class Session:
         try:
             logits = None if any(held) else self._replay_step(table, numbers)
             if logits is not None:
-                for thread, row in zip(threads, logits.unbind(0), strict=True):
-                    thread._logits = row
+                for stepped_thread, row in zip(threads, logits.unbind(0), strict=True):
+                    stepped_thread._logits = row
                 self.trace.step(numbers, len(numbers), began)
                 return logits
             fresh, counts = self._run_step(table, numbers, held)
@@ -350,7 +321,7 @@ class Session:
         try:
             while step.next():
                 plan = ops.Plan(step.plan, invariant=self.invariant)
-                self._check_position(int(plan.core.positions.max()))
+                self.spec.check_position(int(plan.core.positions.max()))
                 for pool in self.pools if step.plan.num_copies else ():
                     ops.copy_tokens(pool, plan)
                 wanted = step.logits_rows
@@ -358,7 +329,6 @@ class Session:
                 began = time.perf_counter()
                 plan_seconds += began - planned
                 logits = self.attachment.forward(plan, rows, self.pools)
-                self._check_finite(logits)
                 index = {row: i for i, row in enumerate(rows)}
                 for number, row in wanted:
                     fresh[number] = logits[index[row]]
@@ -386,9 +356,8 @@ class Session:
             return None
         began = time.perf_counter()
         try:
-            self._check_position(furthest)
-            logits = graphs.run().clone()
-            self._check_finite(logits)
+            self.spec.check_position(furthest)
+            logits = graphs.run()
         except BaseException:
             graphs.forget()
             raise
@@ -398,21 +367,6 @@ class Session:
         self._stats.forwards += 1
         self._stats.forward_seconds += time.perf_counter() - began
         return logits
-
-    def _check_finite(self, logits: Tensor) -> None:
-        if bool(logits.isnan().any()):
-            raise NonFiniteLogits(
-                "step: the model returned NaN logits; the step was taken back. Check the "
-                "model's dtype and weights (float16 overflows where bfloat16 does not)"
-            )
-
-    def _check_position(self, furthest: int) -> None:
-        limit = self.spec.position_limit
-        if limit is not None and furthest >= limit:
-            raise UnsupportedRope(
-                f"step: position {furthest} passes {limit}, where this model's rope_type='longrope' "
-                "changes all frequencies at once; keep threads shorter"
-            )
 
     # ---- figures --------------------------------------------------------------------------------
 

@@ -3,53 +3,9 @@
 // than 64, every other tile, and they merge at the end of the span.
 #pragma once
 
-#include "kernels/cuda/bulk.cuh"
-#include "kernels/cuda/spans.cuh"
+#include "kernels/cuda/wide_ring.cuh"
 
 namespace apr::APR_GPU {
-
-template <int kDim, int kStages>
-struct WideShape {
-  static constexpr int kThreads = 384;  // a group that copies, two that compute
-  static constexpr int kRows = 128;
-  static constexpr int kBoxes = kDim / 64;
-  static constexpr int kBoxBytes = 64 * 64 * 2;
-  static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
-  static constexpr int kStatsBytes = 128 * 4 * 4;
-  static constexpr int kBoundsBytes = kRows * 8;
-  static constexpr int kBarrierBytes = 2 * kStages * 8;
-  static constexpr int kRing = kQueryBytes;
-  static constexpr int kStats = kRing + kStages * kStageBytes;
-  static constexpr int kBounds = kStats + kStatsBytes;
-  static constexpr int kBarriers = kBounds + kBoundsBytes;
-  static constexpr int kSharedBytes = kBarriers + kBarrierBytes;
-};
-
-// The tiles of a span, counted from slot 0 of its segment.
-struct Tiles {
-  int first, end;
-};
-APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
-  const int unit = work.unit_tiles;
-  const Reach reach = work.reach[span.item];
-  const int base = reach.lo / kTile / unit * unit;
-  const int first = base + span.begin * unit, end = base + span.end * unit;
-  const int used_first = reach.lo / kTile, used_end = (reach.hi - 1) / kTile + 1;
-  return {first > used_first ? first : used_first, end < used_end ? end : used_end};
-}
-
-// Where the ring stands: the same sequence of stages for the thread that fills and those that empty it.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  APR_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 template <typename T, int kDim, int kStages>
 class WideAttention {
@@ -63,13 +19,6 @@ class WideAttention {
         thread_(thread_index() % 128),
         bounds_(shared_array<int32_t>(shared + Shape::kBounds)) {}
 
-  APR_DEVICE static uint32_t filled(uint32_t shared, int stage) {
-    return shared + Shape::kBarriers + static_cast<uint32_t>(stage * 8);
-  }
-  APR_DEVICE static uint32_t emptied(uint32_t shared, int stage) {
-    return filled(shared, kStages + stage);
-  }
-
   APR_DEVICE void run(const Span& span) {
     span_ = span;
     item_ = work_.items[span.item];
@@ -80,7 +29,7 @@ class WideAttention {
     const Tiles tiles = tiles_of(work_, span);
     int before = -1;  // the stage whose values are still being multiplied
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
-      barrier_wait(filled(shared_, ring_.stage), ring_.parity);
+      barrier_wait(Shape::filled(shared_, ring_.stage), ring_.parity);
       if (by_rows_ || (tile - tiles.first) % 2 == group_) {
         attend(tile, before);
         before = ring_.stage;
@@ -106,7 +55,7 @@ class WideAttention {
 
   APR_DEVICE void release(int stage) {
     sync_warp();  // a lane that is late would take the stage's next phase for this one
-    if (thread_ % 32 == 0) barrier_arrive(emptied(shared_, stage));
+    if (thread_ % 32 == 0) barrier_arrive(Shape::emptied(shared_, stage));
   }
 
   APR_DEVICE void load_queries() {
@@ -362,56 +311,26 @@ class WideAttention {
   uint32_t weights_[4][4];
 };
 
-// The thread that fills the ring.
-template <typename T, int kDim, int kStages>
-APR_DEVICE void fill_ring(const AttentionWork& work, const TensorMap& keys, const TensorMap& values,
-                          uint32_t shared) {
-  using Shape = WideShape<kDim, kStages>;
-  using Attention = WideAttention<T, kDim, kStages>;
-  Ring<kStages> ring;
-  Spans spans(work);
-  Span span;
-  while (spans.next(span)) {
-    const Tiles tiles = tiles_of(work, span);
-    const int first_page = work.segment_pages[work.items[span.item].segment];
-    for (int tile = tiles.first; tile < tiles.end; ++tile) {
-      const int slot = tile * kTile;
-      const int page = work.page_table[first_page + (slot >> work.page_shift)];
-      const int token = slot & ((1 << work.page_shift) - 1);
-      const uint32_t filled = Attention::filled(shared, ring.stage);
-      // In the first round nobody has to empty the stage: the phase before the first one is over.
-      barrier_wait(Attention::emptied(shared, ring.stage), ring.parity ^ 1);
-      barrier_expect(filled, Shape::kStageBytes);
-      uint32_t to = shared + Shape::kRing + static_cast<uint32_t>(ring.stage * Shape::kStageBytes);
-      for (int i = 0; i < 2 * Shape::kBoxes; ++i, to += Shape::kBoxBytes) {
-        const int dim = i % Shape::kBoxes * 64;
-        copy_box(to, i < Shape::kBoxes ? keys : values, dim, token, span.head, page, filled);
-      }
-      ring.advance();
-    }
-  }
-}
-
 template <typename T, int kDim, int kStages>
 APR_KERNEL APR_BOUNDS(384, 1) attention_wide(APR_GRID_CONSTANT AttentionWork work,
                                              APR_GRID_CONSTANT TensorMap keys,
                                              APR_GRID_CONSTANT TensorMap values) {
-  using Attention = WideAttention<T, kDim, kStages>;
+  using Shape = WideShape<kDim, kStages>;
   const uint32_t shared = shared_address(shared_memory());
   if (thread_index() == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(Attention::filled(shared, stage), 1);
-      barrier_init(Attention::emptied(shared, stage), 8);  // a lane of each warp that computes
+      barrier_init(Shape::filled(shared, stage), 1);
+      barrier_init(Shape::emptied(shared, stage), 8);  // a lane of each warp that computes
     }
     barrier_init_done();
   }
   sync_block();
   if (thread_index() < 128) {
     give_registers<40>();
-    if (thread_index() == 0) fill_ring<T, kDim, kStages>(work, keys, values, shared);
+    if (thread_index() == 0) fill_ring<kDim, kStages>(work, keys, values, shared);
   } else {
     take_registers<232>();
-    Attention attention(work, shared);
+    WideAttention<T, kDim, kStages> attention(work, shared);
     Spans spans(work);
     Span span;
     while (spans.next(span)) attention.run(span);

@@ -19,7 +19,8 @@ GpuDevice device_of(int index) {
               attribute(cudaDevAttrComputeCapabilityMinor, index),
           attribute(cudaDevAttrMultiProcessorCount, index),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)};
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+          GpuDevice{}.most_part_bytes};
 }
 
 std::string built_architectures() { return APR_CUDA_ARCHITECTURES; }

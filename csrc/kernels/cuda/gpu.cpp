@@ -5,6 +5,9 @@
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/steps.h"
 #include "kernels/ranges.h"
+#ifdef APR_EMULATED
+#include <cstring>
+#endif
 
 namespace apr::APR_GPU {
 namespace {
@@ -82,6 +85,31 @@ void set_tensors(AttentionWork& work, const AttentionKind& kind, const Attention
   work.softcap = params.softcap;
 }
 
+// Emulated, whatever the kernels must write holds NaN before: what they leave out shows.
+void poison(void* from, int64_t bytes) {
+#ifdef APR_EMULATED
+  std::memset(from, 0xff, static_cast<size_t>(bytes));
+#else
+  static_cast<void>(from), static_cast<void>(bytes);
+#endif
+}
+
+void poison_outputs(const AttentionWork& work) {
+#ifdef APR_EMULATED
+  poison(work.part_out.data, work.part_out.size * 4);
+  poison(work.part_sum.data, work.part_sum.size * 4);
+  for (int64_t row = work.row_begin; row < work.row_begin + work.row_count; ++row) {
+    for (int64_t head = 0; head < work.q_heads; ++head) {
+      poison(work.out.at(row * work.out_row_stride + head * work.out_head_stride, work.head_dim_v),
+             work.head_dim_v * 2);
+    }
+    if (work.lse) poison(work.lse.at(row * work.q_heads, work.q_heads), work.q_heads * int64_t{4});
+  }
+#else
+  static_cast<void>(work);
+#endif
+}
+
 // What a plan and views have in common: tables in device memory, and the attention over them.
 template <typename Interface>
 class Tables : public Interface {
@@ -94,13 +122,16 @@ class Tables : public Interface {
   const char* kernel() const override { return layout_.instance->name; }
 
   void prepare(void* tables, void* stream) const override {
-    run_plan_step(work_of(tables, nullptr), stream);
+    const AttentionWork work = work_of(tables, nullptr);
+    poison(work.bounds.data, layout_.bytes - layout_.bounds);
+    run_plan_step(work, stream);
   }
 
   void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
                  int64_t rotations, void* stream) const override {
     AttentionWork work = work_of(tables, parts);
     set_tensors(work, kind_, params, pool, layout_.num_rows, rotations);
+    poison_outputs(work);
     const Instance& instance = *layout_.instance;
     instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});
     run_merge(work, kind_.dtype, true, stream);
@@ -146,6 +177,7 @@ class Views final : public Tables<GpuViews> {
     work.positions = {positions, capacity_.rows};
     work.row_capacity = static_cast<int32_t>(capacity_.rows);
     work.page_shift = log2_of(kind_.page_size);
+    poison(work.pairs.data, layout_.bounds - layout_.pairs);
     run_view_step(work, stream);
     prepare(tables, stream);
   }

@@ -12,7 +12,6 @@
 namespace apr::APR_GPU {
 namespace {
 
-constexpr int64_t kMostPartBytes = int64_t{1} << 28;
 constexpr int64_t kBlocksPerMultiprocessor = 2;  // more would only make more partial results
 constexpr int64_t kReservedShared = 1024;        // bytes that each block takes beside its own
 
@@ -236,7 +235,7 @@ std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& 
     const auto [begin, end] = open.back();
     open.pop_back();
     Layout layout = lay_out(plan, kind, device, begin, end);
-    if (layout.part_floats(kind) * 4 > kMostPartBytes && end - begin > 1) {
+    if (layout.part_floats(kind) * 4 > device.most_part_bytes && end - begin > 1) {
       const int64_t middle = (begin + end) / 2;
       open.emplace_back(middle, end);
       open.emplace_back(begin, middle);

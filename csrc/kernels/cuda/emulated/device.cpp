@@ -6,7 +6,7 @@ namespace apr {
 namespace cuda_emulated {
 namespace {
 
-GpuDevice emulated{90, 3, 227 * 1024, 228 * 1024};
+GpuDevice emulated{90, 3, 227 * 1024, 228 * 1024, int64_t{1} << 28};
 
 }  // namespace
 

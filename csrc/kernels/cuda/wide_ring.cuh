@@ -1,0 +1,90 @@
+// The ring of tiles that feeds attention_wide.cuh: its layout in shared memory, and the thread that keeps it
+// full by bulk copies.
+#pragma once
+
+#include "kernels/cuda/bulk.cuh"
+#include "kernels/cuda/spans.cuh"
+
+namespace apr::APR_GPU {
+
+template <int kDim, int kStages>
+struct WideShape {
+  static constexpr int kThreads = 384;  // a group that copies, two that compute
+  static constexpr int kRows = 128;
+  static constexpr int kBoxes = kDim / 64;
+  static constexpr int kBoxBytes = 64 * 64 * 2;
+  static constexpr int kQueryBytes = kRows * kDim * 2;
+  static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
+  static constexpr int kStatsBytes = 128 * 4 * 4;
+  static constexpr int kBoundsBytes = kRows * 8;
+  static constexpr int kBarrierBytes = 2 * kStages * 8;
+  static constexpr int kRing = kQueryBytes;
+  static constexpr int kStats = kRing + kStages * kStageBytes;
+  static constexpr int kBounds = kStats + kStatsBytes;
+  static constexpr int kBarriers = kBounds + kBoundsBytes;
+  static constexpr int kSharedBytes = kBarriers + kBarrierBytes;
+
+  // The barriers of a stage: its tiles have come, and everybody has read them.
+  APR_DEVICE static uint32_t filled(uint32_t shared, int stage) {
+    return shared + kBarriers + static_cast<uint32_t>(stage * 8);
+  }
+  APR_DEVICE static uint32_t emptied(uint32_t shared, int stage) {
+    return filled(shared, kStages + stage);
+  }
+};
+
+// The tiles of a span, counted from slot 0 of its segment.
+struct Tiles {
+  int first, end;
+};
+APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
+  const int unit = work.unit_tiles;
+  const Reach reach = work.reach[span.item];
+  const int base = reach.lo / kTile / unit * unit;
+  const int first = base + span.begin * unit, end = base + span.end * unit;
+  const int used_first = reach.lo / kTile, used_end = (reach.hi - 1) / kTile + 1;
+  return {first > used_first ? first : used_first, end < used_end ? end : used_end};
+}
+
+// Where the ring stands: the same sequence of stages for the thread that fills and those that empty it.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+  APR_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The thread that fills the ring.
+template <int kDim, int kStages>
+APR_DEVICE void fill_ring(const AttentionWork& work, const TensorMap& keys, const TensorMap& values,
+                          uint32_t shared) {
+  using Shape = WideShape<kDim, kStages>;
+  Ring<kStages> ring;
+  Spans spans(work);
+  Span span;
+  while (spans.next(span)) {
+    const Tiles tiles = tiles_of(work, span);
+    const int first_page = work.segment_pages[work.items[span.item].segment];
+    for (int tile = tiles.first; tile < tiles.end; ++tile) {
+      const int slot = tile * kTile;
+      const int page = work.page_table[first_page + (slot >> work.page_shift)];
+      const int token = slot & ((1 << work.page_shift) - 1);
+      const uint32_t filled = Shape::filled(shared, ring.stage);
+      // In the first round nobody has to empty the stage: the phase before the first one is over.
+      barrier_wait(Shape::emptied(shared, ring.stage), ring.parity ^ 1);
+      barrier_expect(filled, Shape::kStageBytes);
+      uint32_t to = shared + Shape::kRing + static_cast<uint32_t>(ring.stage * Shape::kStageBytes);
+      for (int i = 0; i < 2 * Shape::kBoxes; ++i, to += Shape::kBoxBytes) {
+        const int dim = i % Shape::kBoxes * 64;
+        copy_box(to, i < Shape::kBoxes ? keys : values, dim, token, span.head, page, filled);
+      }
+      ring.advance();
+    }
+  }
+}
+
+}  // namespace apr::APR_GPU

@@ -1,0 +1,266 @@
+"""Captured decode steps: replays equal planned steps whatever happens to the threads between them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import apr
+from apr import _core, ops
+from apr.bench.sessions import small_llama
+from apr.errors import InvalidInput, NonFiniteLogits, OutOfPages
+from apr.graph import ViewPlan, capacity_of
+from kernel_cases import emulate
+
+if _core.gpu(True) is None:
+    pytest.skip("this build has no emulated GPU (APR_EMULATION=ON)", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    emulate(90)
+    yield
+    _core.force_instruction_set("")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    built = small_llama(hidden=128, layers=2, heads=4, kv_heads=2)
+    for name, p in built.named_parameters():
+        if p.ndim > 1:  # weights large enough that attention matters
+            p.data = torch.randn(p.shape) * (0.3 if "emb" in name else 0.9 * p.shape[-1] ** -0.5)
+    return built.to(torch.bfloat16)
+
+
+# Two layers in bfloat16: each rounds to 2^-8 of values of order 1, in another order of sums.
+CLOSE = 0.15
+
+
+def both(model, script, **options):
+    """What a script of steps gives with planned steps and with replayed ones, and the second's session."""
+    outs = []
+    for graphs in (None, True):
+        with apr.Session(model, 4096, cuda_graphs=graphs, self_test=False, **options) as s:
+            outs.append(torch.cat(script(s)))
+            if graphs:
+                counts = (s._graphs.captures, s._graphs.uploads)
+    assert (outs[0] - outs[1]).abs().max().item() < CLOSE
+    # Power: the bound is far below what the logits of another step differ by.
+    assert (outs[0][0] - outs[0][-1]).abs().max().item() > 5 * CLOSE
+    return counts
+
+
+def step(session, threads, t):
+    for i, thread in enumerate(threads):
+        thread.extend([(5 * t + 3 * i + 1) % 64])
+    return session.step(threads)
+
+
+def test_edits_between_replays_never_capture_again(model):
+    def script(s):
+        root = s.thread(list(range(40)))
+        kids = root.fork(3)
+        out = [step(s, kids, 0)]
+        for t in range(30):
+            if t == 8:
+                kids[0].trim(len(kids[0]) - 3)
+            if t == 12:
+                kids.extend(kids[1].fork(1))
+            if t == 18:
+                kids.pop(0).release()
+            if t == 22:
+                kids[0].join([kids.pop()])
+            out.append(step(s, kids, t))
+        return out
+
+    captures, uploads = both(model, script)
+    assert captures == 1
+    assert uploads <= 8  # one after each edit, and not one more
+
+
+@pytest.mark.parametrize("visibility", ["current", "previous"])
+def test_live_views_with_moving_offsets(model, visibility):
+    """Hogwild: every worker sees the others' text before its own, which therefore moves at every step."""
+
+    def script(s):
+        prompt = s.segment(list(range(20)))
+        tails = [s.region([i + 1] * (i + 2), base=20) for i in range(3)]
+        workers = []
+        for i in range(3):
+            others = [tails[j] for j in range(3) if j != i]
+            workers.append(
+                s.thread(view=[prompt, *others, tails[i]], writes=tails[i], visibility=visibility)
+            )
+        return [step(s, workers, t) for t in range(25)]
+
+    captures, uploads = both(model, script)
+    assert (captures, uploads) == (1, 1)
+
+
+@pytest.mark.trap(12)
+def test_a_thousand_steps_without_the_host(model):
+    """Views, offsets, angles and lengths after 1,000 device steps, against a plan made by the host."""
+    with apr.Session(model, 1 << 15, self_test=False) as s:
+        prompt = s.segment(list(range(20)))
+        tails = [s.region(base=20) for _ in range(3)]
+        workers = [
+            s.thread(
+                view=[prompt, tails[i - 1], tails[i - 2], tails[i]],
+                writes=tails[i],
+                visibility="current",
+            )
+            for i in range(3)
+        ]
+        step(s, workers, 0)
+        for pool in s.pools:
+            pool.k.normal_()
+            pool.v.normal_()
+        for worker in workers:
+            worker.extend([1])
+        views = _core.ViewTables()
+        assert views.refresh(s._table, [w._id for w in workers])
+        capacity = capacity_of(views.sizes)
+        plan = ViewPlan(_core.gpu(True), s.attachment, s.pools, views, capacity, False)
+        plan.upload(views)
+        for _ in range(1000):
+            plan.step()
+        q = torch.randn(plan.num_rows, 4, 32).bfloat16()
+        rotation = s.spec.layers[0].rotation
+        got = ops.attention(q, s.pools[0], plan, 0.2, rotation)[0][:3]
+        # The host's way to the same state: all 1,000 tokens in one step; the last rows see the same.
+        for worker in workers:
+            worker.extend([1] * 999)
+        core_step = s._begin(workers, step_tokens=1 << 30)
+        assert core_step.next()
+        host = ops.Plan(core_step.plan)
+        assert plan.slots[:3].tolist() == host.core.slots.tolist()[999::1000]
+        assert plan.positions[0, :3].tolist() == host.core.positions.tolist()[999::1000]
+        host_q = torch.zeros(3000, 4, 32).bfloat16()
+        host_q[999::1000] = q[:3]
+        want = ops.attention(host_q, s.pools[0], host, 0.2, rotation)[0][999::1000]
+        s._end(core_step, commit=True)
+    # Outputs of order 0.1 (means of a thousand values), rounded to bfloat16 after other orders of sums.
+    assert (got.float() - want.float()).abs().max().item() < 4e-3
+    assert want.float().abs().max().item() > 0.1
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.sampled_from(["step", "fork", "trim", "release", "join", "reverse"]), max_size=12)
+)
+def test_any_edits(model, actions):
+    def script(s):
+        threads = s.thread(list(range(30))).fork(2)
+        out = [step(s, threads, 0)]
+        for t, action in enumerate([*actions, "step"]):  # "step" changes nothing before its step
+            if action == "fork" and len(threads) < 4:
+                threads.extend(threads[-1].fork(1))
+            elif action == "trim" and len(threads[0]) > 5:
+                with contextlib.suppress(InvalidInput):
+                    threads[0].trim(len(threads[0]) - 2)
+            elif action == "release" and len(threads) > 1:
+                threads.pop(0).release()
+            elif action == "join" and len(threads) > 1:
+                try:
+                    threads[0].join([threads[-1]])
+                    threads.pop()
+                except apr.errors.ForeignThread:
+                    pass
+            elif action == "reverse":
+                threads.reverse()
+            out.append(step(s, threads, t))
+        return out
+
+    emulate(90)
+    results = []
+    for graphs in (None, True):
+        with apr.Session(model, 4096, cuda_graphs=graphs, self_test=False) as s:
+            results.append(torch.cat(script(s)))
+    assert (results[0] - results[1]).abs().max().item() < CLOSE
+
+
+def test_windows_of_layers_are_kinds_of_their_own():
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3 import Gemma3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=64,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    built = Gemma3ForCausalLM(config).eval().to(torch.bfloat16)
+
+    def script(s):
+        threads = s.thread(list(range(3, 43))).fork(2)
+        return [step(s, threads, t) for t in range(12)]
+
+    outs = []
+    for graphs in (None, True):
+        with apr.Session(built, 2048, cuda_graphs=graphs, self_test=False) as s:
+            outs.append(torch.cat(script(s)))
+            kinds = len(s._graphs._current.plan._views) if graphs else 0
+    assert kinds == 2
+    assert (outs[0] - outs[1]).abs().max().item() < CLOSE
+
+
+@pytest.mark.trap(13)
+def test_a_failed_replay_is_taken_back(model):
+    with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
+        threads = s.thread(list(range(20))).fork(2)
+        step(s, threads, 0)
+        step(s, threads, 1)
+        weight = model.lm_head.weight
+        kept = weight.detach().clone()
+        before = [len(t) for t in threads]
+        for thread in threads:
+            thread.extend([9])
+        weight.data.fill_(float("nan"))
+        try:
+            with pytest.raises(NonFiniteLogits, match="taken back"):
+                s.step(threads)
+        finally:
+            weight.data.copy_(kept)
+        assert [len(t) for t in threads] == [n + 1 for n in before]  # still queued
+        again = s.step(threads)
+        with apr.Session(model, 2048, self_test=False) as plain:
+            other = plain.thread(list(range(20))).fork(2)
+            step(plain, other, 0)
+            step(plain, other, 1)
+            for thread in other:
+                thread.extend([9])
+            assert (again - plain.step(other)).abs().max().item() < CLOSE
+
+
+def test_pages_run_out_before_anything_runs(model):
+    with apr.Session(model, 3 * 64, cuda_graphs=True, self_test=False) as s:
+        thread = s.thread(list(range(60)))
+        s.step([thread])
+        with pytest.raises(OutOfPages):
+            for t in range(200):
+                step(s, [thread], t)
+        before = len(thread)
+        thread.trim(before - 1)
+        assert s.step([thread]).isfinite().all()
+
+
+def test_a_session_without_a_gpu_refuses_graphs(model):
+    _core.force_instruction_set("")
+    with pytest.raises(InvalidInput, match="on a GPU"):
+        apr.Session(model, 2048, cuda_graphs=True, self_test=False)
+
+
+def test_few_classes_hold_many_shapes():
+    sizes = {capacity_of((rows, rows * 5, rows + 3, 40)) for rows in range(1, 200)}
+    assert len(sizes) == 4
