@@ -4,12 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test lint cross sanitize format stubs clean
+.PHONY: demo test lint cuda cuda-all cross sanitize format stubs clean
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
+$(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --config-settings=cmake.define.APR_EMULATION=ON ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -23,10 +23,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	$(RUN) tools/stubs.py --check
 
-# Compiles core and kernels for ARM; the compiler is a package of its own.
+# Compiles the main CUDA kernels, or all of them, and fails where registers spill; wants nvcc, no GPU.
+cuda: $(VENV)/installed
+	$(BIN)/python tools/cuda.py
+
+cuda-all: $(VENV)/installed
+	$(BIN)/python tools/cuda.py --all --record bench/results/cuda-build.md
+
+# Compiles core and CPU kernels for ARM; the compiler is a package of its own.
 cross:
 	test -d $(VENV)-cross || $(PYTHON) -m venv $(VENV)-cross
 	$(VENV)-cross/bin/pip install -q ziglang==0.17.1
@@ -38,7 +45,7 @@ sanitize: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 stubs: $(VENV)/installed
 	$(RUN) tools/stubs.py

@@ -24,8 +24,8 @@ inline PlanArrays arrays_of(const Plan& plan) {
 
 inline ViewArrays arrays_of(const ViewTables& views) {
   const auto count = [](const auto& values) { return static_cast<int64_t>(values.size()); };
-  return {views.rows().data(),       views.entries().data(),     views.segments().data(),
-          views.page_table().data(), count(views.rows()),        count(views.entries()),
+  return {views.rows().data(),       views.entries().data(),   views.segments().data(),
+          views.page_table().data(), count(views.rows()),      count(views.entries()),
           count(views.segments()),   count(views.page_table())};
 }
 

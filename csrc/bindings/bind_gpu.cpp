@@ -33,13 +33,20 @@ namespace apr::bindings {
 namespace {
 
 // (dtype, q_heads, kv_heads, head_dim of k, of v, page_size, window, chunk, invariant)
-using KindTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                             bool>;
+using KindTuple =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
 
 AttentionKind kind_of(const KindTuple& t) {
   const auto& [dtype, q_heads, kv_heads, dim_k, dim_v, page_size, window, chunk, invariant] = t;
-  return {static_cast<DType>(dtype), q_heads, kv_heads, dim_k,    dim_v,
-          page_size,                 window,  chunk,    invariant};
+  return {static_cast<DType>(dtype),
+          q_heads,
+          kv_heads,
+          dim_k,
+          dim_v,
+          page_size,
+          window,
+          chunk,
+          invariant};
 }
 
 void attention(const GpuPlan& plan, int64_t tables, int64_t parts, const RowsTuple& q,
@@ -92,8 +99,7 @@ void bind_views(py::module_& module) {
   py::class_<GpuViews, GpuPlan>(module, "GpuViews",
                                 "Views whose lengths grow on the device, for a captured graph.")
       .def(
-          "update",
-          [](GpuViews& gpu, const ViewTables& views) { gpu.update(arrays_of(views)); },
+          "update", [](GpuViews& gpu, const ViewTables& views) { gpu.update(arrays_of(views)); },
           py::arg("views"))
       .def(
           "step",
@@ -168,8 +174,7 @@ void bind_gpu(py::module_& module) {
           },
           py::arg("pool"), py::arg("copies"), py::arg("count"), py::arg("stream"));
   module.def(
-      "gpu",
-      [](bool emulated) { return emulated ? emulated_backend() : cuda_backend(); },
+      "gpu", [](bool emulated) { return emulated ? emulated_backend() : cuda_backend(); },
       py::arg("emulated"), py::return_value_policy::reference);
   module.def("run_broken_kernel", &run_broken_kernel, py::arg("name"));
   module.def(

@@ -17,7 +17,8 @@
 namespace apr::bindings {
 namespace {
 
-// The emulated GPU serves CPU tensors while it is forced, like an instruction set that is never chosen.
+// The emulated GPU serves CPU tensors while it is forced, like an instruction set that is never
+// chosen.
 constexpr const char* kEmulated = "cuda_emulated";
 std::atomic<bool> emulating{false};
 

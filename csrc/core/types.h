@@ -50,8 +50,8 @@ struct PlanPair {
   int32_t first_own;     // slot that the run's row 0 writes (rows are causal from there), else -1
 };
 
-// The views of threads that each write one token a step, as a device keeps them: it works out by itself
-// what each step sees while only lengths change.
+// The views of threads that each write one token a step, as a device keeps them: it works out by
+// itself what each step sees while only lengths change.
 inline constexpr int32_t kMovingOffset = std::numeric_limits<int32_t>::min();
 inline constexpr int32_t kLiveEnd = std::numeric_limits<int32_t>::max();
 

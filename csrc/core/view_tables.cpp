@@ -1,5 +1,5 @@
-// Flat tables of the views of threads that each have one token queued: what a device needs to work out
-// step after step by itself, and the host's part of such a step.
+// Flat tables of the views of threads that each have one token queued: what a device needs to work
+// out step after step by itself, and the host's part of such a step.
 #include "core/view_tables.h"
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 namespace apr {
 namespace {
 
-// Pages that each thread gets ahead, so that the tables stay as they are for as many steps as they hold.
+// Pages that each thread gets ahead, so that the tables stay as they are for as many steps as they
+// hold.
 constexpr int64_t kMostPagesAhead = 16;
 
 int64_t pages_ahead(const PagePool& pool, int64_t threads) {
@@ -72,7 +73,8 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
       table.segments().grow_pages(*tail, wanted);
     }
   }
-  // Entries sorted by segment are pairs; counting keeps the readers of a segment in the order of rows.
+  // Entries sorted by segment are pairs; counting keeps the readers of a segment in the order of
+  // rows.
   std::vector<int32_t> next(segments_.size() + 1, 0);
   for (const ViewEntry& entry : entries_) ++next[static_cast<size_t>(entry.segment) + 1];
   for (size_t s = 1; s < next.size(); ++s) next[s] += next[s - 1];

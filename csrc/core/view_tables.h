@@ -1,5 +1,5 @@
-// Flat tables of the views of threads that each have one token queued: what a device needs to work out
-// step after step by itself, and the host's part of such a step.
+// Flat tables of the views of threads that each have one token queued: what a device needs to work
+// out step after step by itself, and the host's part of such a step.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ namespace apr {
 
 class ViewTables {
  public:
-  // Readies the tables for a step of these threads. False where the step is no ordinary one: it has more
-  // to run than one token a thread, or copies, or re-rotations that the model does not have. Throws
-  // kOutOfPages before anything is changed.
+  // Readies the tables for a step of these threads. False where the step is no ordinary one: it has
+  // more to run than one token a thread, or copies, or re-rotations that the model does not have.
+  // Throws kOutOfPages before anything is changed.
   bool refresh(ThreadTable& table, const std::vector<ThreadId>& threads);
   // Whether the last refresh made the tables anew: the device's copy is out of date.
   bool changed() const { return changed_; }

@@ -20,7 +20,7 @@ struct AttentionKind {
 
 // The GPU as the host needs to know it.
 struct GpuDevice {
-  int capability = 0;        // 90 for compute capability 9.0
+  int capability = 0;  // 90 for compute capability 9.0
   int multiprocessors = 0;
   int shared_per_block = 0;  // bytes that a block may ask for
   int shared_per_multiprocessor = 0;
@@ -57,14 +57,15 @@ struct ViewCapacity {
 // The same for views of which only lengths change from step to step.
 class GpuViews : public GpuPlan {
  public:
-  // Lays other views out in the same memory; `upload` is new. Throws std::invalid_argument where they do
-  // not fit.
+  // Lays other views out in the same memory; `upload` is new. Throws std::invalid_argument where
+  // they do not fit.
   virtual void update(const ViewArrays& views) = 0;
-  // The device's part before the layers: what each row sees now, the cut, where new tokens go ([rows of
-  // the capacity], -1 beyond the rows that there are) and the positions that they are written at; lengths
-  // grow by one.
+  // The device's part before the layers: what each row sees now, the cut, where new tokens go
+  // ([rows of the capacity], -1 beyond the rows that there are) and the positions that they are
+  // written at; lengths grow by one.
   virtual void step(void* tables, int64_t* slots, int64_t* positions, void* stream) const = 0;
-  // cos and sin [entries of the capacity, pairs, 2] of what `step` found; `inv_freq` [pairs] in device memory.
+  // cos and sin [entries of the capacity, pairs, 2] of what `step` found; `inv_freq` [pairs] in
+  // device memory.
   virtual void turn(void* tables, const double* inv_freq, int64_t pairs, float* cos_sin,
                     void* stream) const = 0;
 };

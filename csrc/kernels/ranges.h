@@ -19,13 +19,14 @@ APR_HOST_DEVICE inline int32_t floor_div(int32_t a, int32_t b) {
   return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0);
 }
 
-// A window or chunk as the kernels take it: one larger than any distance of positions hides nothing.
+// A window or chunk as the kernels take it: one larger than any distance of positions hides
+// nothing.
 inline int32_t bounded(int64_t tokens) {
   return static_cast<int32_t>(tokens < (int64_t{1} << 30) ? tokens : int64_t{1} << 30);
 }
 
-// Visible slots of row `i` of a run: the pair's range, causal in the own tail, cut by window and chunk
-// (0: none), which count view positions.
+// Visible slots of row `i` of a run: the pair's range, causal in the own tail, cut by window and
+// chunk (0: none), which count view positions.
 APR_HOST_DEVICE inline SlotRange visible_slots(const PlanPair& pair, const PlanRun& run, int32_t i,
                                                int32_t window, int32_t chunk) {
   int32_t lo = pair.lo, hi = pair.hi;

@@ -39,8 +39,7 @@ void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanA
       const int64_t first = std::max<int64_t>(row_begin - run.row_begin, 0);
       const int64_t end = std::min<int64_t>(row_end - run.row_begin, run.row_count);
       for (int64_t i = first; i < end; ++i) {
-        const SlotRange seen =
-            visible_slots(pair, run, static_cast<int32_t>(i), window, chunk);
+        const SlotRange seen = visible_slots(pair, run, static_cast<int32_t>(i), window, chunk);
         const Visit visit{static_cast<int32_t>(run.row_begin + i),
                           seen.lo,
                           seen.hi,

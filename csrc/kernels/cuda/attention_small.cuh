@@ -1,6 +1,6 @@
-// Attention of up to 32 rows on mma.sync, from compute capability 8.0 on. Each warp owns 16 of every
-// kWarps * 16 tokens and a ring of copies of its own, so that the loop over keys needs no barrier of the
-// block; warps merge once a span, in a fixed order.
+// Attention of up to 32 rows on mma.sync, from compute capability 8.0 on. Each warp owns 16 of
+// every kWarps * 16 tokens and a ring of copies of its own, so that the loop over keys needs no
+// barrier of the block; warps merge once a span, in a fixed order.
 #pragma once
 
 #include "kernels/cuda/spans.cuh"
@@ -12,12 +12,12 @@ struct SmallShape {
   static constexpr int kWarps = kDim > 128 ? 2 : 4;  // two fit 99 KB at 256 dimensions
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kRows = kRowTiles * 16;
-  static constexpr int kStep = kWarps * 16;            // tokens of a step of the block
-  static constexpr int kSteps = kTile / kStep;         // steps of a tile
-  static constexpr int kSlice = 16 * kDim * 2;         // bytes of a warp's keys, or values
+  static constexpr int kStep = kWarps * 16;     // tokens of a step of the block
+  static constexpr int kSteps = kTile / kStep;  // steps of a tile
+  static constexpr int kSlice = 16 * kDim * 2;  // bytes of a warp's keys, or values
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kRingBytes = kWarps * kStages * 2 * kSlice;
-  static constexpr int kPitch = kDim + 4;              // floats of a row of sums in the merge
+  static constexpr int kPitch = kDim + 4;  // floats of a row of sums in the merge
   static constexpr int kMergeBytes = kWarps * kRows * (kPitch + 2) * 4;
   static constexpr int kBody =
       kQueryBytes + kRingBytes > kMergeBytes ? kQueryBytes + kRingBytes : kMergeBytes;
@@ -67,8 +67,8 @@ class SmallAttention {
   }
 
  private:
-  // Keys and values of the warp's 16 tokens, while the queries are still on their way. Tokens that no
-  // row sees are zeros: what a page holds there may be no number, and 0 times that is none.
+  // Keys and values of the warp's 16 tokens, while the queries are still on their way. Tokens that
+  // no row sees are zeros: what a page holds there may be no number, and 0 times that is none.
   APR_DEVICE void fetch(int step, int stage, int end) {
     if (step < end) {
       const int slot = step * Shape::kStep + warp_ * 16;
@@ -98,8 +98,8 @@ class SmallAttention {
     const auto address = [this](int r, int column) {
       return shared_ + swizzled<kDim>(r, column / 8) + static_cast<uint32_t>(column % 8 * 2);
     };
-    gather_queries<T, Shape::kRows, kDim>(work_, item_, span_.head, thread_index(),
-                                          Shape::kThreads, address);
+    gather_queries<T, Shape::kRows, kDim>(work_, item_, span_.head, thread_index(), Shape::kThreads,
+                                          address);
     for (int r = thread_index(); r < Shape::kRows; r += Shape::kThreads) {
       const bool exists = r < item_.lanes;
       const int visit = exists ? lane_of(work_, item_, span_.head, r).visit : 0;
@@ -135,13 +135,15 @@ class SmallAttention {
 #pragma unroll 1
     for (int step = first; step < end; ++step) {
       copy_async_wait<kStages - 2>();
-      sync_warp();  // every lane's copies are there, and nobody still reads the stage that comes next
+      sync_warp();  // every lane's copies are there, and nobody still reads the stage that comes
+                    // next
       fetch(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1, end);
       const uint32_t keys = ring_ + static_cast<uint32_t>(stage * 2 * Shape::kSlice);
       float score[kRowTiles][2][4];
       scores(keys, score);
       const int slot = step * Shape::kStep + warp_ * 16;
-      // Stream-K may begin inside a step of 256 dimensions only at a whole tile, so no unit is cut here.
+      // Stream-K may begin inside a step of 256 dimensions only at a whole tile, so no unit is cut
+      // here.
       if (slot < reach_.all_lo || slot + 16 > reach_.all_hi) mask(slot, score);
       uint32_t weights[kRowTiles][4];
       soften(score, weights);
@@ -160,8 +162,8 @@ class SmallAttention {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
       uint32_t b[4];  // 16 tokens, 16 dimensions
-      load_matrices(b, keys + swizzled<kDim>((lane_ & 7) + ((lane_ >> 4) << 3),
-                                             k * 2 + ((lane_ >> 3) & 1)));
+      load_matrices(
+          b, keys + swizzled<kDim>((lane_ & 7) + ((lane_ >> 4) << 3), k * 2 + ((lane_ >> 3) & 1)));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         multiply_16x8x16<T>(score[m][0], q_[m][k], b[0], b[1]);
@@ -305,7 +307,8 @@ class SmallAttention {
           x += weight[w] * sums[(w * Shape::kRows + r) * Shape::kPitch + column];
         }
         if (direct) {
-          work_.out[out_at(work_, lane.row, lane.q_head) + column] = from_float<T>(x * inverse).bits;
+          work_.out[out_at(work_, lane.row, lane.q_head) + column] =
+              from_float<T>(x * inverse).bits;
         } else {
           work_.part_out[part * work_.head_dim_v + column] = x;
         }

@@ -1,6 +1,6 @@
-// Attention of up to 128 rows on wgmma, for compute capability 9.0. One thread keeps a ring of tiles full
-// by bulk copies; two groups of four warps consume it: each takes 64 rows, or, where an item has no more
-// than 64, every other tile, and they merge at the end of the span.
+// Attention of up to 128 rows on wgmma, for compute capability 9.0. One thread keeps a ring of
+// tiles full by bulk copies; two groups of four warps consume it: each takes 64 rows, or, where an
+// item has no more than 64, every other tile, and they merge at the end of the span.
 #pragma once
 
 #include "kernels/cuda/wide_ring.cuh"
@@ -100,7 +100,8 @@ class WideAttention {
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       const auto in_box = static_cast<uint32_t>(k % 4 * 32);
-      const uint32_t q = shared_ + static_cast<uint32_t>(k / 4 * Shape::kRows * 128 + row_base_ * 128);
+      const uint32_t q =
+          shared_ + static_cast<uint32_t>(k / 4 * Shape::kRows * 128 + row_base_ * 128);
       const uint32_t key = keys + static_cast<uint32_t>(k / 4 * Shape::kBoxBytes);
       multiply_shared<T>(score, matrix_descriptor(q + in_box, 1024),
                          matrix_descriptor(key + in_box, 1024), k > 0);
@@ -130,8 +131,8 @@ class WideAttention {
     products_commit();
   }
 
-  // Values that no row sees become zeros: what a page holds there may be no number, and 0 times that is
-  // none. Both groups may clear the same tile; they write the same.
+  // Values that no row sees become zeros: what a page holds there may be no number, and 0 times
+  // that is none. Both groups may clear the same tile; they write the same.
   APR_DEVICE void clear_unseen(uint32_t values, int slot) {
     if (slot >= reach_.lo && slot + kTile <= reach_.hi) return;
     for (int i = thread_; i < kTile * 8 * Shape::kBoxes; i += 128) {
@@ -285,8 +286,8 @@ class WideAttention {
             *reinterpret_cast<uint32_t*>(
                 work_.out.at(out_at(work_, lane.row, lane.q_head) + column, 2)) = pack<T>(x, y);
           } else {
-            *reinterpret_cast<float2*>(work_.part_out.at(part * work_.head_dim_v + column, 2)) = {x,
-                                                                                                  y};
+            *reinterpret_cast<float2*>(work_.part_out.at(part * work_.head_dim_v + column, 2)) = {
+                x, y};
           }
         }
       }
@@ -312,9 +313,9 @@ class WideAttention {
 };
 
 template <typename T, int kDim, int kStages>
-APR_KERNEL APR_BOUNDS(384, 1) attention_wide(APR_GRID_CONSTANT AttentionWork work,
-                                             APR_GRID_CONSTANT TensorMap keys,
-                                             APR_GRID_CONSTANT TensorMap values) {
+APR_KERNEL APR_BOUNDS(384, 1)
+    attention_wide(APR_GRID_CONSTANT AttentionWork work, APR_GRID_CONSTANT TensorMap keys,
+                   APR_GRID_CONSTANT TensorMap values) {
   using Shape = WideShape<kDim, kStages>;
   const uint32_t shared = shared_address(shared_memory());
   if (thread_index() == 0) {

@@ -1,14 +1,16 @@
-// What the kernel for many rows needs beyond primitives.cuh, from compute capability 9.0 on: bulk copies
-// of tensors (TMA), barriers in shared memory, matrix products of a group of four warps (wgmma).
+// What the kernel for many rows needs beyond primitives.cuh, from compute capability 9.0 on: bulk
+// copies of tensors (TMA), barriers in shared memory, matrix products of a group of four warps
+// (wgmma).
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"
 
 namespace apr::APR_GPU {
 
-// A matrix in shared memory as wgmma is told of it: rows of 128 bytes, whose 16-byte chunks are exchanged
-// by the row's number modulo eight, in atoms of eight rows. `stride` is the distance of two atoms in bytes.
-// (PTX ISA, "Matrix Descriptor" and "Shared Memory Matrix Layout", 128-byte swizzling.)
+// A matrix in shared memory as wgmma is told of it: rows of 128 bytes, whose 16-byte chunks are
+// exchanged by the row's number modulo eight, in atoms of eight rows. `stride` is the distance of
+// two atoms in bytes. (PTX ISA, "Matrix Descriptor" and "Shared Memory Matrix Layout", 128-byte
+// swizzling.)
 APR_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t stride) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   return kSwizzle128 | static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 16 |
@@ -65,7 +67,8 @@ APR_DEVICE void barrier_wait(uint32_t barrier, int parity) {
 
 // ---- bulk copies ----------------------------------------------------------------------------
 
-// A box of 64 tokens by 64 dimensions, in rows of 128 bytes as above; what lies beyond the tensor is 0.
+// A box of 64 tokens by 64 dimensions, in rows of 128 bytes as above; what lies beyond the tensor
+// is 0.
 APR_DEVICE void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int head, int page,
                          uint32_t barrier) {
   asm volatile(
@@ -94,8 +97,9 @@ APR_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// c [64, 64] (+)= a b with a [64, 16] and b [16, 64]. In `multiply_shared` both lie in shared memory with k
-// innermost (a by rows, b by columns); in `multiply_registers` a is in registers and b has k outermost.
+// c [64, 64] (+)= a b with a [64, 16] and b [16, 64]. In `multiply_shared` both lie in shared
+// memory with k innermost (a by rows, b by columns); in `multiply_registers` a is in registers and
+// b has k outermost.
 template <typename T>
 APR_DEVICE void multiply_shared(float (&c)[32], uint64_t a, uint64_t b, bool add);
 template <typename T>
@@ -107,25 +111,25 @@ APR_DEVICE void multiply_registers(float (&c)[32], const uint32_t (&a)[4], uint6
 #define APR_C8(i)                                                                             \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
       "+f"(c[i + 6]), "+f"(c[i + 7])
-#define APR_WGMMA(T, name)                                                                       \
-  template <>                                                                                    \
-  APR_DEVICE void multiply_shared<T>(float (&c)[32], uint64_t a, uint64_t b, bool add) {         \
-    asm volatile(                                                                                \
-        "{\n"                                                                                    \
-        ".reg .pred add;\n"                                                                      \
-        "setp.ne.b32 add, %34, 0;\n"                                                             \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " APR_C32                  \
-        ", %32, %33, add, 1, 1, 0, 0;\n"                                                         \
-        "}"                                                                                      \
-        : APR_C8(0), APR_C8(8), APR_C8(16), APR_C8(24)                                           \
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                           \
-  }                                                                                              \
-  template <>                                                                                    \
-  APR_DEVICE void multiply_registers<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {    \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " APR_C32         \
-                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                      \
-                 : APR_C8(0), APR_C8(8), APR_C8(16), APR_C8(24)                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+#define APR_WGMMA(T, name)                                                                    \
+  template <>                                                                                 \
+  APR_DEVICE void multiply_shared<T>(float (&c)[32], uint64_t a, uint64_t b, bool add) {      \
+    asm volatile(                                                                             \
+        "{\n"                                                                                 \
+        ".reg .pred add;\n"                                                                   \
+        "setp.ne.b32 add, %34, 0;\n"                                                          \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " APR_C32               \
+        ", %32, %33, add, 1, 1, 0, 0;\n"                                                      \
+        "}"                                                                                   \
+        : APR_C8(0), APR_C8(8), APR_C8(16), APR_C8(24)                                        \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                        \
+  }                                                                                           \
+  template <>                                                                                 \
+  APR_DEVICE void multiply_registers<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " APR_C32      \
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                   \
+                 : APR_C8(0), APR_C8(8), APR_C8(16), APR_C8(24)                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
   }
 APR_WGMMA(BFloat16, "bf16")
 APR_WGMMA(Float16, "f16")

@@ -1,5 +1,5 @@
-// Lays out the work of a plan for a GPU: visits, items and the kernel that suits them, as bytes to copy
-// to device memory and sizes of what the device adds.
+// Lays out the work of a plan for a GPU: visits, items and the kernel that suits them, as bytes to
+// copy to device memory and sizes of what the device adds.
 #include "kernels/cuda/layout.h"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ struct Draft {
 };
 
 // Rows that see something, segment by segment.
-Draft collect_visits(const PlanArrays& plan, const AttentionKind& kind, int64_t row_begin, int64_t row_end) {
+Draft collect_visits(const PlanArrays& plan, const AttentionKind& kind, int64_t row_begin,
+                     int64_t row_end) {
   Draft draft;
   const int32_t window = bounded(kind.window), chunk = bounded(kind.chunk);
   for (int64_t p = 0; p < plan.segment_pairs[plan.num_segments]; ++p) {
@@ -57,8 +58,8 @@ int64_t fullest_segment(const Draft& draft) {
   return most;
 }
 
-// Neighbours share an item while it has room and what they see is connected: each slot of its reach is
-// seen by one of them at least, so that no slot is read that nobody has written.
+// Neighbours share an item while it has room and what they see is connected: each slot of its reach
+// is seen by one of them at least, so that no slot is read that nobody has written.
 void collect_items(Draft& draft, int64_t group, int64_t item_rows) {
   const size_t count = draft.visits.size();
   const auto most = std::max<int64_t>(1, item_rows / group);
@@ -73,7 +74,8 @@ void collect_items(Draft& draft, int64_t group, int64_t item_rows) {
       reach = {std::min(reach.lo, next.seen.lo), std::max(reach.hi, next.seen.hi)};
     }
     const int64_t lanes = static_cast<int64_t>(end - first) * group;
-    for (size_t v = first; v < end; ++v) draft.visits[v].item = static_cast<int32_t>(draft.items.size());
+    for (size_t v = first; v < end; ++v)
+      draft.visits[v].item = static_cast<int32_t>(draft.items.size());
     for (int64_t lane = 0; lane < lanes; lane += item_rows) {
       Item item{};
       item.segment = draft.places[first].segment;
@@ -156,9 +158,9 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
     }
   }
   if (best == nullptr) {
-    throw std::invalid_argument(
-        "no GPU kernel for head_dim " + std::to_string(dim) + ": expected bfloat16 or float16 and a "
-        "multiple of 8 up to 256");
+    throw std::invalid_argument("no GPU kernel for head_dim " + std::to_string(dim) +
+                                ": expected bfloat16 or float16 and a "
+                                "multiple of 8 up to 256");
   }
   return *best;
 }
@@ -172,8 +174,8 @@ void set_grid(Layout& layout, const AttentionKind& kind, const GpuDevice& device
   layout.part_lanes = layout.alone_lanes + 2 * layout.grid * item_rows;
 }
 
-Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device, int64_t row_begin,
-               int64_t row_end) {
+Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device,
+               int64_t row_begin, int64_t row_end) {
   const int64_t group = kind.q_heads / kind.kv_heads;
   Draft draft = collect_visits(plan, kind, row_begin, row_end);
   Layout layout;
@@ -199,8 +201,7 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   }
 
   const Counts counts{static_cast<int32_t>(draft.items.size()),
-                      static_cast<int32_t>(draft.visits.size()),
-                      static_cast<int32_t>(row_end), 0};
+                      static_cast<int32_t>(draft.visits.size()), static_cast<int32_t>(row_end), 0};
   layout.num_visits = counts.visits;
   layout.num_items = counts.items;
   layout.num_rows = plan.num_rows;
@@ -228,7 +229,8 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   return layout;
 }
 
-std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device) {
+std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& kind,
+                                   const GpuDevice& device) {
   std::vector<Layout> passes;
   std::vector<std::pair<int64_t, int64_t>> open{{0, plan.num_rows}};
   while (!open.empty()) {

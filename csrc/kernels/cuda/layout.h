@@ -1,5 +1,5 @@
-// Lays out the work of a plan for a GPU: visits, items and the kernel that suits them, as bytes to copy
-// to device memory and sizes of what the device adds.
+// Lays out the work of a plan for a GPU: visits, items and the kernel that suits them, as bytes to
+// copy to device memory and sizes of what the device adds.
 #pragma once
 
 #include <string>
@@ -15,13 +15,13 @@ struct Layout {
   const Instance* instance = nullptr;
   std::vector<char> upload;
   int64_t counts = 0, visits = 0, items = 0, pairs = 0, runs = 0, segment_pages = 0, page_table = 0,
-          row_visits = 0, view_order = 0;              // copied
-  int64_t bounds = 0, reach = 0, prefix = 0;           // written by the device
-  int64_t bytes = 0;                                   // of the buffer
-  int64_t part_lanes = 0, alone_lanes = 0;             // of partial results
+          row_visits = 0, view_order = 0;     // copied
+  int64_t bounds = 0, reach = 0, prefix = 0;  // written by the device
+  int64_t bytes = 0;                          // of the buffer
+  int64_t part_lanes = 0, alone_lanes = 0;    // of partial results
   int64_t num_visits = 0, num_items = 0, num_pairs = 0, num_runs = 0, num_segments = 0,
           num_pages = 0, num_rows = 0, num_view_order = 0;  // capacities
-  int64_t rows = 0, entries = 0, segments = 0;         // of views: copied
+  int64_t rows = 0, entries = 0, segments = 0;              // of views: copied
   int64_t grid = 0;
   int64_t row_begin = 0, row_end = 0;
 
@@ -36,13 +36,14 @@ const std::vector<const Instance*>& instances();
 const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const GpuDevice& device);
 
 // Rows [row_begin, row_end) of a plan.
-Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device, int64_t row_begin,
-               int64_t row_end);
+Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device,
+               int64_t row_begin, int64_t row_end);
 // All rows, in as many passes as keep the partial results of each within bounds.
-std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& kind, const GpuDevice& device);
+std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& kind,
+                                   const GpuDevice& device);
 
-// Views, with room for others of the same capacity: which kernel runs, the grid and all offsets depend on
-// the capacity alone.
+// Views, with room for others of the same capacity: which kernel runs, the grid and all offsets
+// depend on the capacity alone.
 Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const GpuDevice& device,
                      const ViewCapacity& capacity);
 

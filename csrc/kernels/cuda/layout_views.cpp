@@ -1,5 +1,5 @@
-// Lays out the views of ordinary steps for a GPU: every entry is a visit, whether it shows something now or
-// not, since the device alone knows how lengths grow.
+// Lays out the views of ordinary steps for a GPU: every entry is a visit, whether it shows
+// something now or not, since the device alone knows how lengths grow.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -51,9 +51,10 @@ void add_items(Drafts& drafts, const ViewArrays& views, int64_t group, int64_t i
       alone &= views.rows[visit.row].num_entries == 1;
     }
     for (int64_t lane = 0; lane < (end - first) * group; lane += item_rows) {
-      drafts.items.push_back({segment, static_cast<int32_t>(first), static_cast<int32_t>(lane),
-                              static_cast<int32_t>(std::min(item_rows, (end - first) * group - lane)),
-                              drafts.lanes, alone ? 1 : 0});
+      drafts.items.push_back(
+          {segment, static_cast<int32_t>(first), static_cast<int32_t>(lane),
+           static_cast<int32_t>(std::min(item_rows, (end - first) * group - lane)), drafts.lanes,
+           alone ? 1 : 0});
       drafts.lanes += alone ? 0 : drafts.items.back().lanes;
     }
     first = end;
@@ -118,8 +119,10 @@ Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const G
   layout.items = writer.put(drafts.items.data(), all(drafts.items), items);
   layout.segment_pages =
       writer.put(drafts.first_pages.data(), all(drafts.first_pages), capacity.segments + 1);
-  layout.row_visits = writer.put(drafts.row_visits.data(), all(drafts.row_visits), capacity.rows + 1);
-  layout.view_order = writer.put(drafts.view_order.data(), all(drafts.view_order), capacity.entries);
+  layout.row_visits =
+      writer.put(drafts.row_visits.data(), all(drafts.row_visits), capacity.rows + 1);
+  layout.view_order =
+      writer.put(drafts.view_order.data(), all(drafts.view_order), capacity.entries);
   layout.rows = writer.put(views.rows, views.num_rows, capacity.rows);
   layout.entries = writer.put(views.entries, views.num_entries, capacity.entries);
   layout.segments = writer.put(views.segments, views.num_segments, capacity.segments);

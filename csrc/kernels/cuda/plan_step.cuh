@@ -1,5 +1,6 @@
-// The device planner: what each row sees, and the cut of all units into equal shares. One block, once
-// a step, for all layers of one kind; lengths may have changed since the host laid out the items.
+// The device planner: what each row sees, and the cut of all units into equal shares. One block,
+// once a step, for all layers of one kind; lengths may have changed since the host laid out the
+// items.
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"

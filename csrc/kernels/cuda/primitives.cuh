@@ -1,4 +1,5 @@
-// What kernels need of a GPU, by name: the instructions here, or the emulator's where there is no GPU.
+// What kernels need of a GPU, by name: the instructions here, or the emulator's where there is no
+// GPU.
 #pragma once
 
 #include "kernels/cuda/array.h"
@@ -39,7 +40,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-APR_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+APR_DEVICE float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
 APR_DEVICE float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 template <typename T>
 APR_DEVICE T from_float(float x);
@@ -75,10 +78,13 @@ APR_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 struct CosSin {
   float cos, sin;
 };
+// Reduced in double precision, to half turns: the float's functions then need no slow path.
 APR_DEVICE CosSin cos_sin_of(double angle) {
-  double sine, cosine;
-  sincos(angle, &sine, &cosine);
-  return {static_cast<float>(cosine), static_cast<float>(sine)};
+  const double half_turns = angle * 0.31830988618379067;
+  CosSin result;
+  sincospif(static_cast<float>(half_turns - 2.0 * rint(half_turns * 0.5)), &result.sin,
+            &result.cos);
+  return result;
 }
 
 // ---- barriers and shuffles ------------------------------------------------------------------
@@ -139,14 +145,14 @@ APR_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address, bool transpose
 // c += a b with a [16, 16], b [16, 8], c [16, 8] in float32.
 template <typename T>
 APR_DEVICE void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define APR_MMA(T, name)                                                                          \
-  template <>                                                                                     \
-  APR_DEVICE void multiply_16x8x16<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,         \
-                                      uint32_t b1) {                                              \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                           \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                 \
+#define APR_MMA(T, name)                                                                  \
+  template <>                                                                             \
+  APR_DEVICE void multiply_16x8x16<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                      uint32_t b1) {                                      \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                   \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));         \
   }
 APR_MMA(BFloat16, "bf16")
 APR_MMA(Float16, "f16")

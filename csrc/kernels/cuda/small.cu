@@ -18,7 +18,8 @@ void run(const AttentionWork& work, const Launch& launch) {
 }  // namespace
 
 extern const Instance APR_INSTANCE;
-const Instance APR_INSTANCE{APR_TEXT(APR_INSTANCE), kNumber<Number>, APR_DIM, APR_ROWS,
-                            APR_STAGES, false, Shape::kThreads, Shape::kSharedBytes, run};
+const Instance APR_INSTANCE{
+    APR_TEXT(APR_INSTANCE), kNumber<Number>,     APR_DIM, APR_ROWS, APR_STAGES, false,
+    Shape::kThreads,        Shape::kSharedBytes, run};
 
 }  // namespace apr::APR_GPU

@@ -1,5 +1,5 @@
-// What all attention kernels share: a block's spans of units, the gather of queries, the way results
-// are written.
+// What all attention kernels share: a block's spans of units, the gather of queries, the way
+// results are written.
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"
@@ -69,9 +69,9 @@ class Spans {
   int64_t next_, end_;
 };
 
-// The first lane of a partial result. (item, head) and block both only grow along the units, so that the
-// lanes of the one and whole items for the other add up to a place of its own for each span; items that are
-// alone leave at most two rests a block.
+// The first lane of a partial result. (item, head) and block both only grow along the units, so
+// that the lanes of the one and whole items for the other add up to a place of its own for each
+// span; items that are alone leave at most two rests a block.
 APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, int head, int64_t block,
                            bool begins, int64_t unit) {
   if (work.unit_tiles > 1) return unit * work.item_rows;
@@ -115,9 +115,10 @@ APR_DEVICE int64_t out_at(const AttentionWork& work, int row, int q_head) {
   return row * work.out_row_stride + q_head * work.out_head_stride;
 }
 
-// The query rows of an item to shared memory, turned by their rotation. `address(row, column)` is where
-// an element goes, in bytes; eight that begin at a multiple of eight lie together. Rows that do not exist
-// and columns from head_dim on are 0. All `threads` from thread 0 on take part and must meet afterwards.
+// The query rows of an item to shared memory, turned by their rotation. `address(row, column)` is
+// where an element goes, in bytes; eight that begin at a multiple of eight lie together. Rows that
+// do not exist and columns from head_dim on are 0. All `threads` from thread 0 on take part and
+// must meet afterwards.
 template <typename T, int kRows, int kDim, typename Address>
 APR_DEVICE void gather_queries(const AttentionWork& work, const Item& item, int head, int thread,
                                int threads, Address address) {

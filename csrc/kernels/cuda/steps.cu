@@ -1,16 +1,17 @@
 // Instantiates and starts the kernels that are not attention itself.
-#include "kernels/cuda/steps.h"
-
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/plan_step.cuh"
+#include "kernels/cuda/steps.h"
 #include "kernels/cuda/view_step.cuh"
 
 namespace apr::APR_GPU {
 namespace {
 
-int64_t blocks_for(int64_t items, int64_t of_a_block) { return (items + of_a_block - 1) / of_a_block; }
+int64_t blocks_for(int64_t items, int64_t of_a_block) {
+  return (items + of_a_block - 1) / of_a_block;
+}
 
 }  // namespace
 
@@ -40,16 +41,16 @@ void run_turn(const TurnWork& work, void* stream) {
 }
 
 void run_append(const AppendWork& work, void* stream) {
-  const int64_t chunks = static_cast<int64_t>(work.rows) * work.kv_heads *
-                         (work.head_dim_k + work.head_dim_v) / 8;
+  const int64_t chunks =
+      static_cast<int64_t>(work.rows) * work.kv_heads * (work.head_dim_k + work.head_dim_v) / 8;
   if (chunks > 0) {
     start(append_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
   }
 }
 
 void run_copy(const CopyWork& work, void* stream) {
-  const int64_t chunks = static_cast<int64_t>(work.count) * work.kv_heads *
-                         (work.head_dim_k + work.head_dim_v) / 8;
+  const int64_t chunks =
+      static_cast<int64_t>(work.count) * work.kv_heads * (work.head_dim_k + work.head_dim_v) / 8;
   if (chunks > 0) {
     start(copy_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
   }

@@ -1,5 +1,5 @@
-// What each row of an ordinary step sees, worked out on the device from the rows' views and the lengths so
-// far, by the rules of docs/semantics.md; then the lengths grow. No host takes part.
+// What each row of an ordinary step sees, worked out on the device from the rows' views and the
+// lengths so far, by the rules of docs/semantics.md; then the lengths grow. No host takes part.
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"
@@ -10,8 +10,8 @@ namespace apr::APR_GPU {
 inline constexpr int kViewThreads = 512;
 inline constexpr int kTurnThreads = 256;
 
-// How an entry moves the end of what stands before it: end -> max(end + add, least). Such maps compose, so
-// that a warp finds all offsets of a view by one scan.
+// How an entry moves the end of what stands before it: end -> max(end + add, least). Such maps
+// compose, so that a warp finds all offsets of a view by one scan.
 struct EndMap {
   int add, least;
 };
@@ -26,7 +26,8 @@ APR_DEVICE int apply(const EndMap& map, int end) {
 }
 
 // Tokens of an entry that its row sees in this step.
-APR_DEVICE int visible_end(const ViewEntry& entry, const ViewSegment& segment, bool own, bool current) {
+APR_DEVICE int visible_end(const ViewEntry& entry, const ViewSegment& segment, bool own,
+                           bool current) {
   if (own) return segment.length + 1;
   if (entry.hi != kLiveEnd) return entry.hi;
   return segment.length + (current && segment.writer >= 0 ? 1 : 0);
@@ -108,8 +109,8 @@ APR_KERNEL APR_BOUNDS(kViewThreads, 1) view_step(APR_GRID_CONSTANT ViewWork work
   }
 }
 
-// cos and sin of each pair's rotation. The product is taken in double precision and reduced there: at far
-// distances a float's angle would be off by more than its neighbour.
+// cos and sin of each pair's rotation. The product is taken in double precision: at far distances a
+// float's angle would be off by more than its neighbour.
 APR_KERNEL APR_BOUNDS(kTurnThreads, 1) turn_pairs(APR_GRID_CONSTANT TurnWork work) {
   const int64_t i = static_cast<int64_t>(block_index()) * kTurnThreads + thread_index();
   const auto pair = static_cast<int>(i / work.frequencies);

@@ -19,8 +19,8 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode encode_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                         &found),
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &found),
         "cuTensorMapEncodeTiled");
   if (found != cudaDriverEntryPointSuccess) {
     throw std::runtime_error("apr: this CUDA driver has no cuTensorMapEncodeTiled; update it");
@@ -36,10 +36,10 @@ TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, i
   const cuuint64_t strides[3] = {row * 2, row * 2 * page_size, row * 2 * page_size * heads};
   const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
   TensorMap map{};
-  const CUresult result = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<uint16_t*>(pool.data), sizes, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<uint16_t*>(pool.data), sizes,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("apr: cuTensorMapEncodeTiled failed with " + std::to_string(result));
   }
@@ -59,7 +59,8 @@ void run(const AttentionWork& work, const Launch& launch) {
 }  // namespace
 
 extern const Instance APR_INSTANCE;
-const Instance APR_INSTANCE{APR_TEXT(APR_INSTANCE), kNumber<Number>, APR_DIM, Shape::kRows,
-                            APR_STAGES, true, Shape::kThreads, Shape::kSharedBytes, run};
+const Instance APR_INSTANCE{APR_TEXT(APR_INSTANCE), kNumber<Number>,     APR_DIM,
+                            Shape::kRows,           APR_STAGES,          true,
+                            Shape::kThreads,        Shape::kSharedBytes, run};
 
 }  // namespace apr::APR_GPU

@@ -1,5 +1,5 @@
-// The ring of tiles that feeds attention_wide.cuh: its layout in shared memory, and the thread that keeps it
-// full by bulk copies.
+// The ring of tiles that feeds attention_wide.cuh: its layout in shared memory, and the thread that
+// keeps it full by bulk copies.
 #pragma once
 
 #include "kernels/cuda/bulk.cuh"
@@ -46,7 +46,8 @@ APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
   return {first > used_first ? first : used_first, end < used_end ? end : used_end};
 }
 
-// Where the ring stands: the same sequence of stages for the thread that fills and those that empty it.
+// Where the ring stands: the same sequence of stages for the thread that fills and those that empty
+// it.
 template <int kStages>
 struct Ring {
   int stage = 0, parity = 0;

@@ -1,5 +1,5 @@
-// The work of one attention call on a GPU: what the host lays out, what the device planner fills in,
-// and what kernels are given.
+// The work of one attention call on a GPU: what the host lays out, what the device planner fills
+// in, and what kernels are given.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,10 @@
 
 namespace apr::APR_GPU {
 
-inline constexpr int kTile = 64;           // tokens of a tile, the unit of work
-inline constexpr int kInvariantTiles = 8;  // tiles of a unit where bits must not depend on neighbours
-inline constexpr int kLeastTiles = 4;      // of a block: fewer partial results are worth idle blocks
+inline constexpr int kTile = 64;  // tokens of a tile, the unit of work
+inline constexpr int kInvariantTiles =
+    8;                                 // tiles of a unit where bits must not depend on neighbours
+inline constexpr int kLeastTiles = 4;  // of a block: fewer partial results are worth idle blocks
 
 // One query row looking at one segment.
 struct Visit {
@@ -22,15 +23,15 @@ struct Visit {
   int32_t item;  // that holds the visit's first lane
 };
 
-// Lanes (visits x query heads of a group) that read a segment together. `first_lane` counts from the
-// first lane of `first_visit`: a group larger than an item is cut.
+// Lanes (visits x query heads of a group) that read a segment together. `first_lane` counts from
+// the first lane of `first_visit`: a group larger than an item is cut.
 struct Item {
   int32_t segment;
   int32_t first_visit;
   int32_t first_lane;
   int32_t lanes;
   int32_t lanes_before;  // of the items before this one that are not `alone`
-  int32_t alone;          // its rows see this one segment only
+  int32_t alone;         // its rows see this one segment only
 };
 
 // What the device planner finds out.
@@ -58,16 +59,16 @@ struct AttentionWork {
   Array<const PlanPair> pairs;
   Array<const PlanRun> runs;
   Array<const int32_t> segment_pages, page_table;
-  Array<const int32_t> row_visits;   // [rows + 1] first entry of each row in `view_order`
-  Array<const int32_t> view_order;   // visits of each row, in the order of its view
+  Array<const int32_t> row_visits;  // [rows + 1] first entry of each row in `view_order`
+  Array<const int32_t> view_order;  // visits of each row, in the order of its view
   // By the planner.
-  Array<Bounds> bounds;    // [visits]
-  Array<Reach> reach;      // [items]
-  Array<int32_t> prefix;   // [items + 1] units of one kv head before each item
+  Array<Bounds> bounds;   // [visits]
+  Array<Reach> reach;     // [items]
+  Array<int32_t> prefix;  // [items + 1] units of one kv head before each item
   // Partial results of a lane: [head_dim_v] unnormalised, and (max in base 2, sum).
   Array<float> part_out, part_sum;
-  int64_t alone_lanes;   // where those of items that are alone begin: two items a block
-  int32_t grid;          // blocks of the attention kernel
+  int64_t alone_lanes;  // where those of items that are alone begin: two items a block
+  int32_t grid;         // blocks of the attention kernel
 
   // Tensors.
   Array<const uint16_t> q, k, v;
@@ -80,11 +81,11 @@ struct AttentionWork {
   int32_t page_shift, num_pages;
   int32_t rotation_first, rotation_pairs, interleaved;
   int32_t window, chunk;
-  int32_t unit_tiles;  // 1, or kInvariantTiles
-  int32_t item_rows;   // lanes of an item at most
+  int32_t unit_tiles;            // 1, or kInvariantTiles
+  int32_t item_rows;             // lanes of an item at most
   int32_t row_begin, row_count;  // rows to write; those from counts.rows on become zeros
-  float factor;   // makes scores logarithms to base 2, or the softcap's argument
-  float softcap;  // 0: none
+  float factor;                  // makes scores logarithms to base 2, or the softcap's argument
+  float softcap;                 // 0: none
 };
 
 // What the view kernels are given.
@@ -94,8 +95,8 @@ struct ViewWork {
   Array<const ViewEntry> entries;
   Array<ViewSegment> segments;  // lengths grow
   Array<const int32_t> page_table;
-  Array<PlanRun> runs;          // [rows]
-  Array<PlanPair> pairs;        // [entries]
+  Array<PlanRun> runs;              // [rows]
+  Array<PlanPair> pairs;            // [entries]
   Array<int64_t> slots, positions;  // [row_capacity]
   int32_t row_capacity, page_shift;
 };

@@ -29,7 +29,8 @@ bool broadcast_works(bool meet) {
 
 // A copy in the background that is read at once; with `wait` after it has come.
 void copy_and_read(bool wait, Array<const uint16_t> from, Array<int> seen) {
-  const uint32_t shared = shared_address(shared_memory()) + static_cast<uint32_t>(thread_index() * 16);
+  const uint32_t shared =
+      shared_address(shared_memory()) + static_cast<uint32_t>(thread_index() * 16);
   copy_async16(shared, from, thread_index() * 8, true);
   copy_async_commit();
   if (wait) copy_async_wait<0>();

@@ -6,7 +6,8 @@
 
 namespace apr::cuda_emulated {
 
-// A tensor [pages, kv_heads, tokens, dims] of 16-bit numbers, in boxes of 64 tokens by 64 dimensions.
+// A tensor [pages, kv_heads, tokens, dims] of 16-bit numbers, in boxes of 64 tokens by 64
+// dimensions.
 struct TensorMap {
   const uint16_t* base;
   int64_t dims, tokens, heads, pages;
@@ -39,7 +40,8 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
       for (int c = 0; c < 64; ++c) {
         uint16_t value = 0;
         if (token + r < map.tokens && dim + c < map.dims) {
-          value = map.base[((page * map.heads + head) * map.tokens + token + r) * map.dims + dim + c];
+          value =
+              map.base[((page * map.heads + head) * map.tokens + token + r) * map.dims + dim + c];
         }
         // 16-byte chunks change places by bits 7 to 9 of the address.
         std::memcpy(target + r * 128 + ((c / 8 ^ (r & 7)) * 16) + c % 8 * 2, &value, 2);
@@ -63,7 +65,8 @@ void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
 
-// Element (outer, inner) of a matrix that a descriptor tells of: `inner` runs along the rows of 128 bytes.
+// Element (outer, inner) of a matrix that a descriptor tells of: `inner` runs along the rows of 128
+// bytes.
 template <typename T>
 float matrix_element(Block& b, uint64_t descriptor, int outer, int inner) {
   if (descriptor >> 62 != 1) throw Fault("wgmma: not the descriptor of 128-byte swizzling");
@@ -100,8 +103,8 @@ void compute(Block& b, GroupProduct& job) {
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < 64; ++i) {
       if (!job.in_registers) a[i][k] = matrix_element<T>(b, job.a, i, k);
-      bm[k][i] = job.in_registers ? matrix_element<T>(b, job.b, k, i)
-                                  : matrix_element<T>(b, job.b, i, k);
+      bm[k][i] =
+          job.in_registers ? matrix_element<T>(b, job.b, k, i) : matrix_element<T>(b, job.b, i, k);
     }
   }
   for (int thread = 0; thread < 128; ++thread) {

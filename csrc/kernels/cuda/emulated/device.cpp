@@ -1,5 +1,6 @@
 // Which GPU is emulated: a small one, so that small problems are cut like large ones.
 #include "kernels/cuda/device.h"
+
 #include "kernels/cuda/emulated/emulator.h"
 
 namespace apr {

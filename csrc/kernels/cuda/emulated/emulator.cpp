@@ -3,12 +3,13 @@
 #undef _FORTIFY_SOURCE  // its longjmp takes a change of stacks for an attack
 #include "kernels/cuda/emulated/emulator.h"
 
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstring>
 #include <deque>
 #include <exception>
 #include <numeric>
-#include <ucontext.h>
 
 namespace apr::cuda_emulated {
 namespace {
@@ -136,7 +137,8 @@ void Block::run(const std::function<void()>& body) {
   for (const auto& fiber : fibers_) {
     for (int kind = 0; kind < kKinds; ++kind) {
       for (const auto& group : fiber->groups[kind]) {
-        if (!group.empty()) throw Fault("a thread ended with asynchronous work that nobody awaited");
+        if (!group.empty())
+          throw Fault("a thread ended with asynchronous work that nobody awaited");
       }
       if (!fiber->open[kind].empty()) throw Fault("a thread ended with uncommitted work");
     }

@@ -56,8 +56,8 @@ class Block {
   uint32_t shared_address(const void* pointer) const;
   char* shared_at(uint32_t address, int64_t bytes, int64_t alignment);
 
-  // Asynchronous work: runs at once, later, or when somebody must wait for it. Work of one thread is
-  // completed in groups (cp.async, wgmma); free work (TMA) completes by itself.
+  // Asynchronous work: runs at once, later, or when somebody must wait for it. Work of one thread
+  // is completed in groups (cp.async, wgmma); free work (TMA) completes by itself.
   enum Kind { kCopy, kProduct, kKinds };
   void start(Kind kind, std::function<void()> work);
   void commit(Kind kind);

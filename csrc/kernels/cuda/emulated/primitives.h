@@ -1,5 +1,6 @@
 // The primitives of primitives.cuh, executed by the emulator: what each instruction does to the
-// registers of its warp, to shared memory and to barriers, as the PTX manual (ISA 8.0 and later) has it.
+// registers of its warp, to shared memory and to barriers, as the PTX manual (ISA 8.0 and later)
+// has it.
 #pragma once
 
 #include <cmath>
@@ -37,8 +38,9 @@ template <typename T>
 struct Shared {
   uint32_t address;
   T& operator[](int64_t i) const {
-    return *reinterpret_cast<T*>(block().shared_at(
-        static_cast<uint32_t>(address + i * static_cast<int64_t>(sizeof(T))), sizeof(T), sizeof(T)));
+    return *reinterpret_cast<T*>(
+        block().shared_at(static_cast<uint32_t>(address + i * static_cast<int64_t>(sizeof(T))),
+                          sizeof(T), sizeof(T)));
   }
 };
 template <typename T>
@@ -142,8 +144,8 @@ T shuffle_xor(T value, int mask) {
 }
 template <typename T>
 T shuffle_up(T value, int by) {
-  return shuffle(value, [](int lane, int n) { return lane >= n ? lane - n : lane; }, by,
-                 "shuffle_up");
+  return shuffle(
+      value, [](int lane, int n) { return lane >= n ? lane - n : lane; }, by, "shuffle_up");
 }
 template <typename T>
 T shuffle_from(T value, int source) {

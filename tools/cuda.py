@@ -1,0 +1,123 @@
+"""Compiles attention kernels with nvcc and reads what ptxas says: fails where registers spill.
+
+Without arguments the main instances (head_dim 64 and 128 in bfloat16); with --all every one, and a table of
+registers, shared memory and seconds in the file given by --record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+NUMBERS = {"bf16": "BFloat16", "fp16": "Float16"}
+ARCHITECTURES = {"small": ["80", "90a"], "wide": ["90a"], "steps": ["80", "90a"]}
+
+
+class Compiled(NamedTuple):
+    name: str
+    architecture: str
+    registers: int
+    spilled: int  # bytes of spills and of the stack
+    seconds: float
+    complaints: list[str]
+
+
+def instances() -> list[tuple[str, str, list[str]]]:
+    """(source, name, definitions) of each instance, as instances.cmake lists them."""
+    lists = re.findall(r"foreach\(shape ([^)]*)\)", (KERNELS / "instances.cmake").read_text())
+    found = []
+    for number, kind in ((n, k) for n in NUMBERS for k in range(len(lists))):
+        source = ("small", "wide")[kind]
+        for shape in lists[kind].split():
+            dim, rows, stages = shape.split("_")
+            name = f"{source}_{number}_{shape}"
+            defines = [f"APR_NUMBER={NUMBERS[number]}", f"APR_DIM={dim}", f"APR_STAGES={stages}"]
+            found.append((source, name, [*defines, f"APR_ROWS={rows}", f"APR_INSTANCE={name}"]))
+    return found
+
+
+def compile_one(source: str, name: str, defines: list[str], architecture: str) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        command += [f"-D{d}" for d in defines]
+        command += ["-c", str(KERNELS / f"{source}.cu"), "-o", f"{folder}/object.o"]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        raise SystemExit(f"{name}, sm_{architecture}:\n{text[-3000:]}")
+    spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)
+    registers = re.findall(r"Used (\d+) registers", text)
+    complaints = [line for line in text.splitlines() if "warning" in line.lower()]
+    return Compiled(
+        name,
+        architecture,
+        max(map(int, registers)),
+        sum(map(int, spilled)),
+        time.perf_counter() - began,
+        complaints,
+    )
+
+
+def shared_bytes() -> dict[str, int]:
+    """Dynamic shared memory of each instance, where a build of apr with emulation or CUDA is installed."""
+    from apr import _core
+
+    backend = _core.gpu(True) or _core.gpu(False)
+    return {k.name: k.shared_bytes for k in backend.kernels} if backend else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every instance")
+    parser.add_argument("--record", type=Path, help="write a table here")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        print("cuda.py: no nvcc on PATH; the CUDA kernels cannot be compiled", file=sys.stderr)
+        return 1
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    shared = shared_bytes()
+    work = [("steps", "steps", [])]
+    work += [x for x in instances() if options.all or re.match(r"\w+_bf16_(64|128)_", x[1])]
+    tasks = [(*one, arch) for one in work for arch in ARCHITECTURES[one[0]]]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda task: compile_one(*task), tasks))
+    lines = ["| kernel | sm | registers | spilled bytes | shared memory, bytes | seconds |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for one in results:
+        size = f"{shared[one.name]:,}" if one.name in shared else ""
+        lines.append(
+            f"| {one.name} | {one.architecture} | {one.registers} | {one.spilled} | {size} | "
+            f"{one.seconds:.0f} |"
+        )
+    print("\n".join(lines))
+    bad = [r for r in results if r.spilled or r.complaints]
+    for one in bad:
+        print(f"{one.name}, sm_{one.architecture}: {one.spilled} bytes spilled", *one.complaints)
+    if options.record:
+        release = next(iter(re.findall(r"release [\d.]+, V[\d.]+", version)), "unknown")
+        options.record.write_text(
+            "# All CUDA kernels, compiled\n\n"
+            f"`make cuda-all`, {time.strftime('%Y-%m-%d')}, nvcc {release}, {len(results)} objects in "
+            f"{time.perf_counter() - began:.0f} s with {options.jobs} at a time. Compiled, not run.\n\n"
+            + "\n".join(lines)
+            + "\n"
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
