@@ -113,6 +113,9 @@ class Machine:
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     kernels: str = field(default_factory=lambda: ops.kernels().chosen)
     torch: str = field(default_factory=lambda: torch.__version__)
+    gpu: str = field(
+        default_factory=lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    )
     load: float = field(default_factory=lambda: round(os.getloadavg()[0], 2))
 
     def __str__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import harness, kernels, sessions
+from apr.bench import gpu, harness, kernels, sessions
 from apr.errors import InvalidInput
 
 BENCHES = {
@@ -17,6 +17,7 @@ BENCHES = {
     "threads": sessions.bench_threads,
     "pages": sessions.bench_pages,
     "width": kernels.bench_width,
+    "gpu": gpu.bench_gpu,
 }
 
 
