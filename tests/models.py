@@ -33,7 +33,7 @@ class Family:
     window: int | None = None
 
 
-_COMMON: dict[str, Any] = dict(
+COMMON: dict[str, Any] = dict(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
@@ -47,14 +47,14 @@ _COMMON: dict[str, Any] = dict(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaConfig(**_COMMON), 10000.0),
-    "qwen2": Family(Qwen2Config(**_COMMON), 10000.0),
-    "qwen3": Family(Qwen3Config(**_COMMON, head_dim=24), 10000.0),
-    "mistral": Family(MistralConfig(**_COMMON, sliding_window=7), 10000.0, window=7),
-    "phi3": Family(Phi3Config(**_COMMON), 10000.0),
-    "cohere": Family(CohereConfig(**_COMMON), 500000.0, interleaved=True),
+    "llama": Family(LlamaConfig(**COMMON), 10000.0),
+    "qwen2": Family(Qwen2Config(**COMMON), 10000.0),
+    "qwen3": Family(Qwen3Config(**COMMON, head_dim=24), 10000.0),
+    "mistral": Family(MistralConfig(**COMMON, sliding_window=7), 10000.0, window=7),
+    "phi3": Family(Phi3Config(**COMMON), 10000.0),
+    "cohere": Family(CohereConfig(**COMMON), 500000.0, interleaved=True),
     "mixtral": Family(
-        MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2), 1000000.0
+        MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2), 1000000.0
     ),
     "gpt2": Family(
         GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=VOCAB), None

@@ -6,6 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
+from conftest import traps
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "apr"
 
@@ -106,6 +110,14 @@ def test_every_file_says_what_it_owns():
         assert ast.get_docstring(ast.parse(path.read_text())), path
     for path in sources("."):
         assert path.read_text().startswith("//"), path
+
+
+def test_every_trap_is_covered(request):
+    """The traps of docs/kernels.md, by the marks of the tests that were collected; 15 wants a GPU to run."""
+    if any(not p.name.startswith("tests") for p in map(Path, request.config.args)):
+        pytest.skip("only with the whole suite")
+    covered = traps(request.session.items)
+    assert set(covered) == set(range(1, 17)), sorted(set(range(1, 17)) - set(covered))
 
 
 def test_files_stay_readable():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import apr
 from apr import ops
-from models import CLOSE, FAMILIES, FAR, distance, stock, tokens
+from models import CLOSE, COMMON, FAMILIES, FAR, distance, random_weights, stock, tokens
 from token_loop import Row, TokenLoop
 
 PROMPT, A, B, C = tokens(11, 0), tokens(9, 1), tokens(6, 2), tokens(5, 3)
@@ -119,6 +120,30 @@ def test_join_at_max(family):
     causal = torch.full(mask.shape, torch.finfo(torch.float32).min).triu(1)
     wrong = stock(model, ids, position_ids=positions, attention_mask=causal)
     assert distance(got, wrong[-1]) > FAR
+
+
+@pytest.mark.trap(11)
+def test_yarn_scales_queries_and_keys_once(without_rotation):
+    """YaRN stretches attention by a factor that sits in the rotated q and k: turning again must not repeat it."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+    }
+    model = random_weights(LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters=rope)))
+    want = stock(model, PROMPT + A)[-1]
+
+    def run(base):
+        with apr.Session(model, max_tokens=2048) as s:
+            head, tail = s.segment(PROMPT), s.region(base=base)
+            thread = s.thread(view=[head, tail], writes=tail)
+            thread.extend(A)
+            return distance(s.step([thread])[0], want)
+
+    assert run(base=700) < CLOSE
+    without_rotation()
+    assert run(base=700) > FAR
 
 
 def test_join_at_sum(rotary, without_rotation):

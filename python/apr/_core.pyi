@@ -31,6 +31,7 @@ __all__: list[str] = [
     "plan",
     "populate",
     "read",
+    "run_broken_kernel",
     "set_emulated_device",
     "use_huge_pages",
 ]
@@ -479,11 +480,13 @@ def read(
     count: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> float: ...
+def run_broken_kernel(name: str) -> str: ...
 def set_emulated_device(
     capability: typing.SupportsInt | typing.SupportsIndex,
     multiprocessors: typing.SupportsInt | typing.SupportsIndex,
     shared_per_block: typing.SupportsInt | typing.SupportsIndex,
     shared_per_multiprocessor: typing.SupportsInt | typing.SupportsIndex,
+    most_part_bytes: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def use_huge_pages(

@@ -21,6 +21,11 @@ MOST_HEAD_DIM = 256
 EMULATED = "cuda_emulated"  # the name by which machine.use_kernels knows it
 
 
+def built(emulated: bool = False) -> _core.GpuBackend | None:
+    """The CUDA kernels of this build, or the emulated GPU; None where it has none."""
+    return _core.gpu(emulated)
+
+
 def backend(device: torch.device) -> _core.GpuBackend | None:
     """The GPU back-end that serves tensors of a device; None where the CPU kernels do.
 

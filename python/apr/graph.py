@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apr import _core, gpu, ops
+from apr.errors import InvalidInput
 from apr.hf import Attachment, check_finite
 from apr.ops import Rotation
 
@@ -197,3 +198,16 @@ class StepGraphs:
     def forget(self) -> None:
         """The step does not count; the device's lengths are renewed before the next."""
         self._views.forget()
+
+
+def step_graphs(
+    wanted: bool | None, attachment: Attachment, pools: Sequence[ops.Pool], invariant: bool
+) -> StepGraphs | None:
+    """What replays a session's steps, where that is wanted; raises InvalidInput where there is no GPU."""
+    backend = gpu.backend(attachment.spec.device)
+    if wanted and backend is None:
+        raise InvalidInput(
+            f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a GPU; "
+            "leave it None"
+        )
+    return StepGraphs(backend, attachment, pools, invariant) if wanted and backend else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr import _core, gpu, ops
+from apr import _core, ops
 from apr._self_test import self_test as run_self_test
 from apr.arena import Arena, make_pools, pages_for
 from apr.errors import (
@@ -20,7 +20,7 @@ from apr.errors import (
     ForeignThread,
     InvalidInput,
 )
-from apr.graph import StepGraphs
+from apr.graph import step_graphs
 from apr.hf import Attachment
 from apr.probe import ModelSpec
 from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
@@ -73,7 +73,7 @@ class Session:
                     run_self_test(small)
                 self.attachment.tested = True
             self._make_pools(max_tokens)
-            self._graphs = self._make_graphs(cuda_graphs)
+            self._graphs = step_graphs(cuda_graphs, self.attachment, self.pools, invariant)
         except BaseException:
             self.attachment.close()
             raise
@@ -81,6 +81,7 @@ class Session:
         self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self._requests = 0
         self._stepping = False
+        self._replayed: list[int] = []
         self._stats = Stats()
 
     def _make_pools(self, max_tokens: int | None) -> None:
@@ -89,17 +90,6 @@ class Session:
         self._table = _core.ThreadTable(pages, self.page_size, self.spec.can_rotate)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
-
-    def _make_graphs(self, wanted: bool | None) -> StepGraphs | None:
-        backend = gpu.backend(self.spec.device)
-        if wanted and backend is None:
-            raise InvalidInput(
-                f"cuda_graphs: got True for a model on {self.spec.device}; expected one on a GPU; "
-                "leave it None"
-            )
-        if not wanted or backend is None:
-            return None
-        return StepGraphs(backend, self.attachment, self.pools, self.invariant)
 
     @property
     def spec(self) -> ModelSpec:
@@ -244,14 +234,13 @@ class Session:
     def _check_step(self, threads: Sequence[Thread]) -> list[int]:
         if isinstance(threads, Thread):
             raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
-        numbers = []
         for thread in threads:
             if not isinstance(thread, Thread) or thread.session is not self:
                 raise ForeignThread(
                     f"step: got {thread!r}, which is not a thread of this session; step it in the "
                     "session that made it"
                 )
-            numbers.append(thread._id)
+        numbers = [thread._id for thread in threads]
         if not numbers:
             raise InvalidInput("step: got no threads; expected at least one")
         if len(set(numbers)) != len(numbers):
@@ -266,16 +255,17 @@ class Session:
         """
         numbers = self._check_step(threads)
         table = self._edit()
-        held = [t._logits is not None for t in threads]
+        held = [t._step_logits is not None for t in threads]
         began = self.trace.clock()
         self._stepping = True
         try:
             logits = None if any(held) else self._replay_step(table, numbers)
             if logits is not None:
-                for stepped_thread, row in zip(threads, logits.unbind(0), strict=True):
-                    stepped_thread._logits = row
+                self._let_rows_go(numbers)
+                for row, stepped_thread in enumerate(threads):
+                    stepped_thread._step_logits, stepped_thread._row = logits, row
                 self.trace.step(numbers, len(numbers), began)
-                return logits
+                return logits.clone()  # the caller's own: samplers write into it
             fresh, counts = self._run_step(table, numbers, held)
         finally:
             self._stepping = False
@@ -292,6 +282,17 @@ class Session:
         if len(rows) != len(threads):
             raise Error("step: a thread came out without logits; please report this")
         return torch.stack(rows)
+
+    def _let_rows_go(self, numbers: list[int]) -> None:
+        """Threads that were in the last replayed step and are not in this one keep a row of their own, not
+        the whole step's tensor."""
+        if numbers == self._replayed:
+            return
+        for number in set(self._replayed).difference(numbers):
+            thread = self._threads.get(number)
+            if thread is not None:
+                thread._logits = thread.logits
+        self._replayed = numbers
 
     def _begin(self, threads: Sequence[Thread], step_tokens: int) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`); it must commit or roll back."""

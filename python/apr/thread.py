@@ -113,7 +113,8 @@ class Thread:
         self.seed_path = seed_path
         self.label: str | None = None
         self._forks = 0
-        self._logits: Tensor | None = None
+        self._step_logits: Tensor | None = None  # [threads, vocab] of a step, of which _row is ours
+        self._row = 0
         self._generator: torch.Generator | None = None
 
     def __del__(self) -> None:
@@ -123,6 +124,15 @@ class Thread:
         if not self.alive:
             return f"<Thread {self._id}, released>"
         return f"<Thread {self._id}, {len(self)} tokens, position {self.position}>"
+
+    @property
+    def _logits(self) -> Tensor | None:
+        """[vocab], where they are held; a view, made only when it is asked for."""
+        return None if self._step_logits is None else self._step_logits[self._row]
+
+    @_logits.setter
+    def _logits(self, logits: Tensor | None) -> None:
+        self._step_logits, self._row = None if logits is None else logits[None], 0
 
     # ---- edits ----------------------------------------------------------------------------------
 
@@ -227,7 +237,8 @@ class Thread:
 
         Children inherit them.
         """
-        return None if self._logits is None else self._logits.clone()
+        held = self._logits
+        return None if held is None else held.clone()
 
     @property
     def visibility(self) -> str:

@@ -1,4 +1,4 @@
-"""Tree attention on a GPU beside its peers and the byte floor, prefill, and steps by captured graphs.
+"""Tree attention on a GPU beside its peers and the byte floor, prefill, and steps by captured graphs with their host work.
 
 Without a GPU `--smoke` runs everything on the emulated one, where times mean nothing.
 """
@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import apr
-from apr import _core, machine, ops
+from apr import gpu, machine, ops
 from apr.bench import gpu_problems
 from apr.bench.gpu_peers import PEERS, CannotRun, Step
 from apr.bench.gpu_problems import Problem
 from apr.bench.harness import Figure
 from apr.bench.sessions import small_llama
 from apr.errors import InvalidInput
-from apr.gpu import EMULATED
 from apr.ops import View
 
 SHAPES = [(4096, 4, 256), (8192, 16, 512), (32768, 16, 1024), (32768, 64, 2048), (131072, 16, 2048)]
@@ -145,7 +144,6 @@ def _planner(problem: Problem, clock: Clock) -> list[float]:
     step, plan = ours(problem, rotated=False)
     step(0)
     (passes,) = plan.on_gpu._passes.values()
-    from apr import gpu
 
     def prepare() -> None:
         for core, tables, _ in passes:
@@ -271,36 +269,11 @@ def _host_part(session: apr.Session, kids: list[apr.Thread]) -> Figure:
     return figure
 
 
-def host_work(threads: int, rounds: int) -> Figure:
-    """What the core does on the host for an ordinary step: tables, page grants, ids; no launch, no sampling."""
-    table = _core.ThreadTable(64 * threads, 64, True)
-    root = table.create(list(range(40)))
-    numbers = table.fork(root, threads)
-    for number in numbers:
-        table.extend(number, [1])
-    step = _core.Step(table, numbers, [False] * threads, 1 << 30)
-    while step.next():
-        pass
-    step.commit()
-    views, times = _core.ViewTables(), []
-    for _ in range(rounds):
-        for number in numbers:
-            table.extend(number, [1])
-        began = time.perf_counter()
-        if not views.refresh(table, numbers):
-            raise InvalidInput("bench gpu: a step of one token a thread was no ordinary one")
-        ids = views.ids
-        views.commit()
-        times.append((time.perf_counter() - began) * 1e6)
-        assert len(ids) == threads
-    return Figure(f"host work of a step of {threads} threads", times, facts={"kind": "host"})
-
-
 @torch.no_grad()
 def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
-    """All of it: a decode step's attention at each shape, prefill, steps, host work."""
-    on_gpu = torch.cuda.is_available() and _core.gpu(False) is not None
-    if not on_gpu and not (options.smoke and _core.gpu(True) is not None):
+    """All of it: a decode step's attention at each shape, prefill, steps."""
+    on_gpu = torch.cuda.is_available() and gpu.built() is not None
+    if not on_gpu and not (options.smoke and gpu.built(emulated=True) is not None):
         raise InvalidInput(
             "bench gpu: no GPU, or no CUDA kernels in this build (python -m apr info); with --smoke a build "
             "with APR_EMULATION=ON shows that it runs"
@@ -310,7 +283,7 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
     shapes, heads_list, layers = SHAPES, HEADS, LAYERS
     if options.smoke:
         shapes, heads_list, layers = [(256, 3, 64)], [(4, 2, 64)], 2
-    machine.use_kernels("" if on_gpu else EMULATED)
+    machine.use_kernels("" if on_gpu else gpu.EMULATED)
     try:
         rates = copy_rate(clock), product_rate(clock)
         print(
@@ -335,6 +308,3 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
         yield from _steps(clock, 4 if options.smoke else 64, 10 if options.smoke else 200)
     finally:
         machine.use_kernels()
-    figure = host_work(64, options.rounds)
-    print(figure.line())
-    yield figure
