@@ -262,19 +262,19 @@ class Session:
             logits = None if any(held) else self._replay_step(table, numbers)
             if logits is not None:
                 self._let_rows_go(numbers)
-                for row, stepped_thread in enumerate(threads):
-                    stepped_thread._step_logits, stepped_thread._row = logits, row
+                for place, stepped in enumerate(threads):
+                    stepped._step_logits, stepped._row = logits, place
                 self.trace.step(numbers, len(numbers), began)
                 return logits.clone()  # the caller's own: samplers write into it
             fresh, counts = self._run_step(table, numbers, held)
         finally:
             self._stepping = False
-        stepped = set(numbers)
+        stepping = set(numbers)
         for number, row in fresh.items():
             thread = self._threads.get(number)
             if thread is not None:
                 # A thread that waits keeps a row of its own, not the whole step's tensor.
-                waits = number not in stepped and len(fresh) > 1
+                waits = number not in stepping and len(fresh) > 1
                 thread._logits = row.clone() if waits else row
         self._stats.steps += 1
         self.trace.step(numbers, counts[0], began)
