@@ -34,7 +34,7 @@ def test_commands(command, tmp_path, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

@@ -116,7 +116,8 @@ class StepGraph:
 
         self._replay: Callable[[], Tensor] = forward
         if device.type == "cuda":
-            self._replay = self._capture(forward, device)
+            with gpu.on(device):
+                self._replay = self._capture(forward, device)
 
     def _capture(self, forward: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         # Libraries choose their kernels in a first run; it must not be on the stream that is captured.
@@ -126,7 +127,7 @@ class StepGraph:
             forward()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             logits = forward()
 
         def replay() -> Tensor:

@@ -21,10 +21,9 @@ APR_DEVICE void copy16(const uint16_t* from, uint16_t* to) {
 // A thread moves eight elements of keys or values.
 APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_tokens(APR_GRID_CONSTANT AppendWork work) {
   const int chunks_k = work.head_dim_k / 8, chunks = chunks_k + work.head_dim_v / 8;
-  const int64_t i = static_cast<int64_t>(block_index()) * kCopyThreads + thread_index();
-  if (i >= static_cast<int64_t>(work.rows) * work.kv_heads * chunks) return;
-  const auto chunk = static_cast<int>(i % chunks);
-  const auto head = static_cast<int>(i / chunks % work.kv_heads);
+  const int i = block_index() * kCopyThreads + thread_index();  // below 2^31: steps.cu sees to it
+  if (i >= work.rows * work.kv_heads * chunks) return;
+  const int chunk = i % chunks, head = i / chunks % work.kv_heads;
   const int64_t row = i / chunks / work.kv_heads, slot = work.slots[row];
   if (slot < 0) return;
   if (chunk < chunks_k) {
@@ -42,10 +41,9 @@ APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_tokens(APR_GRID_CONSTANT AppendWor
 // Sources are encoded before the step and destinations are new: no copy reads what another writes.
 APR_KERNEL APR_BOUNDS(kCopyThreads, 1) copy_tokens(APR_GRID_CONSTANT CopyWork work) {
   const int chunks_k = work.head_dim_k / 8, chunks = chunks_k + work.head_dim_v / 8;
-  const int64_t i = static_cast<int64_t>(block_index()) * kCopyThreads + thread_index();
-  if (i >= static_cast<int64_t>(work.count) * work.kv_heads * chunks) return;
-  const auto chunk = static_cast<int>(i % chunks);
-  const auto head = static_cast<int>(i / chunks % work.kv_heads);
+  const int i = block_index() * kCopyThreads + thread_index();
+  if (i >= work.count * work.kv_heads * chunks) return;
+  const int chunk = i % chunks, head = i / chunks % work.kv_heads;
   const PlanCopy copy = work.copies[i / chunks / work.kv_heads];
   const bool keys = chunk < chunks_k;
   const int dim = keys ? work.head_dim_k : work.head_dim_v;

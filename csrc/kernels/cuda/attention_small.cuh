@@ -36,6 +36,9 @@ template <typename T, int kDim, int kRowTiles, int kStages>
 class SmallAttention {
   using Shape = SmallShape<kDim, kRowTiles, kStages>;
   static constexpr int kDepth = kDim / 16, kColumns = kDim / 8;
+  // Queries stay in registers where there are enough: 32 rows of 128 are read again from shared
+  // memory.
+  static constexpr int kKept = kRowTiles * kDim > 128 && kRowTiles > 1 ? 0 : kDepth;
 
  public:
   APR_DEVICE explicit SmallAttention(const AttentionWork& work)
@@ -44,12 +47,11 @@ class SmallAttention {
         lane_(thread_index() % 32),
         shared_(shared_address(shared_memory())),
         ring_(shared_ + Shape::kQueryBytes +
-              static_cast<uint32_t>(warp_ * kStages * 2 * Shape::kSlice)),
-        bounds_(shared_array<int32_t>(shared_ + Shape::kBody)) {}
+              static_cast<uint32_t>(warp_ * kStages * 2 * Shape::kSlice)) {}
 
   APR_DEVICE void run(const Span& span) {
     span_ = span;
-    item_ = work_.items[span.item];
+    first_page_ = work_.segment_pages[work_.items[span.item].segment];
     reach_ = work_.reach[span.item];
     const int unit = work_.unit_tiles * kTile;
     const int base = reach_.lo / unit * unit;
@@ -67,6 +69,9 @@ class SmallAttention {
   }
 
  private:
+  // lo and hi of each row.
+  APR_DEVICE auto bounds() const { return shared_array<int32_t>(shared_ + Shape::kBody); }
+
   // Keys and values of the warp's 16 tokens, while the queries are still on their way. Tokens that
   // no row sees are zeros: what a page holds there may be no number, and 0 times that is none.
   APR_DEVICE void fetch(int step, int stage, int end) {
@@ -74,7 +79,7 @@ class SmallAttention {
       const int slot = step * Shape::kStep + warp_ * 16;
       int page = 0;  // past the end there may be none
       if (slot < reach_.hi) {
-        page = work_.page_table[work_.segment_pages[item_.segment] + (slot >> work_.page_shift)];
+        page = work_.page_table[first_page_ + (slot >> work_.page_shift)];
       }
       const int page_slot = slot & ((1 << work_.page_shift) - 1);
       const int64_t token =
@@ -95,28 +100,23 @@ class SmallAttention {
   }
 
   APR_DEVICE void load_queries() {
+    const Item item = work_.items[span_.item];
     const auto address = [this](int r, int column) {
       return shared_ + swizzled<kDim>(r, column / 8) + static_cast<uint32_t>(column % 8 * 2);
     };
-    gather_queries<T, Shape::kRows, kDim>(work_, item_, span_.head, thread_index(), Shape::kThreads,
+    gather_queries<T, Shape::kRows, kDim>(work_, item, span_.head, thread_index(), Shape::kThreads,
                                           address);
     for (int r = thread_index(); r < Shape::kRows; r += Shape::kThreads) {
-      const bool exists = r < item_.lanes;
-      const int visit = exists ? lane_of(work_, item_, span_.head, r).visit : 0;
-      bounds_[2 * r] = exists ? work_.bounds[visit].lo : 0;
-      bounds_[2 * r + 1] = exists ? work_.bounds[visit].hi : 0;
+      const bool exists = r < item.lanes;
+      const int visit = exists ? lane_of(work_, item, span_.head, r).visit : 0;
+      bounds()[2 * r] = exists ? work_.bounds[visit].lo : 0;
+      bounds()[2 * r + 1] = exists ? work_.bounds[visit].hi : 0;
     }
     sync_block();
-    turn_queries<T, Shape::kRows>(work_, item_, span_.head, thread_index(), Shape::kThreads,
-                                  address);
-    if (work_.cos_sin) sync_block();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int k = 0; k < kDepth; ++k) {
-        load_matrices(q_[m][k],
-                      shared_ + swizzled<kDim>(m * 16 + (lane_ & 15), k * 2 + (lane_ >> 4)));
-      }
+      for (int k = 0; k < kKept; ++k) load_query(m, k, q_[m][k]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         max_[m][h] = -infinity();
@@ -128,6 +128,10 @@ class SmallAttention {
         for (int e = 0; e < 4; ++e) out_[m][n][e] = 0.f;
       }
     }
+  }
+
+  APR_DEVICE void load_query(int m, int k, uint32_t (&q)[4]) {
+    load_matrices(q, shared_ + swizzled<kDim>(m * 16 + (lane_ & 15), k * 2 + (lane_ >> 4)));
   }
 
   APR_DEVICE void attend(int first, int end) {
@@ -166,8 +170,15 @@ class SmallAttention {
           b, keys + swizzled<kDim>((lane_ & 7) + ((lane_ >> 4) << 3), k * 2 + ((lane_ >> 3) & 1)));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        multiply_16x8x16<T>(score[m][0], q_[m][k], b[0], b[1]);
-        multiply_16x8x16<T>(score[m][1], q_[m][k], b[2], b[3]);
+        if constexpr (kKept == kDepth) {
+          multiply_16x8x16<T>(score[m][0], q_[m][k], b[0], b[1]);
+          multiply_16x8x16<T>(score[m][1], q_[m][k], b[2], b[3]);
+        } else {
+          uint32_t q[4];
+          load_query(m, k, q);
+          multiply_16x8x16<T>(score[m][0], q, b[0], b[1]);
+          multiply_16x8x16<T>(score[m][1], q, b[2], b[3]);
+        }
       }
     }
 #pragma unroll
@@ -175,7 +186,8 @@ class SmallAttention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float x = score[m][e / 4][e % 4] * work_.factor;
-        // The cap comes before the logarithm's base and before the mask.
+        // The cap comes before the logarithm's base and the mask. Hoisted, the test makes registers
+        // spill.
         if (work_.softcap != 0.f) x = tanh_of(x) * work_.softcap * 1.4426950408889634f;
         score[m][e / 4][e % 4] = x;
       }
@@ -188,7 +200,7 @@ class SmallAttention {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = m * 16 + h * 8 + lane_ / 4;
-        const int lo = bounds_[2 * r] - slot, hi = bounds_[2 * r + 1] - slot;
+        const int lo = bounds()[2 * r] - slot, hi = bounds()[2 * r + 1] - slot;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -280,10 +292,10 @@ class SmallAttention {
       }
     }
     sync_block();
-    const bool direct = item_.alone && span_.whole();
-    const int64_t first_part =
-        part_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
-    for (int r = warp_; r < item_.lanes; r += Shape::kWarps) {
+    const Item item = work_.items[span_.item];  // read again: kept, it costs registers in the loop
+    const bool direct = item.alone && span_.whole();
+    const int64_t first_part = part_of(work_, item, span_);
+    for (int r = warp_; r < item.lanes; r += Shape::kWarps) {
       float top = -infinity();
 #pragma unroll
       for (int w = 0; w < Shape::kWarps; ++w) {
@@ -296,7 +308,7 @@ class SmallAttention {
         weight[w] = fast_exp2(stats[2 * (w * Shape::kRows + r)] - reference);
         sum += weight[w] * stats[2 * (w * Shape::kRows + r) + 1];
       }
-      const Lane lane = lane_of(work_, item_, span_.head, r);
+      const Lane lane = lane_of(work_, item, span_.head, r);
       const float inverse =
           direct ? finish<T>(work_, lane.row, lane.q_head, top, sum, lane_ == 0) : 1.f;
       const int64_t part = first_part + r;
@@ -324,22 +336,21 @@ class SmallAttention {
   const AttentionWork& work_;
   int warp_, lane_;
   uint32_t shared_, ring_;
-  decltype(shared_array<int32_t>(0)) bounds_;
   Span span_;
-  Item item_;
+  int first_page_;
   Reach reach_;
-  uint32_t q_[kRowTiles][kDepth][4];
+  uint32_t q_[kRowTiles][kKept > 0 ? kKept : 1][4];
   float out_[kRowTiles][kColumns][4], max_[kRowTiles][2], sum_[kRowTiles][2];
 };
 
 template <typename T, int kDim, int kRowTiles, int kStages>
 APR_KERNEL APR_BOUNDS((SmallShape<kDim, kRowTiles, kStages>::kThreads), 1)
     attention_small(APR_GRID_CONSTANT AttentionWork work) {
+  launch_dependents();  // they wait for the end of this kernel
   SmallAttention<T, kDim, kRowTiles, kStages> attention(work);
   Spans spans(work);
   Span span;
   while (spans.next(span)) attention.run(span);
-  launch_dependents();
 }
 
 }  // namespace apr::APR_GPU

@@ -15,7 +15,7 @@ class WideAttention {
   APR_DEVICE WideAttention(const AttentionWork& work, uint32_t shared)
       : work_(work),
         shared_(shared),
-        group_(thread_index() / 128 - 1),
+        group_(shuffle_from(thread_index() / 128, 0) - 1),  // the same for a warp, and known to be
         thread_(thread_index() % 128),
         bounds_(shared_array<int32_t>(shared + Shape::kBounds)) {}
 
@@ -27,24 +27,27 @@ class WideAttention {
     row_base_ = by_rows_ ? group_ * 64 : 0;
     load_queries();
     const Tiles tiles = tiles_of(work_, span);
-    int before = -1;  // the stage whose values are still being multiplied
-    for (int tile = tiles.first; tile < tiles.end; ++tile) {
-      barrier_wait(Shape::filled(shared_, ring_.stage), ring_.parity);
-      if (by_rows_ || (tile - tiles.first) % 2 == group_) {
+    if (by_rows_) {
+      int before = -1;  // the stage whose values are still being multiplied
+      for (int tile = tiles.first; tile < tiles.end; ++tile) {
+        barrier_wait(Shape::filled(shared_, ring_.stage), ring_.parity);
         attend(tile, before);
         before = ring_.stage;
-      } else {
-        if (before >= 0) {  // the ring may be too short to hold a stage for two tiles
-          products_wait<0>();
-          release(before);
-          before = -1;
+        ring_.advance();
+      }
+      finish_products();
+      release(before);
+    } else {
+      for (int tile = tiles.first; tile < tiles.end; ++tile) {
+        barrier_wait(Shape::filled(shared_, ring_.stage), ring_.parity);
+        if ((tile - tiles.first) % 2 == group_) {
+          attend(tile, -1);
+          finish_products();  // the ring may be too short to hold a stage for two tiles
         }
         release(ring_.stage);
+        ring_.advance();
       }
-      ring_.advance();
     }
-    products_wait<0>();
-    if (before >= 0) release(before);
     finish_span();
   }
 
@@ -56,6 +59,12 @@ class WideAttention {
   APR_DEVICE void release(int stage) {
     sync_warp();  // a lane that is late would take the stage's next phase for this one
     if (thread_ % 32 == 0) barrier_arrive(Shape::emptied(shared_, stage));
+  }
+
+  APR_DEVICE void finish_products() {
+    products_wait<0>();
+#pragma unroll
+    for (int j = 0; j < Shape::kBoxes; ++j) keep_order(out_[j]);
   }
 
   APR_DEVICE void load_queries() {
@@ -70,10 +79,6 @@ class WideAttention {
       const int visit = exists ? lane_of(work_, item_, span_.head, r).visit : 0;
       bounds_[2 * r] = exists ? work_.bounds[visit].lo : 0;
       bounds_[2 * r + 1] = exists ? work_.bounds[visit].hi : 0;
-    }
-    if (work_.cos_sin) {
-      sync_groups();
-      turn_queries<T, Shape::kRows>(work_, item_, span_.head, thread, 256, address);
     }
     publish_shared();
     sync_groups();
@@ -107,7 +112,8 @@ class WideAttention {
                          matrix_descriptor(key + in_box, 1024), k > 0);
     }
     products_commit();
-    products_wait<0>();  // also of the tile before: its stage may be filled again
+    finish_products();  // also those of the tile before: its stage may be filled again
+    keep_order(score);
     if (before >= 0) release(before);
     scale(score);
     if (slot < reach_.all_lo || slot + kTile > reach_.all_hi) mask(slot, score);
@@ -119,6 +125,8 @@ class WideAttention {
       weights_[k][2] = pack<T>(score[8 * k + 4], score[8 * k + 5]);
       weights_[k][3] = pack<T>(score[8 * k + 6], score[8 * k + 7]);
     }
+#pragma unroll
+    for (int j = 0; j < Shape::kBoxes; ++j) keep_order(out_[j]);
     products_begin();
 #pragma unroll
     for (int j = 0; j < Shape::kBoxes; ++j) {
@@ -146,13 +154,12 @@ class WideAttention {
   }
 
   APR_DEVICE void scale(float (&score)[32]) {
+    const float factor = work_.factor, cap = work_.softcap * 1.4426950408889634f;
 #pragma unroll
-    for (int e = 0; e < 32; ++e) {
-      float x = score[e] * work_.factor;
-      // The cap comes before the logarithm's base and before the mask.
-      if (work_.softcap != 0.f) x = tanh_of(x) * work_.softcap * 1.4426950408889634f;
-      score[e] = x;
-    }
+    for (int e = 0; e < 32; ++e) score[e] *= factor;
+    if (work_.softcap == 0.f) return;  // the cap comes before the logarithm's base and the mask
+#pragma unroll
+    for (int e = 0; e < 32; ++e) score[e] = tanh_of(score[e]) * cap;
   }
 
   APR_DEVICE int row_of(int h) const {  // of the two that this thread holds
@@ -263,8 +270,7 @@ class WideAttention {
 
   APR_DEVICE void write_rows() {
     const bool direct = item_.alone && span_.whole();
-    const int64_t first_part =
-        part_of(work_, item_, span_.head, block_index(), span_.begin == 0, span_.first);
+    const int64_t first_part = part_of(work_, item_, span_);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row_of(h);
@@ -318,6 +324,7 @@ APR_KERNEL APR_BOUNDS(384, 1)
                    APR_GRID_CONSTANT TensorMap values) {
   using Shape = WideShape<kDim, kStages>;
   const uint32_t shared = shared_address(shared_memory());
+  launch_dependents();  // they wait for the end of this kernel
   if (thread_index() == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(Shape::filled(shared, stage), 1);
@@ -336,7 +343,6 @@ APR_KERNEL APR_BOUNDS(384, 1)
     Span span;
     while (spans.next(span)) attention.run(span);
   }
-  launch_dependents();
 }
 
 }  // namespace apr::APR_GPU

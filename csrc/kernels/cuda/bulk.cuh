@@ -88,6 +88,12 @@ template <int kLeft>
 APR_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
+// What products in flight write is not touched before this, whatever the compiler makes of the
+// source.
+APR_DEVICE void keep_order(float (&c)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
 template <int kRegisters>
 APR_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

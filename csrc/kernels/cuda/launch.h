@@ -28,10 +28,22 @@ inline void check(cudaError_t error, const char* what) {
 
 template <typename... Parameters, typename... Arguments>
 void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&... arguments) {
+  if (launch.blocks == 0) return;
   if (launch.shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(launch.shared_bytes)),
           "shared memory of a kernel");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "shared memory of a multiprocessor");
+  }
+  bool overlap = launch.overlap;
+  if (overlap) {
+    // Code for older GPUs, compiled anew by the driver of a newer one, has no instruction that
+    // waits.
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+    overlap = attributes.ptxVersion >= 90;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
@@ -42,7 +54,7 @@ void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = launch.overlap ? 1 : 0;
+  config.numAttrs = overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 #endif

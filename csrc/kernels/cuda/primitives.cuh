@@ -66,6 +66,10 @@ APR_DEVICE uint32_t pack<Float16>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+template <typename T>
+APR_DEVICE float unpack(uint32_t pair, int which) {
+  return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
+}
 APR_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -17,12 +17,12 @@ struct Span {
   int item, head;
   int begin, end;  // units of this (item, head)
   int units;       // all of them
-  int64_t first;   // linear index of unit `begin`
 
   APR_DEVICE bool whole() const { return begin == 0 && end == units; }
 };
 
-// The units of a block, span by span. In order: items, then kv heads, then units.
+// The units of a block, span by span. In order: items, then kv heads, then units. There are fewer
+// than 2^31: a tile for each 128 rows of a step and 64 tokens that they see, in each kv head.
 class Spans {
  public:
   APR_DEVICE explicit Spans(const AttentionWork& work) : work_(work) {
@@ -31,13 +31,13 @@ class Spans {
     const int64_t units = static_cast<int64_t>(work.prefix[items_]) * work.kv_heads;
     next_ = end_ = 0;
     if (units == 0 || block_index() >= counts.blocks) return;
-    next_ = share_begin(units, counts.blocks, block_index());
-    end_ = share_begin(units, counts.blocks, block_index() + 1);
+    next_ = static_cast<int>(share_begin(units, counts.blocks, block_index()));
+    end_ = static_cast<int>(share_begin(units, counts.blocks, block_index() + 1));
   }
 
   APR_DEVICE bool next(Span& span) {
     if (next_ >= end_) return false;
-    const int position = static_cast<int>(next_ / work_.kv_heads);
+    const int position = next_ / work_.kv_heads;
     int low = 0, high = items_ - 1;  // the last item whose prefix is not above `position`
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -50,23 +50,20 @@ class Spans {
     const int before = work_.prefix[low];
     span.item = low;
     span.units = work_.prefix[low + 1] - before;
-    const auto within = static_cast<int>(next_ - static_cast<int64_t>(before) * work_.kv_heads);
+    const int within = next_ - before * work_.kv_heads;
     span.head = within / span.units;
     span.begin = within % span.units;
-    const int64_t left = end_ - next_;
-    const int rest = span.units - span.begin;
-    int count = left < rest ? static_cast<int>(left) : rest;
+    const int left = end_ - next_, rest = span.units - span.begin;
+    int count = left < rest ? left : rest;
     if (work_.unit_tiles > 1) count = 1;  // each unit gives a partial result of its own
     span.end = span.begin + count;
-    span.first = next_;
     next_ += count;
     return true;
   }
 
  private:
   const AttentionWork& work_;
-  int items_;
-  int64_t next_, end_;
+  int items_, next_, end_;
 };
 
 // The first lane of a partial result. (item, head) and block both only grow along the units, so
@@ -78,6 +75,13 @@ APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, int head
   if (item.alone) return work.alone_lanes + (2 * block + (begins ? 1 : 0)) * work.item_rows;
   return static_cast<int64_t>(item.lanes_before) * work.kv_heads + head * item.lanes +
          block * work.item_rows;
+}
+
+// Where the block leaves what it found out in a span.
+APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, const Span& span) {
+  const int64_t unit = static_cast<int64_t>(work.prefix[span.item]) * work.kv_heads +
+                       static_cast<int64_t>(span.head) * span.units + span.begin;
+  return part_of(work, item, span.head, block_index(), span.begin == 0, unit);
 }
 
 // Row r of an item.
@@ -115,6 +119,19 @@ APR_DEVICE int64_t out_at(const AttentionWork& work, int row, int q_head) {
   return row * work.out_row_stride + q_head * work.out_head_stride;
 }
 
+// One dimension of a query, turned with its partner.
+template <typename T>
+APR_DEVICE float turned(const AttentionWork& work, int64_t query, int turn, int column, float own) {
+  const int pairs = work.rotation_pairs, in_turn = column - work.rotation_first;
+  if (in_turn < 0 || in_turn >= 2 * pairs) return own;
+  const int pair = work.interleaved ? in_turn / 2 : in_turn % pairs;
+  const bool second = work.interleaved ? in_turn % 2 != 0 : in_turn >= pairs;
+  const int distance = work.interleaved ? 1 : pairs;
+  const float other = to_float(T{work.q[query + (second ? column - distance : column + distance)]});
+  const float* cs = work.cos_sin.at((static_cast<int64_t>(turn) * pairs + pair) * 2, 2);
+  return second ? own * cs[0] + other * cs[1] : own * cs[0] - other * cs[1];
+}
+
 // The query rows of an item to shared memory, turned by their rotation. `address(row, column)` is
 // where an element goes, in bytes; eight that begin at a multiple of eight lie together. Rows that
 // do not exist and columns from head_dim on are 0. All `threads` from thread 0 on take part and
@@ -128,30 +145,21 @@ APR_DEVICE void gather_queries(const AttentionWork& work, const Item& item, int 
     uint4 eight{0, 0, 0, 0};
     if (r < item.lanes && column < work.head_dim_k) {
       const Lane lane = lane_of(work, item, head, r);
-      eight = *reinterpret_cast<const uint4*>(
-          work.q.at(lane.row * work.q_row_stride + lane.q_head * work.q_head_stride + column, 8));
+      const int64_t query = lane.row * work.q_row_stride + lane.q_head * work.q_head_stride;
+      eight = *reinterpret_cast<const uint4*>(work.q.at(query + column, 8));
+      const int turn = work.cos_sin ? work.bounds[lane.visit].rotation_row : -1;
+      if (turn >= 0) {
+        uint32_t two[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int at = column + 2 * e;
+          two[e] = pack<T>(turned<T>(work, query, turn, at, unpack<T>(two[e], 0)),
+                           turned<T>(work, query, turn, at + 1, unpack<T>(two[e], 1)));
+        }
+        eight = {two[0], two[1], two[2], two[3]};
+      }
     }
     shared_array<uint4>(address(r, column))[0] = eight;
-  }
-}
-
-// Turns gathered queries in place; the threads must have met after the gather.
-template <typename T, int kRows, typename Address>
-APR_DEVICE void turn_queries(const AttentionWork& work, const Item& item, int head, int thread,
-                             int threads, Address address) {
-  if (!work.cos_sin) return;
-  const int pairs = work.rotation_pairs;
-  for (int i = thread; i < item.lanes * pairs; i += threads) {
-    const int r = i / pairs, pair = i % pairs;
-    const int turn = work.bounds[lane_of(work, item, head, r).visit].rotation_row;
-    if (turn < 0) continue;
-    const int a = work.rotation_first + (work.interleaved ? 2 * pair : pair);
-    const int b = work.interleaved ? a + 1 : a + pairs;
-    const float* cs = work.cos_sin.at((static_cast<int64_t>(turn) * pairs + pair) * 2, 2);
-    const auto at_a = shared_array<T>(address(r, a)), at_b = shared_array<T>(address(r, b));
-    const float x = to_float(at_a[0]), y = to_float(at_b[0]);
-    at_a[0] = from_float<T>(x * cs[0] - y * cs[1]);
-    at_b[0] = from_float<T>(y * cs[0] + x * cs[1]);
   }
 }
 

@@ -1,4 +1,7 @@
 // Instantiates and starts the kernels that are not attention itself.
+#include <stdexcept>
+#include <string>
+
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/merge.cuh"
@@ -11,6 +14,16 @@ namespace {
 
 int64_t blocks_for(int64_t items, int64_t of_a_block) {
   return (items + of_a_block - 1) / of_a_block;
+}
+
+// A thread for every eight elements.
+int64_t copy_blocks(int64_t tokens, int64_t kv_heads, int64_t dims) {
+  const int64_t chunks = tokens * kv_heads * (dims / 8);
+  if (chunks > INT32_MAX) {
+    throw std::invalid_argument("append: " + std::to_string(tokens) +
+                                " tokens are too many for one step; set step_tokens");
+  }
+  return blocks_for(chunks, kCopyThreads);
 }
 
 }  // namespace
@@ -35,25 +48,17 @@ void run_view_step(const ViewWork& work, void* stream) {
 
 void run_turn(const TurnWork& work, void* stream) {
   const int64_t angles = static_cast<int64_t>(work.capacity) * work.frequencies;
-  if (angles > 0) {
-    start(turn_pairs, {blocks_for(angles, kTurnThreads), kTurnThreads, 0, stream, false}, work);
-  }
+  start(turn_pairs, {blocks_for(angles, kTurnThreads), kTurnThreads, 0, stream, false}, work);
 }
 
 void run_append(const AppendWork& work, void* stream) {
-  const int64_t chunks =
-      static_cast<int64_t>(work.rows) * work.kv_heads * (work.head_dim_k + work.head_dim_v) / 8;
-  if (chunks > 0) {
-    start(append_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
-  }
+  const int64_t blocks = copy_blocks(work.rows, work.kv_heads, work.head_dim_k + work.head_dim_v);
+  start(append_tokens, {blocks, kCopyThreads, 0, stream, false}, work);
 }
 
 void run_copy(const CopyWork& work, void* stream) {
-  const int64_t chunks =
-      static_cast<int64_t>(work.count) * work.kv_heads * (work.head_dim_k + work.head_dim_v) / 8;
-  if (chunks > 0) {
-    start(copy_tokens, {blocks_for(chunks, kCopyThreads), kCopyThreads, 0, stream, false}, work);
-  }
+  const int64_t blocks = copy_blocks(work.count, work.kv_heads, work.head_dim_k + work.head_dim_v);
+  start(copy_tokens, {blocks, kCopyThreads, 0, stream, false}, work);
 }
 
 }  // namespace apr::APR_GPU

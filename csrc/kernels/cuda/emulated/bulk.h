@@ -60,6 +60,7 @@ template <int kLeft>
 void products_wait() {
   block().wait(Block::kProduct, kLeft);
 }
+inline void keep_order(float (&)[32]) {}
 template <int kRegisters>
 void take_registers() {}
 template <int kRegisters>

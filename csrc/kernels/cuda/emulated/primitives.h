@@ -121,35 +121,32 @@ inline void sync_some(int number, int first, int count) {
          [](auto&) {});
 }
 
+// Every lane names the lane that it takes the value of.
 template <typename T>
-T shuffle(T value, int (*from)(int lane, int by), int by, const char* what) {
+T shuffle_from(T value, int source, const char* what = "shuffle") {
   Block& b = block();
   T result = value;
   struct Slot {
     T value;
+    int source;
     T* result;
-  } slot{value, &result};
-  b.meet(b.warp_meeting(), 32, b.thread() % 32, what, &slot, [&](std::vector<void*>& all) {
-    for (int lane = 0; lane < 32; ++lane) {
-      const int source = from(lane, by);
-      *static_cast<Slot*>(all[static_cast<size_t>(lane)])->result =
-          static_cast<Slot*>(all[static_cast<size_t>(source)])->value;
+  } slot{value, source, &result};
+  b.meet(b.warp_meeting(), 32, b.thread() % 32, what, &slot, [](std::vector<void*>& all) {
+    for (void* one : all) {
+      const auto* to = static_cast<Slot*>(one);
+      *to->result = static_cast<Slot*>(all[static_cast<size_t>(to->source % 32)])->value;
     }
   });
   return result;
 }
 template <typename T>
 T shuffle_xor(T value, int mask) {
-  return shuffle(value, [](int lane, int by) { return lane ^ by; }, mask, "shuffle_xor");
+  return shuffle_from(value, block().thread() % 32 ^ mask, "shuffle_xor");
 }
 template <typename T>
 T shuffle_up(T value, int by) {
-  return shuffle(
-      value, [](int lane, int n) { return lane >= n ? lane - n : lane; }, by, "shuffle_up");
-}
-template <typename T>
-T shuffle_from(T value, int source) {
-  return shuffle(value, [](int, int from) { return from; }, source, "shuffle");
+  const int lane = block().thread() % 32;
+  return shuffle_from(value, lane >= by ? lane - by : lane, "shuffle_up");
 }
 
 // ---- copies by warps ------------------------------------------------------------------------
