@@ -50,7 +50,7 @@ def compile_one(source: str, name: str, defines: list[str], architecture: str) -
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        command += [f"-D{d}" for d in defines]
+        command += [f"-D{d}" for d in [*defines, 'APR_CUDA_ARCHITECTURES="x"']]
         command += ["-c", str(KERNELS / f"{source}.cu"), "-o", f"{folder}/object.o"]
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)

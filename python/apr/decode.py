@@ -124,13 +124,16 @@ class Stream:
         return scores
 
     def _sample(self, threads: list[Thread], scores: Tensor) -> list[int]:
-        tokens: list[int] = scores.argmax(-1).tolist()
+        chosen = scores.argmax(-1)
         sampled = [i for i, t in enumerate(threads) if self._rules[t].config.do_sample]
         if sampled:
             weights = scores[sampled].softmax(-1)
-            for row, i in enumerate(sampled):
-                generator = threads[i].generator
-                tokens[i] = int(torch.multinomial(weights[row], 1, generator=generator))
+            picks = [
+                torch.multinomial(weights[row], 1, generator=threads[i].generator)
+                for row, i in enumerate(sampled)
+            ]
+            chosen[sampled] = torch.cat(picks)
+        tokens: list[int] = chosen.tolist()  # the one wait for a GPU
         return tokens
 
     def _choose(self, threads: list[Thread], logits: Tensor) -> tuple[list[int], dict[Thread, str]]:

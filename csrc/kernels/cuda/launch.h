@@ -21,9 +21,13 @@ void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&
 }
 #else
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("apr: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  std::string text = std::string("apr: ") + what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    text += "; this build has kernels for " APR_CUDA_ARCHITECTURES
+            ": build with APR_CUDA_ARCHITECTURES for this GPU";
   }
+  throw std::runtime_error(text);
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -222,7 +222,9 @@ def _steps(clock: Clock, threads: int, steps: int) -> Iterator[Figure]:
     for graphs in (None, True):
         with apr.Session(model, 1 << 16, cuda_graphs=graphs, self_test=False) as session:
             kids = session.thread(list(range(32))).fork(threads)
-            times, forks = [], []
+            times: list[float] = []
+            forks: list[float] = []
+            joins: list[float] = []
             for t in range(steps):
                 for i, kid in enumerate(kids):
                     kid.extend([(t + i) % 64])
@@ -233,17 +235,22 @@ def _steps(clock: Clock, threads: int, steps: int) -> Iterator[Figure]:
                     began = time.perf_counter()
                     (child,) = kids[0].fork(1)
                     forks.append((time.perf_counter() - began) * 1e6)
-                    kids.pop().release()
-                    kids.append(child)
+                    began = time.perf_counter()
+                    kids[0].join([child])
+                    joins.append((time.perf_counter() - began) * 1e6)
             if session._graphs is not None:
                 yield _host_part(session, kids)
             name = "replayed" if graphs else "planned"
             figure = Figure(f"step of {threads} threads, {name}", times[2:])
             captures = session._graphs.captures if session._graphs else 0
             figure.facts = {"kind": "steps", "method": name, "captures": captures}
-            figure.note = f"{captures} captures, fork {sorted(forks)[len(forks) // 2]:.1f} us"
+            figure.note = f"{captures} captures"
             print(figure.line())
             yield figure
+            for what, taken in (("fork(1)", forks), ("join of one", joins)):
+                edit = Figure(f"{what} between steps, {name}", taken, "0 KV bytes moved")
+                print(edit.line())
+                yield edit
 
 
 def _host_part(session: apr.Session, kids: list[apr.Thread]) -> Figure:
