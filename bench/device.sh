@@ -2,7 +2,7 @@
 # Everything that wants a GPU, on a machine that reaches no network: build, tests, compute-sanitizer,
 # benchmarks; one JSON file and one table into the folder given. Under 10 minutes; each stage has a limit, and
 # one that fails does not hide the others. Wants torch, transformers, nvcc, cmake, ninja, pybind11,
-# scikit-build-core, pytest.
+# scikit-build-core, pytest. With bench/peers (bench/peers.sh) FlashInfer is among the peers.
 #   bash bench/device.sh OUT
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +40,7 @@ stage build 200 "$python" -m pip install -q --no-build-isolation --no-deps --no-
   --target "$work/site" --config-settings=build-dir="$work/build" \
   --config-settings=cmake.define.APR_CUDA=ON \
   --config-settings=cmake.define.APR_CUDA_ARCHITECTURES="$architectures" .
-export PYTHONPATH="$work/site:$PWD/tests"
+export PYTHONPATH="$work/site:$PWD/tests:$PWD/bench/peers"
 stage tests 120 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py
 for tool in memcheck racecheck synccheck; do
   stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=apr \

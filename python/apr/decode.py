@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Decoded:
     thread: Thread
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish: str = ""
+    finish: str = ""  # "" while it writes; then a reason of StreamStep, or "pruned"
     text: str = ""
     request: int = 0
 
@@ -216,13 +216,15 @@ def decode(
     logits_processor: Sequence[LogitsProcessor] = (),
     stopping_criteria: Sequence[Any] = (),
     on_step: Callable[[StreamStep], None] | None = None,
+    prune: Callable[[StreamStep, dict[Thread, Decoded]], Iterable[Thread]] | None = None,
     **options: Any,
 ) -> list[Decoded]:
     """Let every thread write until it ends; one batched step a token for all of them.
 
     streamer: called once a thread, returns a transformers streamer (put, end) for it alone.
-    progress: show a bar of finished threads. Returns one Decoded a thread, in order; with `tokenizer` its
-    text, special tokens left out.
+    progress: show a bar of finished threads. prune: called after each step with what all threads have so
+    far; the threads that it returns end there ("pruned"). Returns one Decoded a thread, in order; with
+    `tokenizer` its text, special tokens left out.
     """
     run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
     results = {thread: Decoded(thread) for thread in threads}
@@ -246,8 +248,15 @@ def decode(
                 results[thread].logprobs.append(step.logprobs[thread])
                 if thread in streamers:
                     streamers[thread].put(torch.tensor([token]))
-            for thread, reason in step.finished.items():
+            ended = dict(step.finished)
+            for thread, reason in ended.items():
                 _finish(session, results[thread], reason, tokenizer)
+            for thread in prune(step, results) if prune is not None else ():
+                if not results[thread].finish:
+                    run.remove(thread)
+                    _finish(session, results[thread], "pruned", tokenizer)
+                    ended[thread] = "pruned"
+            for thread in ended:
                 if thread in streamers:
                     streamers[thread].end()
                 bar.update(1)

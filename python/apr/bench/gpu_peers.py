@@ -1,7 +1,8 @@
 """What else could compute a step of many threads on a GPU, each beside its reason where it cannot.
 
-Whatever a method can prepare before the step is prepared and not timed: copies of keys, masks, layouts. None
-but apr turns queries by the distances of the views; on all-to-all views the peers therefore do less work.
+Whatever a method can prepare before the step is prepared and not timed: copies of keys, masks, layouts. Only
+apr, and FlashInfer driven by hand on segments, turn queries by the distances of the views; on all-to-all views
+the other peers do less work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apr.bench.gpu_problems import PAGE, Problem, dense
+from apr.ops import View
 
 Step = Callable[[int], Tensor]  # of a layer: [rows, q_heads, head_dim]
 
@@ -187,10 +189,77 @@ def flashinfer_decode(problem: Problem) -> Step:
     return lambda layer: wrapper.run(problem.q[layer], pools[layer])
 
 
+def flashinfer_segments(problem: Problem) -> Step:
+    """FlashInfer's batch attention driven by hand: each segment is a request of all rows that see it, and the
+    rows' partial results are merged by LSE (base 2) in torch. The gather and the turning of queries count."""
+    library = _flashinfer()
+    device = problem.q[0].device
+    q_heads, kv_heads, dim = problem.heads
+    readers: dict[tuple[int, ...], list[tuple[int, View]]] = {}
+    for row, (_, views) in enumerate(problem.sets):
+        for view in views:
+            readers.setdefault(tuple(view.pages), []).append((row, view))
+    tokens = [max(view.hi for _, view in seen) for seen in readers.values()]
+    if any(
+        view.hi != n for seen, n in zip(readers.values(), tokens, strict=True) for _, view in seen
+    ):
+        raise CannotRun("rows see different parts of a segment")
+    pairs = [pair for seen in readers.values() for pair in seen]
+    rows = torch.tensor([row for row, _ in pairs], device=device)
+    starts = torch.tensor([0] + [len(seen) for seen in readers.values()]).cumsum(0)
+    tables = _tables([[(list(pages), n)] for pages, n in zip(readers, tokens, strict=True)], device)
+    wrapper = library.BatchAttention("HND", device=str(device))
+    wrapper.plan(
+        starts.to(device, torch.int32),
+        tables[0],
+        tables[1],
+        torch.tensor(tokens, dtype=torch.int32, device=device),
+        q_heads,
+        kv_heads,
+        dim,
+        dim,
+        PAGE,
+        sm_scale=problem.scale,
+        q_data_type=problem.q[0].dtype,
+        kv_data_type=problem.q[0].dtype,
+    )
+    # Places of a row's pairs, padded by a pair of weight 0.
+    most = max(len(views) for _, views in problem.sets)
+    places = torch.full((len(problem.sets), most), len(pairs), device=device)
+    filled = [0] * len(problem.sets)
+    for place, (row, _) in enumerate(pairs):
+        places[row, filled[row]] = place
+        filled[row] += 1
+    turn = None
+    if problem.rotation is not None:
+        own = {row: view for row, view in pairs if view.own}
+        difference = [own[r].offset - own[r].base - (v.offset - v.base) for r, v in pairs]
+        angle = torch.tensor(difference, dtype=torch.float64)[:, None] * torch.tensor(
+            problem.rotation.inv_freq, dtype=torch.float64
+        )
+        turn = [f(angle).float().to(device)[:, None] for f in (torch.cos, torch.sin)]
+
+    def step(layer: int) -> Tensor:
+        pool = problem.pools[layer]
+        q = problem.q[layer][rows]
+        if turn is not None:
+            a, b = q.float().chunk(2, -1)
+            q = torch.cat([a * turn[0] - b * turn[1], b * turn[0] + a * turn[1]], -1).to(q.dtype)
+        out, lse = wrapper.run(q, (pool.k, pool.v))
+        lse = F.pad(lse, (0, 0, 0, 1), value=float("-inf"))[places]  # [rows, most, q_heads]
+        weight = (lse * 0.6931471805599453).softmax(1)[..., None]
+        parts = F.pad(out, (0, 0, 0, 0, 0, 1))[places].float()
+        merged: Tensor = (parts * weight).sum(1)
+        return merged.to(q.dtype)
+
+    return step
+
+
 PEERS: dict[str, Callable[[Problem], Step]] = {
     "SDPA, replicated": replicated,
     "flash + merge in torch": flash_and_merge,
     "FlexAttention": flex,
     "FlashInfer cascade": flashinfer_cascade,
     "FlashInfer paged decode": flashinfer_decode,
+    "FlashInfer on segments": flashinfer_segments,
 }

@@ -1,7 +1,17 @@
 """Methods that a driver controls: one file a method, a few dozen lines over Session and decode."""
 
+from apr.strategies._answers import boxed, last_number, matching
 from apr.strategies._requests import Result
+from apr.strategies._reward import RewardModel
 from apr.strategies.best_of_n import best_of_n
 from apr.strategies.majority_vote import majority_vote
 
-__all__ = ["Result", "best_of_n", "majority_vote"]
+__all__ = [
+    "Result",
+    "RewardModel",
+    "best_of_n",
+    "boxed",
+    "last_number",
+    "majority_vote",
+    "matching",
+]

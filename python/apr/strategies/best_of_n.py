@@ -6,16 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from apr.decode import Decoded
+from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._requests import Result, run_requests
+from apr.strategies._reward import RewardModel
 from apr.strategies._sample import check_count, sample
 
 Verifier = Callable[[str, Decoded], float]
 
 
+def logprob(_: str, item: Decoded) -> float:
+    """Log-probability of the whole text under the model."""
+    return item.logprob
+
+
 def mean_logprob(_: str, item: Decoded) -> float:
-    """Length-normalised log-probability under the model: the score where no verifier is given."""
+    """The same by its length: the score where no verifier is given."""
     return item.logprob / max(len(item.tokens), 1)
+
+
+_NAMED: dict[str, Verifier] = {"logprob": logprob, "mean_logprob": mean_logprob}
 
 
 def best_of_n(
@@ -26,24 +36,33 @@ def best_of_n(
     generation_config: Any = None,
     seed: int = 0,
     *,
-    verifier: Verifier = mean_logprob,
+    verifier: Verifier | RewardModel | str = "mean_logprob",
     **options: Any,
 ) -> Any:
-    """Sample `n` threads and keep the best by `verifier(text, thread)`; ties go to the earliest.
+    """Sample `n` threads and keep the best by a verifier; ties go to the earliest.
 
-    The verifier's second argument is the Decoded thread: its tokens, log-probabilities and `request`, the
-    number of the prompt in the list. `answer` is the chosen text, `scores` has one number a thread. Other
-    arguments are those of `majority_vote`.
+    verifier: "logprob", "mean_logprob", a callable on (text, Decoded thread), whose `request` is the number of
+    the prompt in the list, or a `RewardModel`, which scores all threads of a prompt in batches. `answer` is
+    the chosen text, `scores` has one number a thread. Other arguments are those of `majority_vote`.
     """
     check_count(n)
+    if isinstance(verifier, str) and verifier not in _NAMED:
+        raise InvalidInput(f"verifier: got {verifier!r}; expected one of {sorted(_NAMED)}")
+
+    def scores_of(group: list[Decoded], prompt_ids: list[int]) -> list[float]:
+        if isinstance(verifier, RewardModel):
+            text = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+            return verifier(text, [item.text for item in group])
+        score = _NAMED[verifier] if isinstance(verifier, str) else verifier
+        return [float(score(item.text, item)) for item in group]
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         groups, stats = sample(
             session, tokenizer, prompts, requests, n, seed, generation_config, options
         )
         results = []
-        for group in groups:
-            scores = [float(verifier(item.text, item)) for item in group]
+        for group, ids in zip(groups, prompts, strict=True):
+            scores = scores_of(group, ids)
             chosen = group[max(range(n), key=lambda i: scores[i])]
             results.append(
                 Result(

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from apr.decode import Decoded, StreamStep
+from apr.errors import InvalidInput
 from apr.session import Session
+from apr.strategies._answers import last_number
 from apr.strategies._requests import Result, run_requests
 from apr.strategies._sample import check_count, sample
+from apr.thread import Thread
+
+Extract = Callable[[str], Any]
+Weight = Callable[[str, Decoded], float]
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text, thousands separators and trailing zeros of a fraction left out."""
-    found: list[str] = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = found[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+def count_votes(
+    group: list[Decoded], extract: Extract, weight: Weight | None
+) -> tuple[dict[Any, float], dict[Any, Decoded]]:
+    """Votes of the threads that ended, most first, and the earliest thread of each answer."""
+    votes: dict[Any, float] = {}
+    first: dict[Any, Decoded] = {}
+    for item in group:
+        answer = extract(item.text) if item.finish not in ("", "pruned") else None
+        if answer is not None:
+            first.setdefault(answer, item)
+            votes[answer] = votes.get(answer, 0) + (weight(item.text, item) if weight else 1)
+    # Sorting is stable, so ties go to the answer that the earliest thread gave.
+    return dict(sorted(votes.items(), key=lambda pair: -pair[1])), first
+
+
+def decided(votes: dict[Any, float], open_threads: int) -> bool:
+    """Whether votes of weight 1 from so many more threads cannot change who leads."""
+    first, second, *_ = [*votes.values(), 0, 0]
+    return first > second + open_threads
 
 
 def majority_vote(
@@ -29,33 +46,50 @@ def majority_vote(
     generation_config: Any = None,
     seed: int = 0,
     *,
-    extract: Callable[[str], Any] = last_number,
+    extract: Extract = last_number,
+    weight: Weight | None = None,
+    stop_early: bool = False,
     **options: Any,
 ) -> Any:
     """Sample `n` threads and vote over `extract(text)`; threads without an answer do not vote.
 
     prompt: a string, chat messages, or a list of them (then a list of Results comes back). Samples with
     the model's own GenerationConfig unless one is given; `options` override its fields, or go to
-    `apr.decode` (streamer, progress, stop). `answer` is None where nothing could be extracted.
+    `apr.decode` (streamer, progress, stop). extract: `last_number`, `boxed`, `matching(pattern)` of
+    `apr.strategies`, or a callable of yours. weight(text, thread): what a vote counts, 1 if not given.
+    stop_early: once threads that still write cannot change the outcome they end ("pruned"); for votes of
+    weight 1. `answer` is None where nothing could be extracted.
     """
     check_count(n)
+    if stop_early and weight is not None:
+        raise InvalidInput(
+            "majority_vote: got stop_early with a weight; a vote of unknown weight may always change the "
+            "outcome; leave one of them out"
+        )
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+        def prune(step: StreamStep, results: dict[Thread, Decoded]) -> Iterable[Thread]:
+            everyone = list(results.values())
+            for first in range(0, len(everyone) if step.finished else 0, n):
+                group = everyone[first : first + n]
+                still = [item.thread for item in group if not item.finish]
+                if still and decided(count_votes(group, extract, None)[0], len(still)):
+                    yield from still
+
+        more = {"prune": prune} if stop_early else {}
         groups, stats = sample(
-            session, tokenizer, prompts, requests, n, seed, generation_config, options
+            session, tokenizer, prompts, requests, n, seed, generation_config, {**options, **more}
         )
         results = []
         for group in groups:
-            answers = [extract(item.text) for item in group]
-            votes = Counter(a for a in answers if a is not None)
-            # Counter keeps the first seen first, so ties go to the earliest thread.
-            winner = votes.most_common(1)[0][0] if votes else None
-            chosen = next((d for d, a in zip(group, answers, strict=True) if a == winner), group[0])
+            votes, first = count_votes(group, extract, weight)
+            winner = next(iter(votes), None)
+            chosen = first.get(winner, group[0])
             results.append(
                 Result(
                     text=chosen.text,
                     answer=winner,
-                    votes=dict(votes.most_common()),
+                    votes=votes,
                     threads=group,
                     stats=stats,
                     trace=session.trace,
