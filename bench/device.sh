@@ -20,6 +20,7 @@ base="$out/$name-$(date +%F)"
 log="$out/stages.md"
 printf '# Stages on %s\n\n| stage | result | seconds |\n|---|---|---|\n' "$name" >"$log"
 failed=0
+rm -f "$base.json" "$base.md"
 
 # stage NAME SECONDS COMMAND...: output to OUT/NAME.log, the end of it here where it failed
 stage() {
@@ -36,6 +37,7 @@ stage() {
   fi
 }
 
+stage device 60 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
 stage build 200 "$python" -m pip install -q --no-build-isolation --no-deps --no-index \
   --target "$work/site" --config-settings=build-dir="$work/build" \
   --config-settings=cmake.define.APR_CUDA=ON \

@@ -40,6 +40,8 @@ def main(options: argparse.Namespace) -> None:
         options.tokens, options.rounds, options.prefix, options.seconds = 8192, 20, 256, 0.05
     machine = harness.Machine()
     print(f"{machine}; medians, with p10 and p90")
-    figures = list(BENCHES[options.what](options))
-    if options.json:
-        harness.write(options.json, machine, [f.record() for f in figures])
+    records = []
+    for figure in BENCHES[options.what](options):
+        records.append(figure.record())
+        if options.json:  # after each, so that a run that is stopped leaves what it has
+            harness.write(options.json, machine, records)
