@@ -255,6 +255,140 @@ def test_pages_run_out_before_anything_runs(model):
         assert s.step([thread]).isfinite().all()
 
 
+def test_pages_granted_ahead_go_back(model):
+    """Threads that were stepped and left, joined children, released parents: none keeps what it did not use."""
+    used = []
+    for graphs in (None, True):
+        with apr.Session(model, 64 * 64, cuda_graphs=graphs, self_test=False) as s:
+            parent = s.thread(list(range(3)))
+            for _ in range(9):
+                kids = parent.fork(2)
+                for t in range(3):
+                    step(s, kids, t)
+                parent.join(kids)
+                step(s, [parent], 0)
+                step(s, [parent], 1)
+            for _ in range(4):
+                step(s, [s.thread([1, 2, 3])], 0)
+            (child,) = parent.fork(1)
+            parent.release()
+            used.append(s.stats.used_pages)
+            prompt = s.thread([1] * 64 * (63 - used[-1]))
+            s.step([prompt])  # all that is not used can be had
+            assert child.alive
+    assert used[0] == used[1]
+
+
+@pytest.mark.parametrize("where", ["refresh", "run", "commit"])
+def test_interrupts_leave_host_and_device_in_step(model, where, monkeypatch):
+    """Control-C wherever it strikes: the next step equals that of a session that never was interrupted."""
+    outs = []
+    for interrupted in (False, True):
+        with apr.Session(model, 4096, cuda_graphs=True, self_test=False) as s:
+            threads = s.thread(list(range(30))).fork(2)
+            step(s, threads, 0)
+            step(s, threads, 1)
+            threads[0].trim(25)
+            for thread in threads:
+                thread.extend([9])
+            if interrupted:
+                graphs = s._graphs
+                target = graphs._current if where == "run" else graphs._views
+                original = graphs._views
+                pages = s.stats.used_pages
+
+                class Broken:
+                    """Does what the original does, then is interrupted."""
+
+                    def __getattr__(self, name, target=target):
+                        value = getattr(target, name)
+                        if name != where:
+                            return value
+
+                        def call(*args):
+                            value(*args)
+                            raise KeyboardInterrupt
+
+                        return call
+
+                if where == "run":
+                    monkeypatch.setattr(graphs, "_ready", lambda: Broken())
+                else:
+                    graphs._views = Broken()
+                with pytest.raises(KeyboardInterrupt):
+                    s.step(threads)
+                monkeypatch.undo()
+                graphs._views = original
+                if where == "commit":  # the host has counted the step: it is done
+                    assert [t.queued for t in threads] == [0, 0]
+                    for thread in threads:
+                        thread.extend([9])
+                else:
+                    assert s.stats.used_pages <= pages
+            elif where == "commit":
+                s.step(threads)
+                for thread in threads:
+                    thread.extend([9])
+            outs.append(torch.stack([s.step(threads), step(s, threads, 4)]))
+    assert (outs[0] - outs[1]).abs().max().item() < 1e-3
+
+
+def test_closing_frees_the_pools(model):
+    import gc
+    import weakref
+
+    with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
+        threads = s.thread(list(range(9))).fork(2)
+        step(s, threads, 0)
+        step(s, threads, 1)
+        pool = weakref.ref(s.pools[0].k)
+    gc.collect()
+    assert pool() is None
+
+
+def test_threads_that_wait_for_a_queued_token_get_its_logits(model):
+    with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
+        thread = s.thread(list(range(9)))
+        step(s, [thread], 0)
+        thread.extend([7])
+        kids = thread.fork(3)
+        logits = s.step([thread])[0]
+        assert all(kid.logits is not None and torch.equal(kid.logits, logits) for kid in kids)
+
+
+def test_bounds_of_a_step_hold_for_replays(model):
+    with apr.Session(model, 2048, cuda_graphs=True, step_tokens=2, self_test=False) as s:
+        threads = s.thread(list(range(9))).fork(3)
+        step(s, threads, 0)
+        forwards = s.stats.forwards
+        step(s, threads, 1)
+        assert s.stats.forwards == forwards + 2  # two rows, and one
+
+
+def test_steps_that_would_take_too_much_memory_are_planned(model, monkeypatch):
+    monkeypatch.setattr("apr.graph._MOST_PART_BYTES", 1000)
+    with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
+        threads = s.thread(list(range(9))).fork(2)
+        for t in range(3):
+            assert step(s, threads, t).isfinite().all()
+        assert s._graphs.captures == 0
+
+
+def test_switching_the_emulator_off_plans_the_step(model):
+    with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
+        threads = s.thread(list(range(9))).fork(2)
+        step(s, threads, 0)
+        step(s, threads, 1)
+        _core.force_instruction_set("")
+        mixed = step(s, threads, 2)
+        emulate(90)
+        mixed = torch.cat([mixed, step(s, threads, 3)])
+    with apr.Session(model, 2048, self_test=False) as s:
+        threads = s.thread(list(range(9))).fork(2)
+        plain = [step(s, threads, t) for t in range(4)]
+    assert (mixed - torch.cat(plain[2:])).abs().max().item() < CLOSE
+
+
 def test_a_session_without_a_gpu_refuses_graphs(model):
     _core.force_instruction_set("")
     with pytest.raises(InvalidInput, match="on a GPU"):

@@ -177,7 +177,7 @@ void bind_view_tables(py::module_& module) {
       .def(py::init<>())
       .def("refresh", &ViewTables::refresh, py::arg("table"), py::arg("threads"))
       .def("commit", &ViewTables::commit)
-      .def("forget", &ViewTables::forget)
+      .def("forget", &ViewTables::forget, py::arg("table"))
       .def_property_readonly("changed", &ViewTables::changed)
       .def_property_readonly("ids", [](const ViewTables& v) { return array_of(v.ids()); })
       .def_property_readonly("max_position", &ViewTables::max_position)

@@ -19,14 +19,17 @@ PagePool::PagePool(int64_t num_pages, int64_t page_size) : page_size_(page_size)
   for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<PageId>(page));
 }
 
+void PagePool::require(int64_t pages) const {
+  if (pages <= num_free()) return;
+  throw Error(ErrorKind::kOutOfPages,
+              "the KV pool is exhausted: " + std::to_string(num_used()) + " of " +
+                  std::to_string(num_pages()) + " pages of " + std::to_string(page_size_) +
+                  " tokens are in use; release threads, or open the Session with a larger "
+                  "max_tokens");
+}
+
 PageId PagePool::allocate() {
-  if (free_.empty()) {
-    throw Error(ErrorKind::kOutOfPages,
-                "the KV pool is exhausted: all " + std::to_string(num_pages()) + " pages of " +
-                    std::to_string(page_size_) +
-                    " tokens are in use; release threads, or open the Session with a larger "
-                    "max_tokens");
-  }
+  require(1);
   const PageId page = free_.back();
   free_.pop_back();
   owners_[page] = 1;

@@ -11,7 +11,8 @@ class PagePool {
  public:
   PagePool(int64_t num_pages, int64_t page_size);
 
-  PageId allocate();  // one owner; throws kOutOfPages
+  void require(int64_t pages) const;  // throws kOutOfPages where fewer are free
+  PageId allocate();                  // one owner; throws kOutOfPages
   void retain(PageId page);
   void release(PageId page);
 

@@ -52,6 +52,21 @@ void ThreadTable::check_writable(SegmentId id, ThreadId writer) const {
 }
 
 // The writer leaves its tail: tokens still queued keep the view that they must be encoded under.
+void ThreadTable::touch() {
+  ++version_;
+  if (!granted_) return;
+  granted_ = false;
+  segments_.for_each([this](SegmentId id, const Segment&) {
+    Segment& segment = segments_.at(id);
+    segments_.shrink_pages(segment, segment.head + segment.encoded);
+  });
+}
+
+void ThreadTable::grant_pages(Segment& segment, int64_t slots) {
+  granted_ = true;
+  segments_.grow_pages(segment, slots);
+}
+
 void ThreadTable::detach_writer(ThreadId id) {
   const Thread& thread = at(id);
   Segment& tail = segments_.at(thread.tail);

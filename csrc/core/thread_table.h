@@ -78,7 +78,11 @@ class ThreadTable {
 
   // Changes with whatever may change a view; tokens that are queued or encoded do not.
   uint64_t version() const { return version_; }
-  void touch() { ++version_; }
+  // Called before each such change; pages that were granted ahead go back.
+  void touch();
+  // Gives a segment pages for `slots` of its slots until the next touch(), though fewer are
+  // encoded.
+  void grant_pages(Segment& segment, int64_t slots);
 
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }
@@ -119,6 +123,7 @@ class ThreadTable {
   bool can_rotate_;
   ThreadId next_ = 0;
   uint64_t version_ = 0;
+  bool granted_ = false;  // some segment has pages ahead of what is encoded
   std::unordered_map<ThreadId, Thread> threads_;
 };
 

@@ -48,8 +48,14 @@ void ViewTables::commit() {
   for (Segment* tail : tails_) ++tail->encoded;
 }
 
+void ViewTables::forget(ThreadTable& table) {
+  version_ = kNever;
+  table.touch();
+}
+
 bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads) {
   version_ = kNever;
+  table.touch();  // what was granted before, to these threads or to others, is free again
   page_size_ = table.pool().page_size();
   threads_ = threads;
   tails_.clear();
@@ -60,19 +66,10 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   local_.clear();
   page_table_.clear();
   for (const ThreadId id : threads) {
-    if (!add_row(table, table.at(id))) return false;
+    if (!add_row(table, table.at(id)) || awaited(table, id)) return false;
   }
   ids_.assign(threads.size(), 0);
-  // All or nothing: pages for this step first, pages ahead as far as they go.
-  const int64_t ahead = pages_ahead(table.pool(), static_cast<int64_t>(threads.size()));
-  for (Segment* tail : tails_) table.segments().grow_pages(*tail, tail->head + tail->encoded + 1);
-  for (Segment* tail : tails_) {
-    const int64_t slots = static_cast<int64_t>(tail->pages.size()) * page_size_;
-    const int64_t wanted = tail->head + tail->encoded + 1 + (ahead - 1) * page_size_;
-    if (wanted > slots && table.pool().num_free() >= ahead) {
-      table.segments().grow_pages(*tail, wanted);
-    }
-  }
+  grant_pages(table);
   // Entries sorted by segment are pairs; counting keeps the readers of a segment in the order of
   // rows.
   std::vector<int32_t> next(segments_.size() + 1, 0);
@@ -86,6 +83,36 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   }
   version_ = table.version();
   return true;
+}
+
+void ViewTables::grant_pages(ThreadTable& table) {
+  const auto missing = [this](const Segment& tail) {
+    const int64_t room = static_cast<int64_t>(tail.pages.size()) * page_size_;
+    return tail.head + tail.encoded + 1 > room ? 1 : 0;
+  };
+  int64_t all = 0;
+  for (const Segment* tail : tails_) all += missing(*tail);
+  table.pool().require(all);
+  const int64_t ahead = pages_ahead(table.pool(), static_cast<int64_t>(tails_.size()));
+  for (Segment* tail : tails_) {  // first what this step needs, then the rest as far as it goes
+    table.grant_pages(*tail, tail->head + tail->encoded + 1);
+  }
+  for (Segment* tail : tails_) {
+    if (table.pool().num_free() < ahead) return;
+    table.grant_pages(*tail, tail->head + tail->encoded + 1 + (ahead - 1) * page_size_);
+  }
+}
+
+// Threads that were forked from a queued token wait for its logits; a planned step hands them out.
+bool ViewTables::awaited(ThreadTable& table, ThreadId writer) const {
+  const Thread& thread = table.at(writer);
+  for (const auto& [id, other] : table.threads()) {
+    if (id != writer && other.logits_segment == thread.tail &&
+        other.logits_index == thread.logits_index) {
+      return true;
+    }
+  }
+  return false;
 }
 
 bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {

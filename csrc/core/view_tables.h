@@ -13,13 +13,15 @@ namespace apr {
 class ViewTables {
  public:
   // Readies the tables for a step of these threads. False where the step is no ordinary one: it has
-  // more to run than one token a thread, or copies, or re-rotations that the model does not have.
-  // Throws kOutOfPages before anything is changed.
+  // more to run than one token a thread, or copies, or re-rotations that the model does not have,
+  // or somebody else waits for its logits. Throws kOutOfPages before anything is granted.
   bool refresh(ThreadTable& table, const std::vector<ThreadId>& threads);
   // Whether the last refresh made the tables anew: the device's copy is out of date.
   bool changed() const { return changed_; }
-  void commit();                        // the step has run: lengths grow, here as on the device
-  void forget() { version_ = kNever; }  // the device's lengths are not to be trusted
+  void commit();  // the step has run: lengths grow, here as on the device
+  // The step has not run, or nobody knows: pages go back, and the next refresh makes the tables
+  // anew.
+  void forget(ThreadTable& table);
 
   const std::vector<ViewRow>& rows() const { return rows_; }
   const std::vector<ViewEntry>& entries() const { return entries_; }
@@ -34,6 +36,8 @@ class ViewTables {
 
   bool build(ThreadTable& table, const std::vector<ThreadId>& threads);
   bool add_row(ThreadTable& table, const Thread& thread);
+  bool awaited(ThreadTable& table, ThreadId writer) const;
+  void grant_pages(ThreadTable& table);
   int32_t local_segment(const SegmentStore& store, SegmentId id);
   bool turns(const ThreadTable& table, const Thread& thread) const;
 

@@ -8,7 +8,7 @@ the views when a view was changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from apr import _core, gpu, ops
 from apr.errors import InvalidInput
 from apr.hf import Attachment, check_finite
 from apr.ops import Rotation
+
+# Graphs that are kept, the last used ones; and partial results of all kinds of layers of one: steps that need
+# more are planned, in passes.
+_MOST_GRAPHS = 8
+_MOST_PART_BYTES = 1 << 29
 
 
 class Capacity(NamedTuple):
@@ -61,16 +66,20 @@ class ViewPlan(ops.Plan):
         self.positions = torch.zeros(1, capacity.rows, dtype=torch.long, device=device)
         self._views: dict[gpu.Kind, tuple[_core.GpuViews, gpu.Pass]] = {}
         self._turns: dict[Rotation, tuple[Tensor, Tensor]] = {}
+        kinds: dict[gpu.Kind, _core.GpuViews] = {}
         for layer, pool in zip(attachment.spec.layers, pools, strict=True):
             kind = gpu.kind_of(pool, layer.q_heads, layer.window or 0, layer.chunk or 0, invariant)
-            if kind not in self._views:
-                core = backend.views(views, kind, tuple(capacity), device.index or 0)
-                self._views[kind] = (core, gpu.memory_of(core, device))
+            if kind not in kinds:
+                kinds[kind] = backend.views(views, kind, tuple(capacity), device.index or 0)
             turn = layer.rotation
             if turn is not None and turn not in self._turns:
                 frequencies = torch.tensor(turn.inv_freq, dtype=torch.float64, device=device)
                 table = torch.zeros(capacity.entries, len(turn.inv_freq), 2, device=device)
                 self._turns[turn] = (frequencies, table)
+        self.part_bytes = sum(core.part_bytes for core in kinds.values())
+        if self.part_bytes <= _MOST_PART_BYTES:
+            for kind, core in kinds.items():
+                self._views[kind] = (core, gpu.memory_of(core, device))
         passes = {kind: one for kind, (_, one) in self._views.items()}
         self.on_gpu.adopt(device, self.slots, passes)
 
@@ -105,21 +114,29 @@ class ViewPlan(ops.Plan):
 class StepGraph:
     """The forward of one capacity; on the emulated GPU a replay is a call."""
 
-    def __init__(self, plan: ViewPlan, attachment: Attachment, pools: Sequence[ops.Pool]) -> None:
+    def __init__(
+        self, plan: ViewPlan, attachment: Attachment, pools: Sequence[ops.Pool], memory: Any
+    ) -> None:
         self.plan = plan
         device = pools[0].k.device
-        self.ids = torch.zeros(1, plan.num_rows, dtype=torch.long, device=device)
+        ids = torch.zeros(1, plan.num_rows, dtype=torch.long, device=device)
+        self._ids, self._device = ids, device
+        on_gpu = device.type == "cuda"
+        self._host_ids = torch.zeros(plan.num_rows, dtype=torch.long, pin_memory=on_gpu)
 
         def forward() -> Tensor:
             plan.step()
-            return attachment.forward_static(plan, pools, self.ids, plan.positions)
+            return attachment.forward_static(plan, pools, ids, plan.positions)
 
         self._replay: Callable[[], Tensor] = forward
-        if device.type == "cuda":
+        if on_gpu:
             with gpu.on(device):
-                self._replay = self._capture(forward, device)
+                self._replay = self._capture(forward, device, memory)
 
-    def _capture(self, forward: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    @staticmethod
+    def _capture(
+        forward: Callable[[], Tensor], device: torch.device, memory: Any
+    ) -> Callable[[], Tensor]:
         # Libraries choose their kernels in a first run; it must not be on the stream that is captured.
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
@@ -127,7 +144,7 @@ class StepGraph:
             forward()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.graph(graph, pool=memory, stream=side):
             logits = forward()
 
         def replay() -> Tensor:
@@ -137,10 +154,12 @@ class StepGraph:
         return replay
 
     def run(self, ids: Tensor) -> Tensor:
-        """float32 logits [len(ids), vocab], of memory that the next run writes over."""
-        self.ids[0, : len(ids)].copy_(ids)
-        with gpu.on(self.ids.device):
-            return self._replay()[: len(ids)]
+        """float32 logits [len(ids), vocab], of memory that the next run of any graph writes over."""
+        count = len(ids)
+        self._host_ids[:count] = ids  # the last step's copy is over: its logits were waited for
+        with gpu.on(self._device):
+            self._ids[0, :count].copy_(self._host_ids[:count], non_blocking=True)
+            return self._replay()[:count]
 
 
 class StepGraphs:
@@ -156,49 +175,59 @@ class StepGraphs:
         self._backend, self._attachment = backend, attachment
         self._pools, self._invariant = pools, invariant
         self._views = _core.ViewTables()
-        self._graphs: dict[Capacity, StepGraph] = {}
+        self._graphs: dict[Capacity, StepGraph | None] = {}  # None: would take too much memory
         self._current: StepGraph | None = None
+        on_gpu = pools[0].k.device.type == "cuda"
+        self._memory: Any = torch.cuda.graph_pool_handle() if on_gpu else None
         self.captures = self.uploads = 0
 
-    def plan(self, table: _core.ThreadTable, numbers: list[int]) -> int | None:
-        """Ready the views for a step: the furthest position it writes at; None for no ordinary step."""
-        return self._views.max_position if self._views.refresh(table, numbers) else None
+    def step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
+        """float32 logits [threads, vocab] of an ordinary step; None where it is none and has to be planned.
 
-    def run(self) -> Tensor:
-        """float32 logits [threads, vocab] of the step that was planned; `commit` or `forget` ends it."""
-        graph = self._current
-        if graph is None or self._views.changed:
-            graph = self._ready()
-        logits = graph.run(torch.from_numpy(self._views.ids)).clone()
-        check_finite(logits)
+        On any exception nothing has run: what the device did is renewed before the next step.
+        """
+        if gpu.backend(self._pools[0].k.device) is not self._backend:
+            return None  # the emulated GPU was switched off
+        try:
+            if not self._views.refresh(table, numbers):
+                return None
+            self._attachment.spec.check_position(self._views.max_position)
+            graph = self._current
+            if graph is None or self._views.changed:
+                graph = self._ready()
+            if graph is None:
+                self._views.forget(table)
+                return None
+            logits = graph.run(torch.from_numpy(self._views.ids)).clone()
+            check_finite(logits)
+            self._views.commit()
+        except BaseException:
+            self._views.forget(table)
+            raise
         return logits
 
-    def _ready(self) -> StepGraph:
+    def _ready(self) -> StepGraph | None:
         capacity = capacity_of(self._views.sizes)
-        graph = self._graphs.get(capacity)
-        if graph is None:
-            plan = ViewPlan(
-                self._backend,
-                self._attachment,
-                self._pools,
-                self._views,
-                capacity,
-                self._invariant,
-            )
-            graph = self._graphs[capacity] = StepGraph(plan, self._attachment, self._pools)
-            self.captures += 1
-        graph.plan.upload(self._views)
-        self.uploads += 1
+        if capacity not in self._graphs:
+            self._graphs[capacity] = self._make(capacity)
+        graph = self._graphs.pop(capacity)
+        self._graphs[capacity] = graph  # the last used one stands last
+        if len(self._graphs) > _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        if graph is not None:
+            graph.plan.upload(self._views)
+            self.uploads += 1
         self._current = graph
         return graph
 
-    def commit(self) -> None:
-        """The step counts: lengths have grown."""
-        self._views.commit()
-
-    def forget(self) -> None:
-        """The step does not count; the device's lengths are renewed before the next."""
-        self._views.forget()
+    def _make(self, capacity: Capacity) -> StepGraph | None:
+        plan = ViewPlan(
+            self._backend, self._attachment, self._pools, self._views, capacity, self._invariant
+        )
+        if plan.part_bytes > _MOST_PART_BYTES:
+            return None
+        self.captures += 1
+        return StepGraph(plan, self._attachment, self._pools, self._memory)
 
 
 def step_graphs(

@@ -157,16 +157,7 @@ class Attachment:
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)
         extra = {"logits_to_keep": keep} if self.spec.keeps_rows else {}
-        try:
-            with running(packed), torch.no_grad():
-                out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
-        except IndexError as error:
-            raise InvalidInput(
-                f"step: the model has no embedding for a token or position of this step (positions "
-                f"up to {int(positions.max())}): {error}; keep threads shorter"
-            ) from error
-        packed.check_complete(self.model)
-        logits: Tensor = out.logits[0]
+        logits = self._run(packed, ids, positions, extra)
         if not self.spec.keeps_rows:
             logits = logits[keep]
         logits = logits.float()
@@ -178,11 +169,22 @@ class Attachment:
     ) -> Tensor:
         """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows, vocab]."""
         packed = PackedForward(self.spec, pools, plan, self.owner)
-        with running(packed), torch.no_grad():
-            out = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+        return self._run(packed, ids, positions, {}).float()
+
+    def _run(
+        self, packed: PackedForward, ids: Tensor, positions: Tensor, extra: dict[str, Any]
+    ) -> Tensor:
+        try:
+            with running(packed), torch.no_grad():
+                out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+        except IndexError as error:
+            raise InvalidInput(
+                f"step: the model has no embedding for a token or position of this step (positions "
+                f"up to {int(positions.max())}): {error}; keep threads shorter"
+            ) from error
         packed.check_complete(self.model)
         logits: Tensor = out.logits[0]
-        return logits.float()
+        return logits
 
     def close(self) -> None:
         """Give the model back as it was; safe to call twice."""

@@ -34,8 +34,8 @@ class Session:
 
     max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one forward;
     longer prefills are split and are still one transaction. invariant: attention bits of a thread do not
-    depend on its neighbours. cuda_graphs: capture the model's decode step and replay it (graph.py); the
-    model's forward must be capturable, as static shapes and no work on the host make it. seed: with the request index and the fork path it keys every thread's
+    depend on its neighbours. cuda_graphs: capture the model's decode step and replay it (graph.py): its
+    forward must be capturable, and weights must stay where they are while the session is open. seed: with the request index and the fork path it keys every thread's
     generator. Raises UnsupportedModel with the reason where the model cannot be attached; `self_test=False`
     skips the proof (three tiny forwards, once a model).
     """
@@ -114,6 +114,7 @@ class Session:
         if self._table is not None:
             self._stats = self.stats
             self._table = None
+            self._graphs = None
             self.pools = []
             self.attachment.close()
             self._arena.close()
@@ -351,18 +352,12 @@ class Session:
 
     def _replay_step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
         """Logits of an ordinary step by a captured graph; None where this is none."""
-        graphs = self._graphs
-        furthest = None if graphs is None else graphs.plan(table, numbers)
-        if graphs is None or furthest is None:
+        if self._graphs is None or len(numbers) > self.step_tokens:
             return None
         began = time.perf_counter()
-        try:
-            self.spec.check_position(furthest)
-            logits = graphs.run()
-        except BaseException:
-            graphs.forget()
-            raise
-        graphs.commit()
+        logits = self._graphs.step(table, numbers)
+        if logits is None:
+            return None
         self._stats.steps += 1
         self._stats.rows += len(numbers)
         self._stats.forwards += 1

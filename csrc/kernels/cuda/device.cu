@@ -1,4 +1,7 @@
 // What the CUDA runtime says of a device.
+#include <map>
+#include <mutex>
+
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
 
@@ -14,13 +17,21 @@ int attribute(cudaDeviceAttr which, int index) {
 
 }  // namespace
 
-GpuDevice device_of(int index) {
+GpuDevice query(int index) {
   return {attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
               attribute(cudaDevAttrComputeCapabilityMinor, index),
           attribute(cudaDevAttrMultiProcessorCount, index),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
           GpuDevice{}.most_part_bytes};
+}
+
+GpuDevice device_of(int index) {
+  static std::mutex mutex;  // each call of a kernel asks
+  static std::map<int, GpuDevice> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  return found != known.end() ? found->second : known.emplace(index, query(index)).first->second;
 }
 
 std::string built_architectures() { return APR_CUDA_ARCHITECTURES; }
