@@ -92,7 +92,7 @@ def test_transformers_is_touched_where_the_design_says():
 
 
 def test_strategies_stand_on_decode_and_session():
-    allowed = {"decode", "session", "thread", "trace", "errors", "strategies"}
+    allowed = {"decode", "sampling", "session", "thread", "trace", "errors", "strategies"}
     for name, found in python_files().items():
         if name.startswith("strategies/"):
             mine = {n.split(".")[1] for n in found if n.startswith("apr.")}

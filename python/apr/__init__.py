@@ -17,7 +17,7 @@ from apr.errors import (
     UnsupportedRope,
 )
 from apr.session import Session
-from apr.strategies import Result, best_of_n, majority_vote
+from apr.strategies import Result, beam_search, best_of_n, majority_vote
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
 
@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedRope",
     "ViewEntry",
+    "beam_search",
     "best_of_n",
     "decode",
     "majority_vote",

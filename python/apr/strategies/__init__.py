@@ -3,12 +3,14 @@
 from apr.strategies._answers import boxed, last_number, matching
 from apr.strategies._requests import Result
 from apr.strategies._reward import RewardModel
+from apr.strategies.beam_search import beam_search
 from apr.strategies.best_of_n import best_of_n
 from apr.strategies.majority_vote import majority_vote
 
 __all__ = [
     "Result",
     "RewardModel",
+    "beam_search",
     "best_of_n",
     "boxed",
     "last_number",
