@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
 "$pip" install -q torch==2.13.0 apache-tvm-ffi ninja jinja2 filelock nvidia-ml-py einops tabulate tqdm requests \
-  packaging click nvidia-curand
+  packaging click numpy nvidia-curand
 "$pip" install -q --no-deps flashinfer-python
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
