@@ -17,7 +17,7 @@ from apr.errors import (
     UnsupportedRope,
 )
 from apr.session import Session
-from apr.strategies import Result, beam_search, best_of_n, majority_vote
+from apr.strategies import Result, beam_search, best_of_n, group_think, majority_vote
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
 
@@ -47,6 +47,7 @@ __all__ = [
     "beam_search",
     "best_of_n",
     "decode",
+    "group_think",
     "majority_vote",
     "ops",
     "stream",

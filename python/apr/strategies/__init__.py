@@ -5,6 +5,7 @@ from apr.strategies._requests import Result
 from apr.strategies._reward import RewardModel
 from apr.strategies.beam_search import beam_search
 from apr.strategies.best_of_n import best_of_n
+from apr.strategies.group_think import group_think
 from apr.strategies.majority_vote import majority_vote
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "beam_search",
     "best_of_n",
     "boxed",
+    "group_think",
     "last_number",
     "majority_vote",
     "matching",

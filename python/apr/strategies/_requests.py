@@ -68,6 +68,14 @@ def encode(tokenizer: Any, prompt: Any) -> list[int]:
     return ids
 
 
+def encode_plain(tokenizer: Any, text: Any) -> list[int]:
+    """Token ids of a piece of text that continues another, without special tokens; ids stay as they are."""
+    if not isinstance(text, str):
+        return list(text)
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
 @contextlib.contextmanager
 def as_session(model_or_session: Any, seed: int) -> Iterator[Session]:
     """The given session, or one on the given model for the duration."""
