@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import apr
+from apr.strategies import Board
+from apr.strategies.hogwild import NAMES
+from hogwild_loop import HogwildLoop
 from models import FAMILIES, build, tokens
 from test_beam_search import Words
 from token_loop import Row, TokenLoop
@@ -130,3 +133,134 @@ def test_models_without_rotation_think_in_slots():
     )
     assert [len(t.tokens) for t in result.threads] == [5, 5]
     assert torch.tensor(result.threads[0].logprobs).isfinite().all()
+
+
+BOARD = Board(
+    past=[101, 102],
+    others=[103],
+    own=[104, 105],
+    step=lambda name, number: [106 + NAMES.index(name), 112 + number % 8],
+    end=[7],
+    check=[121, 122],
+)
+LOOP_BOARD = Board(
+    past=[101, 102],
+    others=[103],
+    own=[104, 105],
+    step=lambda index, number: [106 + index, 112 + number % 8],
+    end=[7],
+    check=[121, 122],
+)
+HOGWILD = {
+    "answer_prompt": None,
+    "max_new_tokens": 24,
+    "eos_token_id": [],
+    "temperature": 1.5,
+    "sequence_bias": {(7,): 6.0},  # steps end often; log-probabilities are the model's own
+    "check_every": 9,
+}
+
+
+@pytest.mark.parametrize("layout", ["combined", "interleaved", "contiguous"])
+@pytest.mark.parametrize("family,workers", [("llama", 2), ("cohere", 3), ("qwen2", 5)])
+def test_hogwild_by_explicit_lists(family, workers, layout):
+    """Every log-probability, with a worker that enters at step 7 and one that leaves at step 12."""
+    model = build(family)
+
+    def each_step(number, teams):
+        if number == 7:
+            teams[0].enter()
+        if number == 12:
+            teams[0].leave(teams[0].workers[1])
+
+    with apr.Session(model, max_tokens=8192) as s:
+        result = apr.hogwild(
+            s,
+            Words(),
+            PROMPT,
+            workers=workers,
+            layout=layout,
+            board=BOARD,
+            each_step=each_step,
+            **HOGWILD,
+        )
+        assert s.stats.used_pages == 0 and s.stats.threads == 0
+    assert len(result.threads) == workers + 1
+    assert result.threads[1].finish == "left" and len(result.threads[1].tokens) == 12
+    turns = sum(t.tokens[:-1].count(7) for t in result.threads)
+    assert turns >= workers  # pages were turned, or there would be little to see
+
+    loop = HogwildLoop(model, FAMILIES[family], PROMPT, LOOP_BOARD, layout, HOGWILD["check_every"])
+    written = [t.tokens for t in result.threads]
+    for k in range(workers):
+        loop.enter([*written[k], None] if k == 1 else written[k])
+    for number in range(40):
+        if number == 7:
+            loop.enter(written[workers])
+        if number == 12:
+            loop.leave(loop.everyone[1])
+        if not loop.live:
+            break
+        loop.step()
+    worst = 0.0
+    for item, writer in zip(result.threads, loop.everyone, strict=True):
+        assert len(item.logprobs) == len(writer.logprobs)
+        worst = max(
+            worst, *(abs(a - b) for a, b in zip(item.logprobs, writer.logprobs, strict=True))
+        )
+    assert worst < 3e-4
+
+
+def test_hogwild_oracle_has_power():
+    """What one layout writes is not what the rules of another give."""
+    model = build("llama")
+    result = apr.hogwild(
+        model, Words(), PROMPT, workers=2, layout="combined", board=BOARD, **HOGWILD
+    )
+    loop = HogwildLoop(model, FAMILIES["llama"], PROMPT, LOOP_BOARD, "interleaved", 9)
+    for item in result.threads:
+        loop.enter(item.tokens)
+    while loop.live:
+        loop.step()
+    pairs = zip(result.threads[0].logprobs, loop.everyone[0].logprobs, strict=True)
+    assert max(abs(a - b) for a, b in pairs) > 1e-2
+
+
+def test_hogwild_teams_answers_and_ends():
+    model = build("llama")
+    prompts = [tokens(6 + i, i) for i in range(3)]
+    options = {**HOGWILD, "answer_prompt": [9, 9], "max_new_tokens": 10}
+    with apr.Session(model, max_tokens=8192) as s:
+        many = apr.hogwild(s, Words(), prompts, workers=3, board=BOARD, answer_tokens=4, **options)
+        alone = apr.hogwild(
+            s, Words(), prompts[0], workers=3, board=BOARD, answer_tokens=4, **options
+        )
+        assert [t.tokens for t in many[0].threads] == [t.tokens for t in alone.threads]
+        assert many[0].text == alone.text and len(alone.text.split()) == 4
+        stopped = apr.hogwild(
+            s,
+            Words(),
+            prompts[0],
+            workers=2,
+            board=BOARD,
+            done=lambda text: len(text.split()) >= 4,
+            **options,
+        )
+        assert [t.finish for t in stopped.threads] == ["done", "done"]
+        assert [len(t.tokens) for t in stopped.threads] == [4, 4]
+
+        def interrupt(step):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            apr.hogwild(s, Words(), prompts, board=BOARD, on_step=interrupt, **options)
+        assert s.stats.used_pages == 0 and s.stats.threads == 0
+    for bad, word in (
+        ({"layout": "rows"}, "layout"),
+        ({"workers": 0}, "n: got 0"),
+        ({"board": Board(end="", past=[], others=[], own=[], step=lambda *_: [5])}, "board.end"),
+    ):
+        with pytest.raises(apr.InvalidInput, match=word):
+            apr.hogwild(model, Words(), PROMPT, **{**options, "board": BOARD, **bad})
+    with pytest.raises(apr.UnsupportedRope):
+        apr.hogwild(build("gpt2"), Words(), PROMPT, board=BOARD, **options)

@@ -17,7 +17,14 @@ from apr.errors import (
     UnsupportedRope,
 )
 from apr.session import Session
-from apr.strategies import Result, beam_search, best_of_n, group_think, majority_vote
+from apr.strategies import (
+    Result,
+    beam_search,
+    best_of_n,
+    group_think,
+    hogwild,
+    majority_vote,
+)
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
 
@@ -48,6 +55,7 @@ __all__ = [
     "best_of_n",
     "decode",
     "group_think",
+    "hogwild",
     "majority_vote",
     "ops",
     "stream",

@@ -6,15 +6,19 @@ from apr.strategies._reward import RewardModel
 from apr.strategies.beam_search import beam_search
 from apr.strategies.best_of_n import best_of_n
 from apr.strategies.group_think import group_think
+from apr.strategies.hogwild import Board, Team, hogwild
 from apr.strategies.majority_vote import majority_vote
 
 __all__ = [
+    "Board",
     "Result",
     "RewardModel",
+    "Team",
     "beam_search",
     "best_of_n",
     "boxed",
     "group_think",
+    "hogwild",
     "last_number",
     "majority_vote",
     "matching",

@@ -72,6 +72,8 @@ def encode_plain(tokenizer: Any, text: Any) -> list[int]:
     """Token ids of a piece of text that continues another, without special tokens; ids stay as they are."""
     if not isinstance(text, str):
         return list(text)
+    if not text:
+        return []
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
