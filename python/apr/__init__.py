@@ -24,6 +24,8 @@ from apr.strategies import (
     group_think,
     hogwild,
     majority_vote,
+    mcts,
+    tree_search,
 )
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
@@ -57,6 +59,8 @@ __all__ = [
     "group_think",
     "hogwild",
     "majority_vote",
+    "mcts",
     "ops",
     "stream",
+    "tree_search",
 ]

@@ -3,14 +3,19 @@
 from apr.strategies._answers import boxed, last_number, matching
 from apr.strategies._requests import Result
 from apr.strategies._reward import RewardModel
+from apr.strategies._thoughts import ModelValue, Node
 from apr.strategies.beam_search import beam_search
 from apr.strategies.best_of_n import best_of_n
 from apr.strategies.group_think import group_think
 from apr.strategies.hogwild import Board, Team, hogwild
 from apr.strategies.majority_vote import majority_vote
+from apr.strategies.mcts import mcts
+from apr.strategies.tree_search import tree_search
 
 __all__ = [
     "Board",
+    "ModelValue",
+    "Node",
     "Result",
     "RewardModel",
     "Team",
@@ -22,4 +27,6 @@ __all__ = [
     "last_number",
     "majority_vote",
     "matching",
+    "mcts",
+    "tree_search",
 ]
