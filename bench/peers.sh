@@ -19,6 +19,7 @@ site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("p
 mkdir "$work/stub"
 gcc -shared -Wl,-soname,libcuda.so.1 -x c /dev/null -o "$work/stub/libcuda.so"
 CPATH=$(dirname "$(find "$site" -name curand_kernel.h | head -1)") LIBRARY_PATH="$work/stub" PATH="$work/venv/bin:$PATH" FLASHINFER_CUDA_ARCH_LIST=9.0a \
+  CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" \
   FLASHINFER_WORKSPACE_BASE="$work/cache" "$work/venv/bin/python" - <<'PYTHON'
 import torch
 from flashinfer import jit
