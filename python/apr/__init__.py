@@ -25,6 +25,7 @@ from apr.strategies import (
     hogwild,
     majority_vote,
     mcts,
+    skeleton,
     tree_search,
 )
 from apr.thread import Segment, Thread, ViewEntry
@@ -61,6 +62,7 @@ __all__ = [
     "majority_vote",
     "mcts",
     "ops",
+    "skeleton",
     "stream",
     "tree_search",
 ]

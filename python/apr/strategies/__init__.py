@@ -10,6 +10,7 @@ from apr.strategies.group_think import group_think
 from apr.strategies.hogwild import Board, Team, hogwild
 from apr.strategies.majority_vote import majority_vote
 from apr.strategies.mcts import mcts
+from apr.strategies.skeleton import skeleton
 from apr.strategies.tree_search import tree_search
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "majority_vote",
     "matching",
     "mcts",
+    "skeleton",
     "tree_search",
 ]

@@ -99,6 +99,35 @@ def run_requests(
     """Call `run(session, prompts, request numbers)` on waves of prompts; a Result, or a list of them."""
     batch = is_batch(prompt)
     prompts = [encode(tokenizer, p) for p in (prompt if batch else [prompt])]
+    return _in_waves(model_or_session, prompts, batch, seed, threads_each, run)
+
+
+def run_texts(
+    model_or_session: Any,
+    question: Any,
+    seed: int,
+    threads_each: int,
+    run: Callable[[Session, list[str], list[int]], list[Result]],
+) -> Any:
+    """The same for methods that make prompts of a question: `run(session, questions, request numbers)`."""
+    batch = not isinstance(question, str)
+    questions = list(question) if batch else [question]
+    if not questions or not all(isinstance(q, str) and q for q in questions):
+        raise InvalidInput(
+            f"prompt: got {question!r:.60}; this method makes prompts of a question: expected a string, or "
+            "a list of them"
+        )
+    return _in_waves(model_or_session, questions, batch, seed, threads_each, run)
+
+
+def _in_waves(
+    model_or_session: Any,
+    prompts: list[Any],
+    batch: bool,
+    seed: int,
+    threads_each: int,
+    run: Callable[[Session, list[Any], list[int]], list[Result]],
+) -> Any:
     wave = max(1, MOST_THREADS // threads_each)
     results: list[Result] = []
     with as_session(model_or_session, seed) as session:
