@@ -25,6 +25,7 @@ from apr.strategies import (
     hogwild,
     majority_vote,
     mcts,
+    parathinker,
     skeleton,
     tree_search,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "majority_vote",
     "mcts",
     "ops",
+    "parathinker",
     "skeleton",
     "stream",
     "tree_search",

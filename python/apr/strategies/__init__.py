@@ -10,6 +10,7 @@ from apr.strategies.group_think import group_think
 from apr.strategies.hogwild import Board, Team, hogwild
 from apr.strategies.majority_vote import majority_vote
 from apr.strategies.mcts import mcts
+from apr.strategies.parathinker import parathinker
 from apr.strategies.skeleton import skeleton
 from apr.strategies.tree_search import tree_search
 
@@ -29,6 +30,7 @@ __all__ = [
     "majority_vote",
     "matching",
     "mcts",
+    "parathinker",
     "skeleton",
     "tree_search",
 ]
