@@ -14,83 +14,106 @@ from test_beam_search import Words
 from token_loop import Row, TokenLoop
 
 PROMPT = tokens(11, 0)
-STARTS = [tokens(2, 5), tokens(3, 6), tokens(2, 7), tokens(1, 8), tokens(4, 9)]
+STARTS = [tokens(2 + i % 3, 5 + i) for i in range(6)]
 
 
 def logprob_of(logits, token):
     return float(logits.log_softmax(-1)[token])
 
 
-def group_think_oracle(model, family, n, layout, slot, written, current=False):
+def group_think_oracle(model, family, most, layout, slot, written, events, current=False):
     """Log-probability of each thinker's tokens, from the statement of what each may see.
 
-    Step 0 runs what everybody begins with; then one token each. A thinker sees the prompt, of every other one
-    what was there before the step (`current`: with the step's too), and its own tokens up to the row's.
+    A thinker sees the prompt, of every other one what was there before the step (`current`: with the step's
+    too), and its own tokens up to the row's. The last token of one who has ended is a sealed segment's: it is
+    there in the step that runs it. events: (step, thinker that enters) and (step, -1 - thinker that
+    leaves).
     """
     loop = TokenLoop(model, FAMILIES[family])
     p = len(PROMPT)
     for i, token in enumerate(PROMPT):
         loop.step([Row("P", token, i, [("P", 0, i + 1)])])
-    streams = [[*STARTS[k], *written[k]] for k in range(n)]
+    streams = [[*STARTS[k], *written[k]] for k in range(len(written))]
 
     def place(k, i):
-        return p + k * slot + i if layout == "slots" else p + i * n + k
+        return p + k * slot + i if layout == "slots" else p + i * most + k
 
-    def sees(k, upto, lengths):
-        """Entries of one token each, so that any stride can be stated."""
-        found = [("P", 0, p)]
-        for other in range(n):
-            count = upto if other == k else lengths[other]
-            if current and other != k:
-                count += len(pending[other])
-            found += [(f"{other}.{i}", place(other, i), 1) for i in range(count)]
-        return found
-
-    got = [[] for _ in range(n)]
-    lengths = [0] * n
-    pending = [list(range(len(STARTS[k]))) for k in range(n)]
-    while any(pending):
+    got = [[] for _ in written]
+    lengths, pending = [0] * len(written), [[] for _ in written]
+    live = set()
+    for number in range(200):
+        for at, who in events:
+            if at == number and who >= 0:
+                live.add(who)
+                pending[who] = list(range(len(STARTS[who])))
+            elif at == number:
+                live.discard(-1 - who)
+        if not live:
+            break
         rows, last = [], {}
-        for k in range(n):
+        for k in range(len(written)):
             for i in pending[k]:
-                rows.append(Row(f"{k}.{i}", streams[k][i], place(k, i), sees(k, i + 1, lengths)))
+                sees = [("P", 0, p)]
+                for other in range(len(written)):
+                    count = i + 1 if other == k else lengths[other]
+                    if other != k and (current or other not in live):
+                        count += len(pending[other])
+                    sees += [(f"{other}.{j}", place(other, j), 1) for j in range(count)]
+                rows.append(Row(f"{k}.{i}", streams[k][i], place(k, i), sees))
                 last[k] = len(rows) - 1
         logits = loop.step(rows)
-        for k in range(n):
+        for k in range(len(written)):
             lengths[k] += len(pending[k])
-            following = lengths[k]
-            if k in last and following < len(streams[k]):
-                got[k].append(logprob_of(logits[last[k]], streams[k][following]))
-            # The last token that was sampled is queued, not run.
-            pending[k] = [following] if following < len(streams[k]) - 1 else []
+            pending[k] = []
+            if k in live:
+                got[k].append(logprob_of(logits[last[k]], streams[k][lengths[k]]))
+                # The last sampled token is queued; others see it once it has run.
+                pending[k] = [lengths[k]]
+                if lengths[k] == len(streams[k]) - 1:
+                    live.discard(k)
     return got
 
 
 @pytest.mark.parametrize("layout", ["slots", "interleaved"])
 @pytest.mark.parametrize("family,n", [("llama", 2), ("llama", 3), ("cohere", 5), ("qwen2", 3)])
 def test_group_think_sees_the_others_up_to_the_step_before(family, n, layout):
+    """A thinker enters at step 7, one leaves at step 12; some meet an end token early."""
     model = build(family)
-    # An end token that some thinkers meet early.
-    result = apr.group_think(
-        model,
-        Words(),
-        PROMPT,
-        n=n,
-        layout=layout,
-        starts=STARTS[:n],
-        answer_prompt=None,
-        max_new_tokens=12,
-        eos_token_id=list(range(60, 70)),
-        temperature=1.5,
-    )
+
+    def each_step(number, groups):
+        if number == 7:
+            groups[0].enter()
+        if number == 12 and len(groups[0].thinkers) > 1:
+            left.append(groups[0].written.index(groups[0]._of[groups[0].thinkers[1]]))
+            groups[0].leave(groups[0].thinkers[1])
+
+    left = []
+    with apr.Session(model, max_tokens=8192) as s:
+        result = apr.group_think(
+            s,
+            Words(),
+            PROMPT,
+            n=n,
+            most=n + 1,
+            layout=layout,
+            start=STARTS.__getitem__,
+            answer_prompt=None,
+            max_new_tokens=20,
+            eos_token_id=list(range(60, 63)),
+            temperature=1.5,
+            each_step=each_step,
+        )
+        assert s.stats.used_pages == 0 and s.stats.threads == 0
     written = [item.tokens for item in result.threads]
-    slot = max(map(len, STARTS[:n])) + 12
-    want = group_think_oracle(model, family, n, layout, slot, written)
+    slot = max(map(len, STARTS[: n + 1])) + 20
+    events = [(0, k) for k in range(n)] + [(7, n)] + [(12, -1 - k) for k in left]
+    assert left and len(written) == n + 1
+    want = group_think_oracle(model, family, n + 1, layout, slot, written, events)
     for item, expected in zip(result.threads, want, strict=True):
         assert len(expected) == len(item.tokens)
         assert max(abs(a - b) for a, b in zip(item.logprobs, expected, strict=True)) < 2e-4
     # Power: thinkers that see the others' current tokens too would get other numbers.
-    other = group_think_oracle(model, family, n, layout, slot, written, current=True)
+    other = group_think_oracle(model, family, n + 1, layout, slot, written, events, current=True)
     flat = [a - b for x, y in zip(want, other, strict=True) for a, b in zip(x, y, strict=True)]
     assert max(map(abs, flat)) > 1e-2
 
@@ -98,7 +121,12 @@ def test_group_think_sees_the_others_up_to_the_step_before(family, n, layout):
 def test_group_think_answers_jointly_and_in_batches():
     model = build("llama")
     prompts = [tokens(5 + i, i) for i in range(3)]
-    options = {"n": 3, "starts": STARTS[:3], "max_new_tokens": 6, "answer_prompt": [9, 10]}
+    options = {
+        "n": 3,
+        "start": STARTS.__getitem__,
+        "max_new_tokens": 6,
+        "answer_prompt": [9, 10],
+    }
     with apr.Session(model, max_tokens=8192) as s:
         many = apr.group_think(s, Words(), prompts, answer_tokens=5, eos_token_id=[], **options)
         assert s.stats.used_pages == 0 and s.stats.threads == 0
@@ -112,8 +140,8 @@ def test_group_think_answers_jointly_and_in_batches():
                 assert alone.text == one.text
     for bad, word in (
         ({"layout": "rows"}, "layout"),
-        ({"starts": STARTS[:2]}, "starts"),
-        ({"starts": [[], [1], [2]]}, "starts"),
+        ({"most": 2}, "most"),
+        ({"start": lambda number: []}, "start"),
     ):
         with pytest.raises(apr.InvalidInput, match=word):
             apr.group_think(model, Words(), PROMPT, **{**options, **bad})
@@ -126,7 +154,7 @@ def test_models_without_rotation_think_in_slots():
         Words(),
         PROMPT,
         n=2,
-        starts=STARTS[:2],
+        start=STARTS.__getitem__,
         answer_prompt=None,
         max_new_tokens=5,
         eos_token_id=[],

@@ -1,53 +1,44 @@
-"""What methods share whose threads read each other while they write: who belongs together, the joint answer."""
+"""What methods share whose threads read each other while they write: the answer from all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from apr.decode import Decoded, decode
 from apr.session import Session
 from apr.strategies._requests import encode_plain
-from apr.thread import Segment, Thread
+from apr.thread import ViewLike
 
 
-@dataclass
-class Crew:
-    """Threads that work on one prompt, and the regions that they write."""
-
-    head: Segment
-    regions: list[Segment]
-    threads: list[Thread]
-
-    def release(self) -> None:
-        for thread in self.threads:
-            if thread.alive:
-                thread.release()
-        self.regions.clear()
-
-
-def joint_answer(
+def joint_answers(
     session: Session,
     tokenizer: Any,
-    crews: Sequence[Crew],
+    views: Sequence[ViewLike],
     prompt: Any,
     tokens: int,
     options: dict[str, Any],
 ) -> Sequence[Decoded | None]:
-    """What a reader of everything that a crew wrote writes after `prompt`; None without one.
+    """What readers of these views write after `prompt`, greedily; None each without one.
 
-    Readers of all crews write side by side. Each continues at the furthest position that the crew reached.
+    All readers write side by side. Of `options` the end tokens are kept.
     """
     if prompt is None:
-        return [None] * len(crews)
+        return [None] * len(views)
     ids = encode_plain(tokenizer, prompt)
+    kept = {k: v for k, v in options.items() if k in ("eos_token_id", "pad_token_id")}
     readers = []
     try:
-        for crew in crews:
-            view = [(crew.head, 0), *((region, region.base) for region in crew.regions)]
+        for view in views:
             readers.append(session.thread(ids, view=view))
-        return decode(session, readers, tokenizer=tokenizer, max_new_tokens=tokens, **options)
+        return decode(
+            session,
+            readers,
+            tokenizer=tokenizer,
+            max_new_tokens=tokens,
+            do_sample=False,
+            **kept,
+        )
     finally:
         for reader in readers:
             if reader.alive:

@@ -31,6 +31,17 @@ class Result:
     trace: Trace
     votes: dict[Any, float] = field(default_factory=dict)
     scores: list[float] = field(default_factory=list)
+    # Tokens that were sampled for this prompt, those of dropped threads included; and those that had to be
+    # sampled one after the other.
+    total_tokens: int = -1
+    critical_path_tokens: int = -1
+
+    def __post_init__(self) -> None:
+        lengths = [len(item.tokens) for item in self.threads]
+        if self.total_tokens < 0:
+            self.total_tokens = sum(lengths)
+        if self.critical_path_tokens < 0:
+            self.critical_path_tokens = max(lengths, default=0)
 
 
 def _is_message(item: Any) -> bool:

@@ -106,7 +106,7 @@ class Grove:
         self._config = generation_config
         self._options = options if generation_config is not None else {"do_sample": True, **options}
         self._most_nodes, self._most_tokens = most_nodes, most_tokens
-        self.count = self.tokens = 0
+        self.count = self.tokens = self.longest = 0  # longest: tokens one after the other
         self.nodes: list[Node] = []
 
     def plant(self, ids: list[int], key: tuple[int, int]) -> Node:
@@ -122,7 +122,9 @@ class Grove:
 
     def _write(self, threads: list[Thread], options: dict[str, Any]) -> list[Decoded]:
         written = decode(self._session, threads, self._config, tokenizer=self._tokenizer, **options)
-        self.tokens += sum(len(item.tokens) for item in written)
+        lengths = [len(item.tokens) for item in written]
+        self.tokens += sum(lengths)
+        self.longest += max(lengths, default=0)
         return written
 
     def grow(self, parents: Sequence[Node], n: int, stop: Any) -> list[Node]:

@@ -45,9 +45,13 @@ class _Search:
     finished: list[_Hypothesis] = field(default_factory=list)
     improvable: bool = True
     done: bool = False
+    sampled: int = 0
+    steps: int = 0
 
     def advance(self, logits: Tensor) -> None:
         """Take one token further; logits [beams, vocab] of the threads as they are."""
+        self.steps += 1
+        self.sampled += len(self.threads)
         logprobs = self._processed(logits)
         total = (logprobs + self.scores[:, None]).flatten()
         vocab = logits.shape[-1]
@@ -212,6 +216,8 @@ def beam_search(
                     stats=stats,
                     trace=session.trace,
                     scores=[h.score for h in search.finished],
+                    total_tokens=search.sampled,
+                    critical_path_tokens=search.steps,
                 )
             )
         return results

@@ -2,18 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded, decode
+from apr.decode import Decoded, StreamStep, stream
 from apr.errors import InvalidInput
-from apr.sampling import new_token_limit, resolve
+from apr.sampling import new_token_limit
 from apr.session import Session
-from apr.strategies._live import Crew, joint_answer
+from apr.strategies._live import joint_answers
 from apr.strategies._requests import Result, encode_plain, run_requests
 from apr.strategies._sample import check_count
+from apr.thread import Segment, Thread, ViewLike
 
 LAYOUTS = ("slots", "interleaved")
+Start = Callable[[int], Any]  # of a thinker's number, from 0 on: text or token ids
+
+
+def numbered(number: int) -> str:
+    """What a thinker begins with, unless told otherwise."""
+    return f"\nThinker {number + 1}:"
+
+
+class Group:
+    """The thinkers of one prompt; they may enter and leave at any step (`each_step` of `group_think`)."""
+
+    def __init__(
+        self,
+        session: Session,
+        ids: list[int],
+        places: Callable[[int], tuple[int, int]],
+        begin: Callable[[int], list[int]],
+        most: int,
+        key: tuple[int, int],
+        enter: Callable[[Thread], None],
+        leave: Callable[[Thread], None],
+    ) -> None:
+        self._session, self._places, self._begin = session, places, begin
+        self._most, self._key = most, key
+        self._enter, self._leave = enter, leave
+        self.head: Segment = session.segment(ids)
+        self.regions: list[Segment] = []
+        self.thinkers: list[Thread] = []  # that still write
+        self.written: list[Decoded] = []
+        self._of: dict[Thread, Decoded] = {}
+        self.steps = 0
+
+    def _view(self, own: Segment | None) -> ViewLike:
+        """Everybody at the positions where it was written, the own region last."""
+        regions = [r for r in self.regions if r is not own] + ([own] if own is not None else [])
+        return [(self.head, 0), *((r, r.base) for r in regions)]
+
+    def enter(self) -> Thread:
+        """A new thinker, from the next step on."""
+        number = len(self.regions)
+        if number >= self._most:
+            raise InvalidInput(
+                f"group_think: {self._most} thinkers have entered, and positions are kept for no more; "
+                "pass a larger `most`"
+            )
+        base, stride = self._places(number)
+        region = self._session.region(base=base, stride=stride)
+        self.regions.append(region)
+        key = (*self._key, number)
+        thread = self._session.thread(
+            self._begin(number), view=self._view(region), writes=region, request=key
+        )
+        for other in self.thinkers:
+            other.view = self._view(other.tail)
+        self.thinkers.append(thread)
+        self._of[thread] = Decoded(thread, request=self._key[1])
+        self.written.append(self._of[thread])
+        self._enter(thread)
+        return thread
+
+    def leave(self, thread: Thread, reason: str = "left") -> None:
+        """The thinker writes no more; what it wrote stays for the others to see."""
+        if thread not in self.thinkers:
+            raise InvalidInput(f"group_think: {thread!r} is not thinking in this group")
+        if not self._of[thread].finish:
+            self._leave(thread)
+            self._of[thread].finish = reason
+        self.thinkers.remove(thread)
+        thread.release()
+
+    def note(self, step: StreamStep) -> None:
+        """What a step brought."""
+        self.steps += any(thread in step.tokens for thread in self.thinkers)
+        for thread in list(self.thinkers):
+            if thread in step.tokens:
+                self._of[thread].tokens.append(step.tokens[thread])
+                self._of[thread].logprobs.append(step.logprobs[thread])
+            if thread in step.finished:
+                self._of[thread].finish = step.finished[thread]
+                self.leave(thread)
+
+    def final_view(self) -> ViewLike:
+        """Everything that was written."""
+        return self._view(None)
+
+    def release(self) -> None:
+        for thread in self.thinkers:
+            if thread.alive:
+                thread.release()
+        self.thinkers.clear()
 
 
 def group_think(
@@ -25,102 +116,99 @@ def group_think(
     seed: int = 0,
     *,
     layout: str = "slots",
-    starts: Sequence[Any] | None = None,
+    start: Start = numbered,
+    most: int | None = None,
     answer_prompt: Any = "\nFinal answer:",
     answer_tokens: int = 64,
+    each_step: Callable[[int, list[Group]], None] | None = None,
+    on_step: Callable[[StreamStep], None] | None = None,
+    stop: Any = None,
     **options: Any,
 ) -> Any:
     """`n` thinkers write at once; each sees the prompt, what the others wrote before this step, and itself.
 
     layout: "slots" gives each thinker a range of positions of its own behind the prompt; "interleaved" lets
-    token i of thinker k stand at prompt + i * n + k. Positions are those of the writing, so models without
-    re-rotation do too. starts: what each begins with (text or token ids), "\\nThinker 1:" and so on if not
-    given. When all have ended, a reader of all of them writes the answer after `answer_prompt` (None: no
-    answer is written, and the text is the first thinker's). Other arguments: as in `majority_vote`.
+    token i of thinker k stand at prompt + i * most + k. Positions are those of the writing, so models without
+    re-rotation do too. start(number): what a thinker begins with, text or token ids. most: thinkers that may
+    ever enter (n if not given); each_step(number, groups) is called before each step, and may let them enter
+    and leave. When all have ended, a reader of all of them writes the answer after `answer_prompt` (None: the
+    text is the first thinker's). Samples unless told otherwise; other arguments: as in `majority_vote`.
     """
     check_count(n)
+    most = n if most is None else most
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout: got {layout!r}; expected one of {LAYOUTS}")
-    named = starts if starts is not None else [f"\nThinker {i + 1}:" for i in range(n)]
-    if len(named) != n:
-        raise InvalidInput(f"starts: got {len(named)} for {n} thinkers; expected one each")
-    begins = [encode_plain(tokenizer, start) for start in named]
+    if most < n:
+        raise InvalidInput(f"most: got {most} for {n} thinkers; expected at least as many")
+    begins = [encode_plain(tokenizer, start(i)) for i in range(most)]
     if not all(begins):
-        raise InvalidInput("starts: got one without tokens; expected at least one token each")
-
-    def enter(session: Session, ids: list[int], request: int, slot: int) -> Crew:
-        head, p = session.segment(ids), len(ids)
-        regions = [
-            session.region(base=p + i * slot)
-            if layout == "slots"
-            else session.region(base=p + i, stride=n)
-            for i in range(n)
-        ]
-        threads = []
-        for i, region in enumerate(regions):
-            others = [(r, r.base) for r in regions if r is not region]
-            thread = session.thread(
-                begins[i],
-                view=[(head, 0), *others, (region, region.base)],
-                writes=region,
-                request=(seed, request, i),
-            )
-            threads.append(thread)
-        return Crew(head, regions, threads)
+        raise InvalidInput("start: got no tokens; expected at least one for each thinker")
+    sampling = options if generation_config is not None else {"do_sample": True, **options}
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
-        sampling = options if generation_config is not None else {"do_sample": True, **options}
-        config_options = {k: v for k, v in sampling.items() if k not in _LOOP_OPTIONS}
-        limit = new_token_limit(resolve(session.model, generation_config, config_options), 0)
-        slot = max(map(len, begins)) + limit
-        crews: list[Crew] = []
-        try:
-            for ids, request in zip(prompts, requests, strict=True):
-                crews.append(enter(session, ids, request, slot))
-            everyone = [t for crew in crews for t in crew.threads]
-            written = decode(session, everyone, generation_config, tokenizer=tokenizer, **sampling)
-            groups = [written[i : i + n] for i in range(0, len(written), n)]
-            answers = joint_answer(
-                session,
-                tokenizer,
-                crews,
-                answer_prompt,
-                answer_tokens,
-                sampled_by(session, config_options),
-            )
-            stats = session.stats
-        finally:
-            for crew in crews:
-                crew.release()
+        groups: list[Group] = []
+        with stream(session, [], generation_config, tokenizer=tokenizer, **sampling) as writing:
+            slot = max(map(len, begins)) + new_token_limit(writing.config, 0)
+
+            def places(p: int) -> Callable[[int], tuple[int, int]]:
+                if layout == "slots":
+                    return lambda k: (p + k * slot, 1)
+                return lambda k: (p + k, most)
+
+            try:
+                for ids, request in zip(prompts, requests, strict=True):
+                    group = Group(
+                        session,
+                        ids,
+                        places(len(ids)),
+                        begins.__getitem__,
+                        most,
+                        (seed, request),
+                        lambda thread: writing.add(thread, stop=stop),
+                        writing.remove,
+                    )
+                    groups.append(group)
+                    for _ in range(n):
+                        group.enter()
+                number = 0
+                if each_step is not None:
+                    each_step(number, groups)
+                for step in writing:
+                    for group in groups:
+                        group.note(step)
+                    if on_step is not None:
+                        on_step(step)
+                    number += 1
+                    if each_step is not None:
+                        each_step(number, groups)
+                views = [group.final_view() for group in groups]
+                answers = joint_answers(
+                    session, tokenizer, views, answer_prompt, answer_tokens, options
+                )
+                stats = session.stats
+            finally:
+                for group in groups:
+                    group.release()
         return [
-            _result(group, answer, request, stats, session)
-            for group, answer, request in zip(groups, answers, requests, strict=True)
+            _result(g, a, tokenizer, stats, session) for g, a in zip(groups, answers, strict=True)
         ]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n, run)
-
-
-_LOOP_OPTIONS = {
-    "stop",
-    "on_step",
-    "progress",
-    "streamer",
-    "prune",
-    "logits_processor",
-    "stopping_criteria",
-}
-
-
-def sampled_by(session: Session, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of the answer: greedy, with the end tokens that were asked for."""
-    kept = {k: v for k, v in options.items() if k in ("eos_token_id", "pad_token_id")}
-    return {**kept, "do_sample": False}
+    return run_requests(model_or_session, tokenizer, prompt, seed, most, run)
 
 
 def _result(
-    group: list[Decoded], answer: Decoded | None, request: int, stats: Any, session: Session
+    group: Group, answer: Decoded | None, tokenizer: Any, stats: Any, session: Session
 ) -> Result:
-    for item in group:
-        item.request = request
-    text = group[0].text if answer is None else answer.text
-    return Result(text=text, answer=text, threads=group, stats=stats, trace=session.trace)
+    for item in group.written:
+        item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
+    text = group.written[0].text if answer is None else answer.text
+    answered = 0 if answer is None else len(answer.tokens)
+    return Result(
+        text=text,
+        answer=text,
+        threads=group.written,
+        stats=stats,
+        trace=session.trace,
+        total_tokens=sum(len(item.tokens) for item in group.written) + answered,
+        critical_path_tokens=group.steps + answered,
+    )

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr.decode import Decoded, StreamStep, decode, stream
+from apr.decode import Decoded, StreamStep, stream
 from apr.errors import InvalidInput
 from apr.session import Session
+from apr.strategies._live import joint_answers
 from apr.strategies._requests import Result, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Segment, Thread
@@ -76,6 +77,7 @@ class Team:
         self._others = self._header(board.others if shown else "")
         self._own = self._header(board.own)
         self.history: list[Segment] = []
+        self.steps = 0
         self.workers: list[Worker] = []  # that still write
         self.everyone: list[Worker] = []
 
@@ -145,6 +147,7 @@ class Team:
     def note(self, step: StreamStep) -> None:
         """What a step brought: tokens, finished steps of text, workers that ended."""
         ended, moving = [], []
+        self.steps += any(worker.thread in step.tokens for worker in self.workers)
         for worker in self.workers:
             token = step.tokens.get(worker.thread)
             if token is None:
@@ -271,7 +274,10 @@ def hogwild(
                     number += 1
                     if each_step is not None:
                         each_step(number, teams)
-                answers = _answers(session, tokenizer, teams, answer_prompt, answer_tokens, options)
+                views = [team.final_view() for team in teams]
+                answers = joint_answers(
+                    session, tokenizer, views, answer_prompt, answer_tokens, options
+                )
                 stats = session.stats
             finally:
                 for team in teams:
@@ -287,32 +293,6 @@ def _done(done: Callable[[str], bool], worker: Worker, tokenizer: Any) -> bool:
     return done(tokenizer.decode(worker.written.tokens, skip_special_tokens=True))
 
 
-def _answers(
-    session: Session, tokenizer: Any, teams: list[Team], prompt: Any, tokens: int, options: Any
-) -> list[Decoded | None]:
-    if prompt is None:
-        return [None] * len(teams)
-    readers = []
-    try:
-        for team in teams:
-            readers.append(session.thread(encode_plain(tokenizer, prompt), view=team.final_view()))
-        kept = {k: v for k, v in options.items() if k in ("eos_token_id", "pad_token_id")}
-        return list(
-            decode(
-                session,
-                readers,
-                tokenizer=tokenizer,
-                max_new_tokens=tokens,
-                do_sample=False,
-                **kept,
-            )
-        )
-    finally:
-        for reader in readers:
-            if reader.alive:
-                reader.release()
-
-
 def _result(
     team: Team, answer: Decoded | None, tokenizer: Any, stats: Any, session: Session
 ) -> Result:
@@ -320,4 +300,13 @@ def _result(
     for item in items:
         item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
     text = items[0].text if answer is None else answer.text
-    return Result(text=text, answer=text, threads=items, stats=stats, trace=session.trace)
+    answered = 0 if answer is None else len(answer.tokens)
+    return Result(
+        text=text,
+        answer=text,
+        threads=items,
+        stats=stats,
+        trace=session.trace,
+        total_tokens=sum(len(item.tokens) for item in items) + answered,
+        critical_path_tokens=team.steps + answered,
+    )

@@ -79,6 +79,8 @@ def mcts(
             stats=stats,
             trace=session.trace,
             scores=[best_reward],
+            total_tokens=grove.tokens,
+            critical_path_tokens=grove.longest,
         )
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:

@@ -97,7 +97,14 @@ def parathinker(
             for part in parts:
                 part.request = request
             results.append(
-                Result(text=text, answer=text, threads=parts, stats=stats, trace=session.trace)
+                Result(
+                    text=text,
+                    answer=text,
+                    threads=parts,
+                    stats=stats,
+                    trace=session.trace,
+                    critical_path_tokens=max(len(p.tokens) for p in parts[:-1]) + len(item.tokens),
+                )
             )
         return results
 

@@ -149,6 +149,14 @@ def _results(
         ]
         text = "\n".join(lines) if parts else item.text
         results.append(
-            Result(text=text, answer=text, threads=[item, *parts], stats=stats, trace=session.trace)
+            Result(
+                text=text,
+                answer=text,
+                threads=[item, *parts],
+                stats=stats,
+                trace=session.trace,
+                critical_path_tokens=len(item.tokens)
+                + max((len(p.tokens) for p in parts), default=0),
+            )
         )
     return results

@@ -72,6 +72,8 @@ def tree_search(
             stats=stats,
             trace=session.trace,
             scores=[chosen.score, *(b.score for b in best if b is not chosen)],
+            total_tokens=grove.tokens,
+            critical_path_tokens=grove.longest,
         )
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
