@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import gpu, harness, kernels, sessions
+from apr.bench import gpu, harness, kernels, methods, sessions
 from apr.errors import InvalidInput
 
 BENCHES = {
@@ -18,6 +18,7 @@ BENCHES = {
     "pages": sessions.bench_pages,
     "width": kernels.bench_width,
     "gpu": gpu.bench_gpu,
+    "methods": methods.bench_methods,
 }
 
 
