@@ -40,6 +40,37 @@ def test_run_smoke(capsys, tmp_path):
     assert {"fork", "step", "thread_name"} <= {e["name"] for e in events}
 
 
+@pytest.mark.parametrize(
+    "method", ["beam_search", "tree_search", "mcts", "group_think", "hogwild", "majority_vote"]
+)
+def test_every_method_runs_on_a_problem(method, capsys):
+    arguments = ["run", "--method", method, "--n", "4", "--workers", "3", "--live"]
+    assert main([*arguments, "--prompt", "24 : 8 6 4"]) == 0
+    out = capsys.readouterr().out
+    assert "one after the other" in out and "replayed by arithmetic" in out
+    if method == "hogwild":  # side by side
+        assert any(
+            all(name in line for name in ("Alice", "Bob", "Carol")) for line in out.splitlines()
+        )
+
+
+@pytest.mark.parametrize("method", ["skeleton", "parathinker"])
+def test_methods_of_words_want_a_text_model(method, capsys):
+    assert main(["run", "--method", method, "--prompt", "24 : 8 6 4"]) == 2
+    assert "--model" in capsys.readouterr().err
+    model = ["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1 2 3"]
+    assert main([*model, "--method", "mcts", "--max-new-tokens", "4"]) == 2
+    assert "apr.mcts(reward=" in capsys.readouterr().err
+
+
+def test_bench_methods_smoke(capsys, tmp_path):
+    assert main(["bench", "methods", "--smoke", "--json", str(tmp_path / "m.json")]) == 0
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert len(rows) == 10 and all(row["pages_left"] == 0 for row in rows)
+    assert all(row["most_pages"] >= row["bound_pages"] > 0 for row in rows)
+    assert "| MCTS" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["sequential", "majority_vote", "best_of_n"])
 def test_run_any_model(method, capsys):
     arguments = ["run", "--model", str(countdown.CHECKPOINT), "--prompt", "<bos> 24 : 8 6 4 <try>"]

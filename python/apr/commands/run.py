@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 import apr
 from apr import countdown, hf
+from apr.commands._methods import METHODS, run_method
 from apr.countdown.problems import Problem
 from apr.decode import StreamStep
 from apr.errors import InvalidInput
 from apr.strategies import Result
-
-METHODS = ("sequential", "majority_vote", "best_of_n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         help="majority_vote for --model, best_of_n for Countdown",
     )
-    parser.add_argument("--n", type=int, default=16, help="threads")
+    parser.add_argument("--n", type=int, default=16, help="threads, beams, points or iterations")
+    parser.add_argument("--workers", type=int, default=3, help="of hogwild and group_think")
+    parser.add_argument(
+        "--live", action="store_true", help="show threads side by side as they write"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, help="1 for --model, 2 for Countdown")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class LiveThreads:
     """Shows what each thread has written so far, while it writes."""
 
-    def __init__(self, tokenizer: Any, console: Console) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, console: Console, side_by_side: bool) -> None:
+        self.tokenizer, self.side_by_side = tokenizer, side_by_side
         self.live = Live(console=console, refresh_per_second=12)
         self.written: dict[apr.Thread, list[int]] = {}
         self.ended: dict[apr.Thread, str] = {}
@@ -59,15 +63,33 @@ class LiveThreads:
         for thread, token in step.tokens.items():
             self.written.setdefault(thread, []).append(token)
         self.ended.update(step.finished)
-        table = Table("thread", "text", "end", box=None, pad_edge=False)
+        self.live.update(self._columns() if self.side_by_side else self._rows())
+
+    def _texts(self) -> list[tuple[str, str, str]]:
+        """(name, text, how it ended) of each thread."""
+        found = []
         for i, (thread, ids) in enumerate(self.written.items()):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            table.add_row(str(i), text, self.ended.get(thread, ""))
-        self.live.update(table)
+            text = self.tokenizer.decode(ids, skip_special_tokens=not self.side_by_side)
+            found.append((thread.label or str(i), text, self.ended.get(thread, "")))
+        return found
+
+    def _rows(self) -> Table:
+        table = Table("thread", "text", "end", box=None, pad_edge=False)
+        for row in self._texts():
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def _columns(self) -> Table:
+        table = Table(expand=True)
+        texts = self._texts()
+        for name, _, end in texts:
+            table.add_column(Text(f"{name} ({end})" if end else name), ratio=1, overflow="fold")
+        table.add_row(*(Text(text) for _, text, _ in texts))
+        return table
 
 
 def main(options: argparse.Namespace) -> None:
-    for name in ("n", "problems"):
+    for name in ("n", "problems", "workers"):
         if getattr(options, name) < 1:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected at least 1")
     if options.temperature is not None and options.temperature <= 0:
@@ -79,30 +101,13 @@ def main(options: argparse.Namespace) -> None:
         _run_countdown(options, console)
 
 
-def _method(options: argparse.Namespace, session: apr.Session, tokenizer: Any, **more: Any) -> Any:
-    prompt = options.prompt
-    if options.chat:
-        prompt = [{"role": "user", "content": prompt}]
-    sampling = {
-        "max_new_tokens": options.max_new_tokens,
-        "do_sample": True,
-        "temperature": options.temperature,
-        "seed": options.seed,
-    }
-    if options.method == "sequential":
-        return apr.majority_vote(session, tokenizer, prompt, n=1, **sampling, **more)
-    method = apr.majority_vote if options.method == "majority_vote" else apr.best_of_n
-    return method(session, tokenizer, prompt, n=options.n, **sampling, **more)
-
-
 def _report(console: Console, result: Result, seconds: float, options: argparse.Namespace) -> None:
-    written = sum(len(t.tokens) for t in result.threads)
-    stats = result.stats
+    written, stats = result.total_tokens, result.stats
     console.print(f"\nanswer: {result.answer}", style="bold", highlight=False)
     if result.votes:
         console.print("votes: " + ", ".join(f"{a} x{v:g}" for a, v in result.votes.items()))
     console.print(
-        f"{written} tokens in {seconds:.2f} s ({written / seconds:.0f} tokens/s); KV tokens stored "
+        f"{written} tokens, {result.critical_path_tokens} one after the other, in {seconds:.2f} s ({written / seconds:.0f} tokens/s); KV tokens stored "
         f"{stats.stored_tokens}, with a copy a thread {stats.seen_tokens}; pages read by several "
         f"threads: {stats.shared_pages}",
         highlight=False,
@@ -120,10 +125,10 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
     options.temperature = options.temperature or 1.0
     model, tokenizer = hf.load(options.model)
     with apr.Session(model, seed=options.seed) as session:
-        show = LiveThreads(tokenizer, console)
+        show = LiveThreads(tokenizer, console, options.live)
         began = time.perf_counter()
         with show.live:
-            result = _method(options, session, tokenizer, on_step=show)
+            result = run_method(options, session, tokenizer, None, show)
         _report(console, result, time.perf_counter() - began, options)
 
 
@@ -161,14 +166,11 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
         style="bold",
         highlight=False,
     )
-    extra: dict[str, Any] = {"extract": lambda text: text or None}
-    if options.method == "best_of_n":
-        extra = {"verifier": lambda text, thread: float(countdown.verify(problem, text))}
     with apr.Session(model, seed=options.seed) as session:
-        show = LiveThreads(tokenizer, console)
+        show = LiveThreads(tokenizer, console, options.live)
         began = time.perf_counter()
         with show.live:
-            result = _method(options, session, tokenizer, on_step=show, **extra)
+            result = run_method(options, session, tokenizer, problem, show)
         seconds = time.perf_counter() - began
         right = sum(countdown.verify(problem, t.text) for t in result.threads)
         _report(console, result, seconds, options)

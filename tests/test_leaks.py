@@ -1,0 +1,52 @@
+"""A thousand runs of all methods in one session: no page, thread or segment stays, and figures do not creep."""
+
+from __future__ import annotations
+
+import gc
+
+import apr
+from apr.strategies import Board
+from models import build, tokens
+from test_beam_search import Words
+
+SHORT = {"max_new_tokens": 4, "eos_token_id": [2, 50], "seed": 0}
+BOARD = Board(past=[101], others=[102], own=[103], step=lambda *_: [104], end=[7], check=[])
+TAGS = {
+    "think": lambda i: [100 + i],
+    "end_think": lambda i: [110 + i],
+    "summary": lambda i: [120],
+    "end_summary": lambda i: [121],
+}
+
+
+def two(written):
+    return len(written) % 2 == 0
+
+
+METHODS = {
+    "majority_vote": {"n": 3},
+    "best_of_n": {"n": 3},
+    "beam_search": {"num_beams": 3},
+    "tree_search": {"n": 2, "depth": 2, "evaluate": len, "stop": two},
+    "mcts": {"n": 2, "iterations": 3, "depth": 2, "reward": lambda t: 0.5, "stop": two},
+    "parathinker": {"n": 2, "summary_tokens": 3, **TAGS},
+    "group_think": {"n": 2, "start": lambda i: [100 + i], "answer_prompt": [9], "answer_tokens": 2},
+    "hogwild": {"workers": 2, "board": BOARD, "answer_prompt": [9], "answer_tokens": 2},
+}
+
+
+def test_a_thousand_runs_leave_nothing():
+    model = build("llama")
+    with apr.Session(model, max_tokens=2048, page_size=16) as s:
+        for run in range(125):
+            for name, options in METHODS.items():
+                result = getattr(apr, name)(
+                    s, Words(), tokens(5 + run % 7, run), **SHORT, **options
+                )
+                assert result.total_tokens >= result.critical_path_tokens >= 0
+                stats = s.stats
+                assert (stats.used_pages, stats.threads) == (0, 0), (name, run)
+        assert s._table.num_segments == 0
+        del result
+        gc.collect()
+        assert not s._threads and not s._segments
