@@ -37,7 +37,10 @@ rm -rf peers
 mkdir peers
 (cd "$site" && find flashinfer -type f \( -name '*.py' -o -name '*.json' \) -not -path 'flashinfer/data/*' -print0 |
   tar c --null -T -) | tar x -C peers
-mkdir -p peers/flashinfer/data/aot
+mkdir -p peers/flashinfer/data/aot peers/flashinfer/data/csrc
+# Read, not compiled, when a module is asked for.
+find "$site/flashinfer/data/csrc" -maxdepth 1 -type f \( -name '*.jinja' -o -name 'batch_*' -o -name 'cascade*' \
+  -o -name 'page*' \) -exec cp {} peers/flashinfer/data/csrc/ \;
 find "$work/cache" -name '*.so' | while read -r module; do
   name=$(basename "$module" .so)
   mkdir -p "peers/flashinfer/data/aot/$name"

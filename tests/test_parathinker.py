@@ -78,6 +78,56 @@ def test_two_phases_are_one_forward_of_the_flattened_tree(name, first_finish):
     assert max(abs(a - b) for a, b in zip(result.threads[2].logprobs, wrong, strict=True)) > 1e-2
 
 
+def test_path_vectors_are_added_before_rotation():
+    """Against the stock forward with hooks on the projections of keys and values."""
+    model = build("llama")
+    generator = torch.Generator().manual_seed(3)
+    shape = (2, 2, 16)  # layers, KV heads, head_dim
+    vectors = [
+        apr.PathVectors(
+            torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        )
+        for _ in range(3)
+    ]
+    with apr.Session(model, max_tokens=4096) as s:
+        result = apr.parathinker(s, Words(), PROMPT, n=3, vectors=vectors, **OPTIONS)
+        assert s.stats.used_pages == 0
+    texts, _ = flattened(result)
+    rows, at = {}, len(PROMPT)
+    for i, text in enumerate(texts):
+        rows[i] = slice(at, at + len(text))
+        at += len(text)
+
+    def adds(side, layer):
+        def hook(module, inputs, output):
+            output = output.clone()
+            for i, part in rows.items():
+                output[:, part] += vectors[i][side][layer].flatten()
+            return output
+
+        return hook
+
+    hooks = []
+    for layer, block in enumerate(model.model.layers):
+        hooks.append(block.self_attn.k_proj.register_forward_hook(adds(0, layer)))
+        hooks.append(block.self_attn.v_proj.register_forward_hook(adds(1, layer)))
+    try:
+        want = logprobs(model, result)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for item, expected in zip(result.threads, want, strict=True):
+        assert max(abs(a - b) for a, b in zip(item.logprobs, expected, strict=True)) < 5e-4
+    without = logprobs(model, result)[3]  # power: the summary sees them
+    assert max(abs(a - b) for a, b in zip(result.threads[3].logprobs, without, strict=True)) > 1e-2
+    for bad, word in (
+        (vectors[:2], "vectors: got 2"),
+        ([v._replace(keys=v.keys[:1]) for v in vectors], "keys"),
+    ):
+        with pytest.raises(apr.InvalidInput, match=word):
+            apr.parathinker(model, Words(), PROMPT, n=3, vectors=bad, **OPTIONS)
+
+
 def test_batches_and_bad_tags():
     model = build("llama")
     prompts = [tokens(6 + i, i) for i in range(3)]

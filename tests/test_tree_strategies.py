@@ -10,7 +10,7 @@ import torch
 import apr
 from apr import countdown, hf
 from apr.strategies import ModelValue
-from apr.strategies._thoughts import Grove, Node
+from apr.strategies._thoughts import Grove, Node, grow_all
 from apr.strategies.mcts import _leaves, uct
 from models import CLOSE, build, distance, stock, tokens
 from test_beam_search import Words
@@ -157,10 +157,10 @@ def test_old_nodes_are_forked_again_without_a_prefill():
             s, Words(), None, {k: v for k, v in OPTIONS.items() if k != "stop"}, None, None
         )
         root = grove.plant(PROMPT, (0, 0))
-        level = grove.grow([root], 3, four)
+        (level,) = grow_all([(grove, [root])], 3, four)
         old = level[1]
         for _ in range(3):
-            level = grove.grow(level[:2], 2, four)
+            (level,) = grow_all([(grove, level[:2])], 2, four)
         rows = s.stats.rows
         (again,) = old.thread.fork(1)
         again.extend([11])
@@ -208,6 +208,29 @@ def test_mcts():
     assert result.scores[0] >= one.scores[0]
     assert early.scores[0] >= 0.0 and len(early.threads) <= 2
     held_is_right(model, result)
+
+
+@pytest.mark.parametrize("method", ["bfs", "dfs", "best_first", "mcts"])
+def test_prompts_side_by_side_find_what_they_find_alone(method):
+    model = build("llama")
+    prompts = [tokens(6 + i, 20 + i) for i in range(3)]
+    if method == "mcts":
+        options = {"n": 2, "reward": value, "iterations": 7, "parallel": 3, "depth": 3}
+        search = apr.mcts
+    else:
+        options = {"n": 2, "evaluate": value, "width": 2, "depth": 3, "order": method}
+        search = apr.tree_search
+        options["most_nodes"] = 15
+    with apr.Session(model, max_tokens=8192) as s:
+        many = search(s, Words(), prompts, **options, **OPTIONS)
+        forwards = s.stats.forwards
+        for number, (ids, result) in enumerate(zip(prompts, many, strict=True)):
+            # With the prompts before it, so that its request number, and its samples, are the same.
+            alone = search(s, Words(), [*prompts[:number], ids], **options, **OPTIONS)[number]
+            assert alone.text == result.text and alone.scores == result.scores
+            assert alone.total_tokens == result.total_tokens
+        assert s.stats.used_pages == 0
+        assert forwards <= 1.5 * max(r.critical_path_tokens for r in many) + 10  # one batch for all
 
 
 def test_uct_and_virtual_losses():

@@ -64,6 +64,7 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("positions", [](const Plan& p) { return array_of(p.positions); })
       .def_property_readonly("rotations", [](const Plan& p) { return array_of(p.rotations); })
       .def_property_readonly("slots", [](const Plan& p) { return array_of(p.slots); })
+      .def_property_readonly("writers", [](const Plan& p) { return array_of(p.writers); })
       .def_property_readonly("copies",
                              [](const Plan& p) {
                                const auto* flat = reinterpret_cast<const int64_t*>(p.copies.data());

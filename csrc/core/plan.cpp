@@ -14,6 +14,7 @@ void Plan::clear(int64_t page_size_in_tokens) {
   slots.clear();
   ids.clear();
   positions.clear();
+  writers.clear();
   rotations.clear();
   copies.clear();
 }

@@ -19,6 +19,7 @@ struct Plan {
   std::vector<int64_t> slots;      // [rows] page * page_size + slot, or -1: nothing to append
   std::vector<int64_t> ids;        // [rows]
   std::vector<int64_t> positions;  // [rows] as written, what the model rotates by
+  std::vector<int64_t> writers;    // [rows] thread whose token it is or was; of a step
   std::vector<int32_t> rotations;  // distinct re-rotations other than 0
   std::vector<PlanCopy> copies;    // token copies to do before the forward, in every layer
 

@@ -243,6 +243,7 @@ void Step::add_rows(const Run& run) {
                                   : -1);
     plan_.ids.push_back(segment.tokens[slot]);
     plan_.positions.push_back(segment.written_position(i));
+    plan_.writers.push_back(segment.writer != kNone ? segment.writer : segment.origin);
   }
 }
 

@@ -31,6 +31,7 @@ from apr.strategies import (
 )
 from apr.thread import Segment, Thread, ViewEntry
 from apr.trace import Stats, Trace
+from apr.vectors import PathVectors
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "InvalidInput",
     "NonFiniteLogits",
     "OutOfPages",
+    "PathVectors",
     "Result",
     "Segment",
     "Session",

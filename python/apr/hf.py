@@ -14,6 +14,7 @@ from apr import gpu, ops
 from apr.errors import InvalidInput, NonFiniteLogits
 from apr.interface import IMPLEMENTATION, members, running
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure, refuse
+from apr.vectors import RowVectors
 
 
 def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -43,8 +44,10 @@ class PackedForward:
         pools: Sequence[ops.Pool],
         plan: ops.Plan,
         owner: frozenset[int],
+        vectors: RowVectors | None = None,
     ) -> None:
         self._spec, self._pools, self._plan, self.owner = spec, pools, plan, owner
+        self._vectors = vectors
         self._next_layer = 0
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,6 +64,8 @@ class PackedForward:
     ) -> Tensor:
         """q [rows, heads, dim], k and v [rows, kv_heads, dim] -> [rows, heads, dim_v]."""
         layer, pool = self.layer(module)
+        if self._vectors is not None:
+            k, v = self._vectors.add(self._next_layer - 1, k, v)
         ops.append(k, v, pool, self._plan)
         sinks = next((options[n] for n in SINKS if options.get(n) is not None), None)
         out, _ = ops.attention(
@@ -149,10 +154,11 @@ class Attachment:
         plan: ops.Plan,
         rows: Sequence[int],
         pools: Sequence[ops.Pool],
+        vectors: RowVectors | None = None,
     ) -> Tensor:
         """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
         device = self.spec.device
-        packed = PackedForward(self.spec, pools, plan, self.owner)
+        packed = PackedForward(self.spec, pools, plan, self.owner, vectors)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)

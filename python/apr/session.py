@@ -25,6 +25,7 @@ from apr.hf import Attachment
 from apr.probe import ModelSpec
 from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
 from apr.trace import Stats, Trace
+from apr.vectors import PathVectors, RowVectors
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
 
@@ -82,6 +83,7 @@ class Session:
         self._requests = 0
         self._stepping = False
         self._replayed: list[int] = []
+        self._vectors: dict[int, PathVectors] = {}
         self._stats = Stats()
 
     def _make_pools(self, max_tokens: int | None) -> None:
@@ -330,7 +332,8 @@ class Session:
                 rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
                 began = time.perf_counter()
                 plan_seconds += began - planned
-                logits = self.attachment.forward(plan, rows, self.pools)
+                adds = RowVectors(plan, self._vectors, self.spec) if self._vectors else None
+                logits = self.attachment.forward(plan, rows, self.pools, adds or None)
                 index = {row: i for i, row in enumerate(rows)}
                 for number, row in wanted:
                     fresh[number] = logits[index[row]]
@@ -352,7 +355,7 @@ class Session:
 
     def _replay_step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
         """Logits of an ordinary step by a captured graph; None where this is none."""
-        if self._graphs is None or len(numbers) > self.step_tokens:
+        if self._graphs is None or len(numbers) > self.step_tokens or self._vectors:
             return None
         began = time.perf_counter()
         logits = self._graphs.step(table, numbers)

@@ -14,6 +14,7 @@ from apr.errors import ForeignThread, InvalidInput
 
 if TYPE_CHECKING:
     from apr.session import Session
+    from apr.vectors import PathVectors
 
 TokenIds = Sequence[int] | Tensor
 JOIN_POSITIONS = ("max", "sum", "keep")
@@ -64,6 +65,9 @@ class ViewEntry(NamedTuple):
 
 
 ViewLike = Sequence["Segment | tuple[Segment, int | None] | tuple[Segment, int | None, int | None]"]
+
+# Threads with vectors of their own that a session remembers; they are small, and shared by its paths.
+_MOST_VECTORS = 1 << 12
 
 
 class Segment:
@@ -270,6 +274,26 @@ class Thread:
     def view(self, entries: ViewLike) -> None:
         self.session._edit().set_view(self._id, self.session._entries(entries))
         self._logits = None
+
+    @property
+    def vectors(self) -> PathVectors | None:
+        """What this thread's tokens add to their keys and values; children do not inherit it.
+
+        Set it before the tokens are run. Steps of a session with such threads are planned, not replayed.
+        """
+        return self.session._vectors.get(self._id)
+
+    @vectors.setter
+    def vectors(self, vectors: PathVectors | None) -> None:
+        self.session._edit()
+        if vectors is None:
+            self.session._vectors.pop(self._id, None)
+            return
+        vectors.check(self.session.spec)
+        # A released thread's last token may still be queued, so entries outlive their threads for a while.
+        self.session._vectors[self._id] = vectors
+        while len(self.session._vectors) > _MOST_VECTORS:
+            del self.session._vectors[next(iter(self.session._vectors))]
 
     @property
     def generator(self) -> torch.Generator:

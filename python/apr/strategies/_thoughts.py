@@ -120,62 +120,99 @@ class Grove:
         over = self._most_tokens is not None and self.tokens >= self._most_tokens
         return over or (self._most_nodes is not None and self.count >= self._most_nodes)
 
-    def _write(self, threads: list[Thread], options: dict[str, Any]) -> list[Decoded]:
-        written = decode(self._session, threads, self._config, tokenizer=self._tokenizer, **options)
-        lengths = [len(item.tokens) for item in written]
+    def allowed(self, parents: Sequence[Node], n: int) -> list[tuple[Node, int]]:
+        """How many children each parent may have within the budget."""
+        if self._most_nodes is None:
+            return [(parent, n) for parent in parents]
+        room = self._most_nodes - self.count
+        n = min(n, max(room, 0))
+        return [(parent, n) for parent in parents[: room // n]] if n else []
+
+    def adopt(self, parent: Node, item: Decoded) -> Node | None:
+        """The child that a thread became; None where a sibling says the same."""
+        if any(c.tokens[len(parent.tokens) :] == item.tokens for c in parent.children):
+            item.thread.release()
+            return None
+        tokens = [*parent.tokens, *item.tokens]
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        logprobs = [*parent.logprobs, *item.logprobs]
+        ended = item.finish == "eos"
+        child = Node(item.thread, parent, text, tokens, logprobs, parent.depth + 1, ended)
+        parent.children.append(child)
+        self.nodes.append(child)
+        self.count += 1
+        return child
+
+    def note(self, lengths: Sequence[int]) -> None:
+        """Tokens that were sampled side by side for this search."""
         self.tokens += sum(lengths)
         self.longest += max(lengths, default=0)
-        return written
-
-    def grow(self, parents: Sequence[Node], n: int, stop: Any) -> list[Node]:
-        """`n` children of each parent, all in one batch; equal siblings are kept once."""
-        if self._most_nodes is not None:
-            room = self._most_nodes - self.count
-            if room <= 0:
-                return []
-            n = min(n, room)
-            parents = parents[: room // n]
-        forks = [(parent, thread) for parent in parents for thread in parent.thread.fork(n)]
-        try:
-            written = self._write([t for _, t in forks], {**self._options, "stop": stop})
-        except BaseException:
-            for _, thread in forks:
-                if thread.alive:
-                    thread.release()
-            raise
-        grown = []
-        for (parent, thread), item in zip(forks, written, strict=True):
-            if any(c.tokens[len(parent.tokens) :] == item.tokens for c in parent.children):
-                thread.release()
-                continue
-            tokens = [*parent.tokens, *item.tokens]
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            logprobs = [*parent.logprobs, *item.logprobs]
-            ended = item.finish == "eos"
-            child = Node(thread, parent, text, tokens, logprobs, parent.depth + 1, ended)
-            parent.children.append(child)
-            grown.append(child)
-        self.count += len(grown)
-        self.nodes += grown
-        return grown
-
-    def rollouts(self, nodes: Sequence[Node], tokens: int) -> list[str]:
-        """How each text may end: forks write on in one batch, and are let go."""
-        texts = [node.text for node in nodes]
-        open_ones = [i for i, node in enumerate(nodes) if not node.finished]
-        forks = [nodes[i].thread.fork(1)[0] for i in open_ones]
-        try:
-            options = {**self._options, "max_new_tokens": tokens}
-            written = self._write(forks, options) if forks else []
-            for i, item in zip(open_ones, written, strict=True):
-                whole = [*nodes[i].tokens, *item.tokens]
-                texts[i] = self._tokenizer.decode(whole, skip_special_tokens=True).strip()
-        finally:
-            for thread in forks:
-                if thread.alive:
-                    thread.release()
-        return texts
 
     def release(self) -> None:
         for node in self.nodes:
             node.release()
+
+
+def _write(
+    groves: Sequence[Grove], forks: Sequence[tuple[Grove, Node, Thread]], more: dict[str, Any]
+) -> list[Decoded]:
+    """Let forks of nodes of any searches write, in one batch; released again if that fails."""
+    if not forks:
+        return []
+    first = groves[0]
+    options = {**first._options, **more}
+    try:
+        written = decode(
+            first._session,
+            [thread for _, _, thread in forks],
+            first._config,
+            tokenizer=first._tokenizer,
+            **options,
+        )
+    except BaseException:
+        for _, _, thread in forks:
+            if thread.alive:
+                thread.release()
+        raise
+    for grove in groves:
+        mine = zip(forks, written, strict=True)
+        grove.note([len(item.tokens) for (owner, _, _), item in mine if owner is grove])
+    return written
+
+
+def grow_all(asked: Sequence[tuple[Grove, Sequence[Node]]], n: int, stop: Any) -> list[list[Node]]:
+    """`n` children of each node, for several searches in one batch; equal siblings are kept once."""
+    forks = []
+    for grove, parents in asked:
+        for parent, count in grove.allowed(parents, n):
+            forks += [(grove, parent, thread) for thread in parent.thread.fork(count)]
+    written = _write([grove for grove, _ in asked], forks, {"stop": stop})
+    grown: dict[int, list[Node]] = {id(grove): [] for grove, _ in asked}
+    for (grove, parent, _), item in zip(forks, written, strict=True):
+        child = grove.adopt(parent, item)
+        if child is not None:
+            grown[id(grove)].append(child)
+    return [grown[id(grove)] for grove, _ in asked]
+
+
+def roll_all(asked: Sequence[tuple[Grove, Sequence[Node]]], tokens: int) -> list[list[str]]:
+    """How the texts of nodes may end, for several searches in one batch; the forks are let go."""
+    forks = [
+        (grove, node, node.thread.fork(1)[0])
+        for grove, nodes in asked
+        for node in nodes
+        if not node.finished
+    ]
+    written = iter(_write([grove for grove, _ in asked], forks, {"max_new_tokens": tokens}))
+    for _, _, thread in forks:
+        thread.release()
+    texts: list[list[str]] = []
+    for grove, nodes in asked:
+        texts.append([])
+        for node in nodes:
+            text = node.text
+            if not node.finished:
+                whole = [*node.tokens, *next(written).tokens]
+                text = grove._tokenizer.decode(whole, skip_special_tokens=True).strip()
+            texts[-1].append(text)
+    return texts

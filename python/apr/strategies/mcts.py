@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._requests import Result, run_requests
 from apr.strategies._sample import check_count
-from apr.strategies._thoughts import Grove, Node, check_budget
+from apr.strategies._thoughts import Grove, Node, check_budget, grow_all, roll_all
 
 
 def mcts(
@@ -50,42 +51,37 @@ def mcts(
     if exploration < 0:
         raise InvalidInput(f"exploration: got {exploration}; expected 0 or more")
 
-    def search(session: Session, ids: list[int], request: int) -> Result:
-        grove = Grove(session, tokenizer, generation_config, options, most_nodes, most_tokens)
-        best_text, best_reward = "", -math.inf
-        try:
-            root = grove.plant(ids, (seed, request))
-            left = iterations
-            while (
-                left > 0 and not grove.spent and not (enough is not None and best_reward >= enough)
-            ):
-                leaves = _leaves(root, min(parallel, left), exploration)
-                left -= len(leaves)
-                nodes = _expand(grove, leaves, n, depth, stop)
-                texts = grove.rollouts(nodes, rollout_tokens)
-                for leaf, node, text in zip(leaves, nodes, texts, strict=True):
-                    gained = float(reward(text))
-                    if gained > best_reward:
-                        best_text, best_reward = text, gained
-                    _learn(leaf, node, gained)
-            stats = session.stats
-            line = _most_visited(root)
-        finally:
-            grove.release()
-        return Result(
-            text=best_text,
-            answer=best_text,
-            threads=[node.decoded(request) for node in line],
-            stats=stats,
-            trace=session.trace,
-            scores=[best_reward],
-            total_tokens=grove.tokens,
-            critical_path_tokens=grove.longest,
-        )
-
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+        budget = (most_nodes, most_tokens)
+        groves = [Grove(session, tokenizer, generation_config, options, *budget) for _ in prompts]
+        try:
+            searches = []
+            for grove, ids, request in zip(groves, prompts, requests, strict=True):
+                root = grove.plant(ids, (seed, request))
+                searches.append(
+                    _Search(grove, root, iterations, parallel, exploration, depth, enough)
+                )
+            while going := [search for search in searches if not search.over]:
+                grow_all([(s.grove, s.descend()) for s in going], n, stop)
+                texts = roll_all([(s.grove, s.leaves_to_roll()) for s in going], rollout_tokens)
+                for search, found in zip(going, texts, strict=True):
+                    search.learn(found, reward)
+            stats = session.stats
+        finally:
+            for grove in groves:
+                grove.release()
         return [
-            search(session, ids, request) for ids, request in zip(prompts, requests, strict=True)
+            Result(
+                text=search.best_text,
+                answer=search.best_text,
+                threads=[node.decoded(request) for node in _most_visited(search.root)],
+                stats=stats,
+                trace=session.trace,
+                scores=[search.best_reward],
+                total_tokens=search.grove.tokens,
+                critical_path_tokens=search.grove.longest,
+            )
+            for search, request in zip(searches, requests, strict=True)
         ]
 
     return run_requests(model_or_session, tokenizer, prompt, seed, n * parallel, run)
@@ -117,32 +113,60 @@ def _visit(node: Node | None) -> None:
         node = node.parent
 
 
-def _expand(grove: Grove, leaves: list[Node], n: int, depth: int, stop: Any) -> list[Node]:
-    """A node a leaf to roll out from: its first child, or itself where it cannot grow."""
-    growing = []
-    for leaf in leaves:
-        if not leaf.finished and leaf.depth < depth and leaf not in growing:
-            growing.append(leaf)
-    if growing:
-        grove.grow(growing, n, stop)
-    # A leaf that was taken twice gives its children in turn.
-    taken: dict[Node, int] = {}
-    nodes = []
-    for leaf in leaves:
-        place = taken.get(leaf, 0)
-        taken[leaf] = place + 1
-        nodes.append(leaf.children[place % len(leaf.children)] if leaf.children else leaf)
-    return nodes
+@dataclass
+class _Search:
+    """One prompt's search: it says what to grow and what to roll out, and learns from it."""
 
+    grove: Grove
+    root: Node
+    left: int
+    parallel: int
+    exploration: float
+    depth: int
+    enough: float | None
+    best_text: str = ""
+    best_reward: float = -math.inf
+    leaves: list[Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
 
-def _learn(leaf: Node, node: Node, reward: float) -> None:
-    """The visit of a leaf was counted on the way down; that of its child was not."""
-    if node is not leaf:
-        node.visits += 1
-    above: Node | None = node
-    while above is not None:
-        above.total += reward
-        above = above.parent
+    @property
+    def over(self) -> bool:
+        reached = self.enough is not None and self.best_reward >= self.enough
+        return self.left <= 0 or self.grove.spent or reached
+
+    def descend(self) -> list[Node]:
+        """The leaves of this turn that can grow, each once."""
+        self.leaves = _leaves(self.root, min(self.parallel, self.left), self.exploration)
+        self.left -= len(self.leaves)
+        growing: list[Node] = []
+        for leaf in self.leaves:
+            if not leaf.finished and leaf.depth < self.depth and leaf not in growing:
+                growing.append(leaf)
+        return growing
+
+    def leaves_to_roll(self) -> list[Node]:
+        """A child of each leaf, in turn where a leaf was taken twice; itself where it has none."""
+        taken: dict[Node, int] = {}
+        self.nodes = []
+        for leaf in self.leaves:
+            place = taken.get(leaf, 0)
+            taken[leaf] = place + 1
+            kids = leaf.children
+            self.nodes.append(kids[place % len(kids)] if kids else leaf)
+        return self.nodes
+
+    def learn(self, texts: list[str], reward: Callable[[str], float]) -> None:
+        """Add the rewards of the rollouts to all nodes above them."""
+        for leaf, node, text in zip(self.leaves, self.nodes, texts, strict=True):
+            gained = float(reward(text))
+            if gained > self.best_reward:
+                self.best_text, self.best_reward = text, gained
+            if node is not leaf:  # the visit of the leaf was counted on the way down
+                node.visits += 1
+            above: Node | None = node
+            while above is not None:
+                above.total += gained
+                above = above.parent
 
 
 def _most_visited(root: Node) -> list[Node]:

@@ -11,6 +11,7 @@ from apr.session import Session
 from apr.strategies._requests import Result, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Thread
+from apr.vectors import PathVectors
 
 Tag = str | Callable[[int], Sequence[int]]
 
@@ -36,6 +37,7 @@ def parathinker(
     end_summary: Tag = "</summary>",
     first_finish: bool = True,
     summary_tokens: int = 512,
+    vectors: Sequence[PathVectors] | None = None,
     on_step: Callable[[StreamStep], None] | None = None,
     **options: Any,
 ) -> Any:
@@ -45,10 +47,13 @@ def parathinker(
     give token ids); all start at the same position and see the prompt and themselves. first_finish: when one
     path ends, all do. A path that did not write its end tag is given it. Their keys and values are joined
     side by side, not run again, and the summary goes on after the longest path until `end_summary` or
-    `summary_tokens`. `threads` holds the paths, then the summary, which is the text. Checkpoints that add a
-    learned vector to a path's keys and values run without it. Other arguments: as in `majority_vote`.
+    `summary_tokens`. vectors: for checkpoints that learned one a path, what path i adds to its keys (before
+    rotation) and values. `threads` holds the paths, then the summary, which is the text. Other arguments: as
+    in `majority_vote`.
     """
     check_count(n)
+    if vectors is not None and len(vectors) < n:
+        raise InvalidInput(f"vectors: got {len(vectors)} for {n} paths; expected one each")
     sampling = options if generation_config is not None else {"do_sample": True, **options}
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
@@ -60,7 +65,8 @@ def parathinker(
             for ids, request in zip(prompts, requests, strict=True):
                 roots.append(session.thread(ids, request=(seed, request)))
                 paths.append(roots[-1].fork(n))
-                for thread, begin in zip(paths[-1], begins, strict=True):
+                for i, (thread, begin) in enumerate(zip(paths[-1], begins, strict=True)):
+                    thread.vectors = None if vectors is None else vectors[i]
                     thread.extend(begin)
             everyone = [thread for group in paths for thread in group]
             thoughts = _think(

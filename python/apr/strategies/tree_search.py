@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._requests import Result, run_requests
 from apr.strategies._sample import check_count
-from apr.strategies._thoughts import Evaluate, Grove, ModelValue, Node, check_budget, per_text
+from apr.strategies._thoughts import (
+    Evaluate,
+    Grove,
+    ModelValue,
+    Node,
+    check_budget,
+    grow_all,
+    per_text,
+)
 
 ORDERS = ("bfs", "dfs", "best_first")
 
@@ -52,58 +60,84 @@ def tree_search(
         raise InvalidInput(f"order: got {order!r}; expected one of {ORDERS}")
     value: Evaluate = evaluate if isinstance(evaluate, ModelValue) else per_text(evaluate)
 
-    def search(session: Session, ids: list[int], request: int) -> Result:
-        grove = Grove(session, tokenizer, generation_config, options, most_nodes, most_tokens)
+    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+        budget = (most_nodes, most_tokens)
+        groves = [Grove(session, tokenizer, generation_config, options, *budget) for _ in prompts]
+        ended: dict[int, list[Node]] = {}
         try:
-            root = grove.plant(ids, (seed, request))
-            ended = _search(grove, root, n, value, goal, order, width, depth, cutoff, stop)
+            roots = [
+                grove.plant(ids, (seed, request))
+                for grove, ids, request in zip(groves, prompts, requests, strict=True)
+            ]
+            searches = [
+                _search(grove, root, goal, order, width, depth, cutoff)
+                for grove, root in zip(groves, roots, strict=True)
+            ]
+            asked = {i: next(search) for i, search in enumerate(searches)}
+            while asked:  # all searches that still go on take one turn
+                grown = grow_all([(groves[i], parents) for i, parents in asked.items()], n, stop)
+                fresh = [node for nodes in grown for node in nodes]
+                for node, score in zip(fresh, value(fresh), strict=True):
+                    node.score = score
+                for i, nodes in zip(list(asked), grown, strict=True):
+                    try:
+                        asked[i] = searches[i].send(nodes)
+                    except StopIteration as end:
+                        ended[i] = end.value
+                        del asked[i]
             stats = session.stats
         finally:
-            grove.release()
-        best = sorted(ended, key=lambda node: -node.score) or [root]
-        reached = [node for node in best if goal is not None and goal(node.text)]
-        chosen = (reached or best)[0]
-        return Result(
-            text=chosen.text,
-            answer=chosen.text,
-            threads=[
-                node.decoded(request) for node in [chosen, *(b for b in best if b is not chosen)]
-            ],
-            stats=stats,
-            trace=session.trace,
-            scores=[chosen.score, *(b.score for b in best if b is not chosen)],
-            total_tokens=grove.tokens,
-            critical_path_tokens=grove.longest,
-        )
-
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+            for grove in groves:
+                grove.release()
         return [
-            search(session, ids, request) for ids, request in zip(prompts, requests, strict=True)
+            _result(groves[i], roots[i], ended[i], goal, request, stats, session)
+            for i, request in enumerate(requests)
         ]
 
     return run_requests(model_or_session, tokenizer, prompt, seed, n * width, run)
 
 
+def _result(
+    grove: Grove,
+    root: Node,
+    ended: list[Node],
+    goal: Callable[[str], bool] | None,
+    request: int,
+    stats: Any,
+    session: Session,
+) -> Result:
+    best = sorted(ended, key=lambda node: -node.score) or [root]
+    reached = [node for node in best if goal is not None and goal(node.text)]
+    chosen = (reached or best)[0]
+    line = [chosen, *(node for node in best if node is not chosen)]
+    return Result(
+        text=chosen.text,
+        answer=chosen.text,
+        threads=[node.decoded(request) for node in line],
+        stats=stats,
+        trace=session.trace,
+        scores=[node.score for node in line],
+        total_tokens=grove.tokens,
+        critical_path_tokens=grove.longest,
+    )
+
+
 def _search(
     grove: Grove,
     root: Node,
-    n: int,
-    value: Evaluate,
     goal: Callable[[str], bool] | None,
     order: str,
     width: int,
     depth: int,
     cutoff: float | None,
-    stop: Any,
-) -> list[Node]:
-    """The nodes that ended, and those that were still open when the search did."""
+) -> Generator[Sequence[Node], list[Node], list[Node]]:
+    """Yields the nodes to expand, is sent their children with scores, and returns the nodes that ended and
+    those that were still open when the search did."""
     open_nodes: list[Node] = [root]
     ended: list[Node] = []
     while open_nodes and not grove.spent:
         chosen = _take(open_nodes, order, width)
-        grown = grove.grow(chosen, n, stop)
-        for node, score in zip(grown, value(grown), strict=True):
-            node.score = score
+        grown = yield chosen
         for node in chosen:
             node.release()
         if goal is not None and any(goal(node.text) for node in grown):
