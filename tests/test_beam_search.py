@@ -104,7 +104,11 @@ def test_beams_of_one_are_greedy():
     beam = apr.beam_search(model, tokenizer, prompt, num_beams=1, max_new_tokens=10)
     greedy = apr.majority_vote(model, tokenizer, prompt, n=1, do_sample=False, max_new_tokens=10)
     assert beam.threads[0].tokens == greedy.threads[0].tokens
-    wide = apr.beam_search(model, tokenizer, prompt, num_beams=6, max_new_tokens=10)
+    steps = []
+    wide = apr.beam_search(
+        model, tokenizer, prompt, num_beams=6, max_new_tokens=10, on_step=steps.append
+    )
+    assert max(len(step.tokens) for step in steps) == 6
     assert wide.scores == sorted(wide.scores, reverse=True)
     assert len({t.text for t in wide.threads}) == 6
     for item, score in zip(wide.threads, wide.scores, strict=True):

@@ -6,13 +6,14 @@ common beginning are stored once and no cache is reordered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apr.decode import Decoded
+from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.sampling import Rules, make_rules, resolve
 from apr.session import Session
@@ -144,6 +145,15 @@ class _Search:
         self.threads, self.texts, self.logprobs, self.scores = threads, texts, logprobs, scores
 
 
+def _step_of(searches: list[_Search]) -> StreamStep:
+    """The last token of every beam that goes on."""
+    tokens, logprobs = {}, {}
+    for search in searches:
+        for thread, text, row in zip(search.threads, search.texts, search.logprobs, strict=True):
+            tokens[thread], logprobs[thread] = text[-1], row[-1]
+    return StreamStep(tokens, logprobs, {})
+
+
 def beam_search(
     model_or_session: Any,
     tokenizer: Any,
@@ -155,12 +165,13 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     stop: Any = None,
+    on_step: Callable[[StreamStep], None] | None = None,
     **options: Any,
 ) -> Any:
     """The `num_beams` best texts by log-probability / length ** length_penalty.
 
     Tokens are those of transformers' `generate(num_beams=...)`; early_stopping (False, True, "never") means
-    the same as there. `threads` holds the texts, best first, `scores` their scores. prompt, options: as in
+    the same as there. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. prompt, options: as in
     `majority_vote`, without sampling.
     """
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
@@ -197,6 +208,8 @@ def beam_search(
                 parts = torch.split(logits, [len(s.threads) for s in open_ones])
                 for search, part in zip(open_ones, parts, strict=True):
                     search.advance(part)
+                if on_step is not None:
+                    on_step(_step_of([s for s in open_ones if not s.done]))
             stats = session.stats
         finally:
             for search in searches:
