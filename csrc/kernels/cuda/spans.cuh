@@ -94,7 +94,8 @@ APR_DEVICE Lane lane_of(const AttentionWork& work, const Item& item, int head, i
   return {visit, work.visits[visit].row, head * work.group + lane % work.group};
 }
 
-// One finished output row, `width` elements apart for the threads that share it.
+// What a row of unnormalised sums is multiplied by, sinks included; the first of its threads writes
+// the log-sum-exp.
 template <typename T>
 APR_DEVICE float finish(const AttentionWork& work, int row, int q_head, float max, float sum,
                         bool first_thread) {
