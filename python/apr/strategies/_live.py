@@ -1,14 +1,47 @@
-"""What methods share whose threads read each other while they write: the answer from all of them."""
+"""What methods share whose threads read each other while they write: their steps, the answer from all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
-from apr.decode import Decoded, decode
+from apr.decode import Decoded, Stream, StreamStep, decode
 from apr.session import Session
 from apr.strategies._requests import encode_plain
 from apr.thread import ViewLike
+
+
+class Crew(Protocol):
+    """Threads that work on one prompt."""
+
+    def note(self, step: StreamStep) -> None: ...
+
+
+CrewT = TypeVar("CrewT", bound=Crew)
+
+
+def take_steps(
+    writing: Stream,
+    crews: list[CrewT],
+    each_step: Callable[[int, list[CrewT]], None] | None,
+    on_step: Callable[[StreamStep], None] | None,
+    after: Callable[[CrewT], None] | None = None,
+) -> None:
+    """Step until nobody writes: each_step(number, crews) before a step, then every crew notes what it brought,
+    then `after` for each crew, then on_step."""
+    number = 0
+    if each_step is not None:
+        each_step(number, crews)
+    for step in writing:
+        for crew in crews:
+            crew.note(step)
+            if after is not None:
+                after(crew)
+        if on_step is not None:
+            on_step(step)
+        number += 1
+        if each_step is not None:
+            each_step(number, crews)
 
 
 def joint_answers(

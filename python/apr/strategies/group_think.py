@@ -9,7 +9,7 @@ from apr.decode import Decoded, StreamStep, stream
 from apr.errors import InvalidInput
 from apr.sampling import new_token_limit
 from apr.session import Session
-from apr.strategies._live import joint_answers
+from apr.strategies._live import joint_answers, take_steps
 from apr.strategies._requests import Result, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Segment, Thread, ViewLike
@@ -170,17 +170,7 @@ def group_think(
                     groups.append(group)
                     for _ in range(n):
                         group.enter()
-                number = 0
-                if each_step is not None:
-                    each_step(number, groups)
-                for step in writing:
-                    for group in groups:
-                        group.note(step)
-                    if on_step is not None:
-                        on_step(step)
-                    number += 1
-                    if each_step is not None:
-                        each_step(number, groups)
+                take_steps(writing, groups, each_step, on_step)
                 views = [group.final_view() for group in groups]
                 answers = joint_answers(
                     session, tokenizer, views, answer_prompt, answer_tokens, options

@@ -13,7 +13,7 @@ from typing import Any
 from apr.decode import Decoded, StreamStep, stream
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._live import joint_answers
+from apr.strategies._live import joint_answers, take_steps
 from apr.strategies._requests import Result, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Segment, Thread
@@ -239,6 +239,11 @@ def hogwild(
     words = board or Board()
     sampling = options if generation_config is not None else {"do_sample": True, **options}
 
+    def end_where_done(team: Team) -> None:
+        if done is not None and any(_done(done, worker, tokenizer) for worker in team.workers):
+            for worker in list(team.workers):
+                team.leave(worker, "done")
+
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         teams: list[Team] = []
         with stream(session, [], generation_config, tokenizer=tokenizer, **sampling) as writing:
@@ -258,22 +263,7 @@ def hogwild(
                     teams.append(team)
                     for _ in range(workers):
                         team.enter()
-                number = 0
-                if each_step is not None:
-                    each_step(number, teams)
-                for step in writing:
-                    for team in teams:
-                        team.note(step)
-                        if done is not None and any(
-                            _done(done, w, tokenizer) for w in team.workers
-                        ):
-                            for worker in list(team.workers):
-                                team.leave(worker, "done")
-                    if on_step is not None:
-                        on_step(step)
-                    number += 1
-                    if each_step is not None:
-                        each_step(number, teams)
+                take_steps(writing, teams, each_step, on_step, end_where_done)
                 views = [team.final_view() for team in teams]
                 answers = joint_answers(
                     session, tokenizer, views, answer_prompt, answer_tokens, options
