@@ -49,9 +49,11 @@ def main(path: str | None, question: str, workers: int) -> None:
     if getattr(tokenizer, "chat_template", None):
         prompt = [{"role": "user", "content": prompt}]
     seen: list[Team] = []
+    shared = [0]
 
     def each_step(number: int, teams: list[Team]) -> None:
         seen[:] = teams
+        shared[0] = len(teams[0].history)
 
     result = apr.hogwild(
         model,
@@ -73,7 +75,7 @@ def main(path: str | None, question: str, workers: int) -> None:
         print(
             f"{worker.name}: {len(worker.written.tokens)} tokens, {steps} steps, {worker.written.finish}"
         )
-    print(f"steps in the common history: {len(seen[0].history)}")
+    print(f"steps in the common history: {shared[0]}")
     print(f"answer: {result.text!r}")
     print(f"{result.total_tokens} tokens, {result.critical_path_tokens} one after the other")
 

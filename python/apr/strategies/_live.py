@@ -50,16 +50,15 @@ def joint_answers(
     views: Sequence[ViewLike],
     prompt: Any,
     tokens: int,
-    options: dict[str, Any],
+    config: Any,
 ) -> Sequence[Decoded | None]:
     """What readers of these views write after `prompt`, greedily; None each without one.
 
-    All readers write side by side. Of `options` the end tokens are kept.
+    All readers write side by side. Of the crews' configuration the end tokens are kept.
     """
     if prompt is None:
         return [None] * len(views)
     ids = encode_plain(tokenizer, prompt)
-    kept = {k: v for k, v in options.items() if k in ("eos_token_id", "pad_token_id")}
     readers = []
     try:
         for view in views:
@@ -70,7 +69,7 @@ def joint_answers(
             tokenizer=tokenizer,
             max_new_tokens=tokens,
             do_sample=False,
-            **kept,
+            eos_token_id=config.eos_token_id,
         )
     finally:
         for reader in readers:

@@ -6,6 +6,7 @@ common beginning are stored once and no cache is reordered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,10 +59,9 @@ class _Search:
         vocab = logits.shape[-1]
         keep = max(2, 1 + len(self.rules.eos)) * self.num_beams
         best, where = total.topk(min(keep, len(total)))
-        ends = []
-        for place in where.tolist():
-            ends.append(self._ends(place // vocab, place % vocab))
-        self._collect(best, where, ends, vocab, logits)
+        reasons = [self._reason(place // vocab, place % vocab) for place in where.tolist()]
+        ends = [reason is not None for reason in reasons]
+        self._collect(best, where, reasons, vocab, logits)
         going = (best + torch.tensor(ends, device=best.device) * _NEVER).topk(
             min(self.num_beams, len(best))
         )
@@ -75,25 +75,27 @@ class _Search:
             ids = torch.tensor([thread.tokens], device=logits.device)
             for processor in self.rules.history:
                 logprobs[row : row + 1] = processor(ids, logprobs[row : row + 1])
-        return logprobs
+        renormalized: Tensor = self.rules.warpers(None, logprobs)
+        return renormalized
 
-    def _ends(self, beam: int, token: int) -> bool:
+    def _reason(self, beam: int, token: int) -> str | None:
+        """Why a beam would end with a token, or None."""
         self.rules.tokens = [*self.texts[beam], token]
 
         def all_tokens() -> Tensor:
             return torch.tensor([[*self.threads[beam].tokens, token]])
 
-        return self.rules.finish_reason(token, all_tokens) is not None
+        return self.rules.finish_reason(token, all_tokens)
 
     def _collect(
-        self, best: Tensor, where: Tensor, ends: list[bool], vocab: int, logits: Tensor
+        self, best: Tensor, where: Tensor, reasons: list[str | None], vocab: int, logits: Tensor
     ) -> None:
         """Finished continuations among the best `num_beams`, kept where they beat what is kept."""
         if not self.improvable or (self.early_stopping is True and self._full()):
             return
         length = len(self.texts[0]) + 1
-        for i in range(min(self.num_beams, len(ends))):
-            if not ends[i]:
+        for i, reason in enumerate(reasons[: self.num_beams]):
+            if reason is None:
                 continue
             beam, token = int(where[i]) // vocab, int(where[i]) % vocab
             logprob = float(logits[beam].log_softmax(-1)[token])
@@ -101,7 +103,7 @@ class _Search:
                 self.threads[beam],
                 [*self.texts[beam], token],
                 [*self.logprobs[beam], logprob],
-                "eos" if token in self.rules.eos else "length",
+                reason,
                 request=self.request,
             )
             score = float(best[i]) / length**self.length_penalty
@@ -117,7 +119,7 @@ class _Search:
         if self.early_stopping == "never" and self.length_penalty > 0.0:
             length = self.rules.limit
         possible = float(running[0]) / length**self.length_penalty
-        worst = self.finished[-1].score if self._full() else _NEVER
+        worst = self.finished[-1].score if self._full() else -math.inf
         self.improvable = self.improvable and possible > worst
         stop_now = self.early_stopping is True and self._full()
         self.done = nothing_goes_on or stop_now or not self.improvable
@@ -145,6 +147,12 @@ class _Search:
         self.threads, self.texts, self.logprobs, self.scores = threads, texts, logprobs, scores
 
 
+def _or(asked: Any, configured: Any, otherwise: Any) -> Any:
+    """What was asked for, else what the configuration says, else transformers' default."""
+    given = configured if asked is None else asked
+    return otherwise if given is None else given
+
+
 def _step_of(searches: list[_Search]) -> StreamStep:
     """The last token of every beam that goes on."""
     tokens, logprobs = {}, {}
@@ -162,27 +170,30 @@ def beam_search(
     generation_config: Any = None,
     seed: int = 0,
     *,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
+    length_penalty: float | None = None,
+    early_stopping: bool | str | None = None,
     stop: Any = None,
     on_step: Callable[[StreamStep], None] | None = None,
     **options: Any,
 ) -> Any:
     """The `num_beams` best texts by log-probability / length ** length_penalty.
 
-    Tokens are those of transformers' `generate(num_beams=...)`; early_stopping (False, True, "never") means
-    the same as there. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. prompt, options: as in
+    Tokens are those of transformers' `generate(num_beams=...)`; length_penalty and early_stopping (False, True,
+    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. prompt, options: as in
     `majority_vote`, without sampling.
     """
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InvalidInput(f"num_beams: got {num_beams!r}; expected a positive number")
-    if early_stopping not in (True, False, "never"):
+    if early_stopping not in (None, True, False, "never"):
         raise InvalidInput(
             f'early_stopping: got {early_stopping!r}; expected True, False or "never"'
         )
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
-        config = resolve(session.model, generation_config, options)
+        chosen = {"do_sample": False, **options} if generation_config is None else options
+        config = resolve(session.model, generation_config, chosen)
+        penalty = _or(length_penalty, config.length_penalty, 1.0)
+        ends_early = _or(early_stopping, config.early_stopping, False)
         if config.do_sample:
             raise InvalidInput(
                 "beam_search: got do_sample=True; expected False: beams are not sampled"
@@ -196,8 +207,8 @@ def beam_search(
                     _Search(
                         make_rules(config, len(ids), device, tokenizer=tokenizer, stop=stop),
                         num_beams,
-                        length_penalty,
-                        early_stopping,
+                        penalty,
+                        ends_early,
                         request,
                         [root],
                         torch.zeros(1, device=device),

@@ -104,7 +104,10 @@ class Group:
         for thread in self.thinkers:
             if thread.alive:
                 thread.release()
+        # A caught exception may hold this object for long; it must not hold pages.
         self.thinkers.clear()
+        self.regions.clear()
+        del self.head
 
 
 def group_think(
@@ -173,7 +176,7 @@ def group_think(
                 take_steps(writing, groups, each_step, on_step)
                 views = [group.final_view() for group in groups]
                 answers = joint_answers(
-                    session, tokenizer, views, answer_prompt, answer_tokens, options
+                    session, tokenizer, views, answer_prompt, answer_tokens, writing.config
                 )
                 stats = session.stats
             finally:

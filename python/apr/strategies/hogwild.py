@@ -79,6 +79,7 @@ class Team:
         self.history: list[Segment] = []
         self.steps = 0
         self.workers: list[Worker] = []  # that still write
+        self.recent: list[Worker] = []  # that wrote in the last step
         self.everyone: list[Worker] = []
 
     def _header(self, text: Any) -> list[Segment]:
@@ -148,6 +149,7 @@ class Team:
         """What a step brought: tokens, finished steps of text, workers that ended."""
         ended, moving = [], []
         self.steps += any(worker.thread in step.tokens for worker in self.workers)
+        self.recent = [worker for worker in self.workers if worker.thread in step.tokens]
         for worker in self.workers:
             token = step.tokens.get(worker.thread)
             if token is None:
@@ -186,7 +188,7 @@ class Team:
             worker.thread.writes = worker.region
             finished.seal()
             self.history.append(finished)
-        worker.thread.extend(self._begin(worker, check))
+        worker.thread.extend(self._begin(worker, check) or self._end)
 
     def final_view(self) -> list[Segment]:
         """Everything that was written: the history, then what is unfinished."""
@@ -200,7 +202,14 @@ class Team:
         for worker in self.workers:
             if worker.thread.alive:
                 worker.thread.release()
+        # A caught exception may hold this object for long; it must not hold pages.
+        for worker in self.everyone:
+            del worker.region
+        for segments in (self.history, self._others, self._own):
+            segments.clear()
         self.workers.clear()
+        self.recent.clear()
+        del self.head
 
 
 def hogwild(
@@ -240,7 +249,7 @@ def hogwild(
     sampling = options if generation_config is not None else {"do_sample": True, **options}
 
     def end_where_done(team: Team) -> None:
-        if done is not None and any(_done(done, worker, tokenizer) for worker in team.workers):
+        if done is not None and any(_done(done, worker, tokenizer) for worker in team.recent):
             for worker in list(team.workers):
                 team.leave(worker, "done")
 
@@ -266,7 +275,7 @@ def hogwild(
                 take_steps(writing, teams, each_step, on_step, end_where_done)
                 views = [team.final_view() for team in teams]
                 answers = joint_answers(
-                    session, tokenizer, views, answer_prompt, answer_tokens, options
+                    session, tokenizer, views, answer_prompt, answer_tokens, writing.config
                 )
                 stats = session.stats
             finally:

@@ -94,6 +94,7 @@ def parathinker(
             stats = session.stats
         finally:
             for thread in (*(t for group in paths for t in group), *roots):
+                thread.forget_vectors()
                 if thread.alive:
                     thread.release()
         results = []

@@ -73,7 +73,8 @@ def skeleton(
     check_count(n)
 
     def write(session: Session, threads: list[Thread]) -> list[Decoded]:
-        return decode(session, threads, generation_config, tokenizer=tokenizer, **options)
+        chosen = {"do_sample": False, **options} if generation_config is None else options
+        return decode(session, threads, generation_config, tokenizer=tokenizer, **chosen)
 
     def run(session: Session, questions: list[str], requests: list[int]) -> list[Result]:
         routed = [route is None or route(question) for question in questions]
@@ -83,7 +84,7 @@ def skeleton(
             for question, request, parallel in zip(questions, requests, routed, strict=True):
                 ids = encode(tokenizer, outline(question) if parallel else question)
                 first.append(session.thread(ids, request=(seed, request)))
-            living += first
+                living.append(first[-1])
             outlines = write(session, first)
             groups = [
                 parse(item.text)[:n] if parallel else []

@@ -139,7 +139,10 @@ def _search(
         chosen = _take(open_nodes, order, width)
         grown = yield chosen
         for node in chosen:
-            node.release()
+            if node.children:
+                node.release()
+            else:  # the budget did not reach so far
+                ended.append(node)
         if goal is not None and any(goal(node.text) for node in grown):
             return [*ended, *open_nodes, *grown]
         kept = [node for node in grown if cutoff is None or node.score >= cutoff]
