@@ -83,6 +83,8 @@ class Group:
             self._leave(thread)
             self._of[thread].finish = reason
         self.thinkers.remove(thread)
+        item = self._of[thread]
+        self._session.trace.end(thread._id, item.finish, len(item.tokens))
         thread.release()
 
     def note(self, step: StreamStep) -> None:

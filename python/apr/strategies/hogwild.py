@@ -140,6 +140,8 @@ class Team:
             self._leave(worker.thread)
             worker.written.finish = reason
         self.workers.remove(worker)
+        item = worker.written
+        self._session.trace.end(worker.thread._id, item.finish, len(item.tokens), worker.name)
         worker.thread.release()
         if self._layout != "contiguous":
             self.history.append(worker.region)
