@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 import apr
 from apr import countdown, hf
-from models import VOCAB, build, tokens
+from models import build, tokens
 
 LONG = {"max_new_tokens": 24}
 
@@ -67,9 +67,7 @@ def test_tokens_and_scores_are_those_of_generate(name, options):
     options = {**LONG, **options, "eos_token_id": eos}
     for seed in range(3):
         ids = tokens(7 + seed, seed)
-        for num_beams in (1, 2, 5):
-            if num_beams == 1:
-                continue
+        for num_beams in (2, 5):
             want, scores = stock(model, ids, num_beams, **options)
             result = apr.beam_search(
                 model, Words(), ids, num_beams=num_beams, pad_token_id=0, **options
@@ -143,4 +141,3 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(apr.InvalidInput, match=word):
             apr.beam_search(model, Words(), [3, 4], max_new_tokens=4, **options)
-    assert VOCAB == 128

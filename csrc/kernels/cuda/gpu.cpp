@@ -199,6 +199,18 @@ class Views final : public Tables<GpuViews> {
   GpuDevice device_;
 };
 
+// The pool that AppendWork and CopyWork write.
+template <typename Work>
+void set_pool(Work& work, const Pool& pool) {
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
+  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.kv_heads = static_cast<int32_t>(pool.kv_heads);
+  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
+  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
+  work.page_shift = log2_of(pool.page_size);
+}
+
 class Backend final : public GpuBackend {
  public:
   std::string architectures() const override { return built_architectures(); }
@@ -237,36 +249,24 @@ class Backend final : public GpuBackend {
 void Backend::append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
                      int64_t rows, void* stream) const {
   AppendWork work{};
-  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
   work.k = {static_cast<const uint16_t*>(k.data), extent(k, rows, pool.kv_heads, pool.head_dim_k)};
   work.v = {static_cast<const uint16_t*>(v.data), extent(v, rows, pool.kv_heads, pool.head_dim_v)};
   work.k_row_stride = k.row_stride;
   work.k_head_stride = k.head_stride;
   work.v_row_stride = v.row_stride;
   work.v_head_stride = v.head_stride;
-  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
-  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  set_pool(work, pool);
   work.slots = {slots, rows};
   work.rows = static_cast<int32_t>(rows);
-  work.kv_heads = static_cast<int32_t>(pool.kv_heads);
-  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
-  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
-  work.page_shift = log2_of(pool.page_size);
   run_append(work, stream);
 }
 
 void Backend::copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
                           void* stream) const {
   CopyWork work{};
-  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
-  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
-  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  set_pool(work, pool);
   work.copies = {copies, count};
   work.count = static_cast<int32_t>(count);
-  work.kv_heads = static_cast<int32_t>(pool.kv_heads);
-  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
-  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
-  work.page_shift = log2_of(pool.page_size);
   run_copy(work, stream);
 }
 
