@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from apr import ops
+from apr import ops, protocols, training
+from apr.budget import Budget, WidthCurve, measure_width
 from apr.cache import Cache
 from apr.decode import Decoded, Stream, StreamStep, decode, stream
 from apr.errors import (
@@ -16,6 +17,7 @@ from apr.errors import (
     UnsupportedModel,
     UnsupportedRope,
 )
+from apr.protocols import Grammar, Outcome, run
 from apr.session import Session
 from apr.strategies import (
     Result,

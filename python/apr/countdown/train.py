@@ -33,6 +33,7 @@ class Recipe:
     kv_heads: int = 1
     head_dim: int = 64
     intermediate_size: int = 384
+    positions: int = 512
     seed: int = 0
     numbers: int = 3
     highest: int = 16
@@ -59,7 +60,7 @@ def build_model(recipe: Recipe) -> Any:
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
         head_dim=recipe.head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=recipe.positions,
         tie_word_embeddings=True,
         bos_token_id=WORDS.index("<bos>"),
         eos_token_id=WORDS.index("<eos>"),

@@ -1,0 +1,110 @@
+"""Hard limits of a run, and the width that this machine gives nearly for free."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from apr.errors import InvalidInput
+from apr.session import Session
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of one request; None or the default leaves a thing free.
+
+    threads: most that write at once; children beyond that wait in line, waiting parents do not count, so a
+    run never blocks itself. "auto": as many as this machine steps nearly for free (`free_width`). depth:
+    of children; a thread at the limit cannot write the opening word. tokens_per_thread: a child that is so
+    long ends there and is taken as it is. tokens (sampled, all threads), seconds, bytes (of keys and values
+    held): the request ends where it is. at_limit: "stop", the outcome says which limit; or "raise" a
+    BudgetExceeded after every thread was given back.
+    """
+
+    threads: int | Literal["auto"] = 64
+    depth: int = 8
+    tokens: int | None = None
+    tokens_per_thread: int | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+    at_limit: Literal["stop", "raise"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tokens", "tokens_per_thread", "seconds", "bytes"):
+            value = getattr(self, name)
+            if value is None or value == "auto" and name == "threads":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise InvalidInput(f"budget: {name}={value!r}; expected a number above 0")
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
+            raise InvalidInput(f"budget: depth={self.depth!r}; expected an integer from 0 on")
+        if self.at_limit not in ("stop", "raise"):
+            raise InvalidInput(f'budget: at_limit={self.at_limit!r}; expected "stop" or "raise"')
+
+
+@dataclass(frozen=True)
+class WidthCurve:
+    """What a decode step costs against the number of threads in it, here and with this model."""
+
+    widths: list[int]
+    seconds: list[float]  # median of a step
+    context: int  # tokens that the threads share
+
+    def free_width(self, price: float = 0.25) -> int:
+        """The widest measured step up to which each further thread costs at most `price` of a lone step."""
+        best = self.widths[0]
+        for i in range(1, len(self.widths)):
+            more = self.widths[i] - self.widths[i - 1]
+            if (self.seconds[i] - self.seconds[i - 1]) / more > price * self.seconds[0]:
+                break
+            best = self.widths[i]
+        return best
+
+    def __str__(self) -> str:
+        lone = self.seconds[0]
+        rows = [
+            f"{w:4d} threads  {1000 * s:8.2f} ms  {s / lone:6.2f} lone steps  {w / s:8.0f} tokens/s"
+            for w, s in zip(self.widths, self.seconds, strict=True)
+        ]
+        return "\n".join(rows)
+
+
+def measure_width(
+    session: Session,
+    widths: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    context: int = 256,
+    repeats: int = 5,
+) -> WidthCurve:
+    """Time decode steps of several widths on a shared context of random tokens.
+
+    The threads are made in `session` and released again. Widths that its pool cannot hold are left out.
+    """
+    if not widths or min(widths) < 1 or context < 1 or repeats < 1:
+        raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
+    vocab = session.spec.vocab_size
+    room = session.free_tokens // session.page_size - -(-context // session.page_size)
+    possible = [w for w in sorted(set(widths)) if w <= room] or [1]
+    root = session.thread([(7919 * i + 13) % vocab for i in range(context)])
+    try:
+        session.step([root])
+        medians = []
+        for width in possible:
+            threads = root.fork(width)
+            try:
+                times = []
+                for k in range(repeats + 1):
+                    for i, thread in enumerate(threads):
+                        thread.extend([(31 * i + k) % vocab])
+                    began = time.perf_counter()
+                    session.step(threads)
+                    times.append(time.perf_counter() - began)
+                medians.append(median(times[1:]))  # the first step pays for new shapes
+            finally:
+                for thread in threads:
+                    thread.release()
+    finally:
+        root.release()
+    return WidthCurve(possible, medians, context)

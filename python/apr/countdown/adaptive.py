@@ -1,0 +1,210 @@
+"""Trains the adaptive Countdown model on lessons: seeded, resumable, on CPU or GPU."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apr.countdown.lessons import (
+    HARD,
+    draw_problem,
+    guesses_record,
+    parallel_record,
+    sequential_record,
+)
+from apr.countdown.problems import Range
+from apr.countdown.search import solutions
+from apr.countdown.tokenizer import WORDS, build_tokenizer
+from apr.countdown.train import build_model, rate
+from apr.training import Flat, flatten, microbatches
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Everything that decides the checkpoint; written beside it as `training.json`."""
+
+    steps: int = 5500
+    trees: int = 14  # a step, four numbers
+    deep_trees: int = 1  # a step, five numbers
+    lines: int = 9  # sequential rows a step
+    guesses: int = 48  # prompts a step, with three right guesses each
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    muon: float = 1e-2
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    intermediate_size: int = 384
+    positions: int = 2048
+    seed: int = 0
+    highest: int = 20
+    target: int = 100
+    microbatch: int = 3072  # tokens, padding included
+    bfloat16: bool = True
+
+    @property
+    def span(self) -> Range:
+        return Range(highest=self.highest, target=self.target)
+
+
+SMOKE = Lessons(steps=4, trees=4, deep_trees=1, lines=2, guesses=8, layers=2, warmup=2)
+
+
+def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Flat]:
+    """The rows of one step, from a generator keyed by (seed, step): half the tokens for each mode."""
+    rng = random.Random(f"{recipe.seed}/{step}/{held_out}")
+
+    def problem(count: int) -> Any:
+        # A fifth of the problems from the smaller range that COUNTDOWN tables use too.
+        small = rng.random() < 0.2
+        span = Range(9, 50) if small else recipe.span
+        return draw_problem(rng, count, span, held_out)
+
+    records = [parallel_record(problem(4), rng) for _ in range(recipe.trees)]
+    records += [parallel_record(problem(5), rng) for _ in range(recipe.deep_trees)]
+    records += [sequential_record(problem(4), rng) for _ in range(recipe.lines)]
+    while len(records) < recipe.trees + recipe.deep_trees + recipe.lines + recipe.guesses:
+        candidate = problem(4)
+        if solutions(candidate) > HARD:
+            records.append(guesses_record(candidate, rng))
+    return [flatten(record) for record in records]
+
+
+def optimizers(model: Any, recipe: Lessons) -> list[torch.optim.Optimizer]:
+    named = dict(model.named_parameters())
+    matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
+    if not recipe.muon:
+        return [
+            torch.optim.AdamW(
+                named.values(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+            )
+        ]
+    others = [p for p in named.values() if all(p is not m for m in matrices)]
+    return [
+        torch.optim.Muon(
+            matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def step_loss(
+    model: Any, recipe: Lessons, flats: list[Flat], device: str
+) -> Iterator[tuple[Tensor, int]]:
+    for batch in microbatches(flats, recipe.microbatch):
+        batch = batch.to(device)
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.bfloat16):
+            logits = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+            ).logits
+        yield batch.loss(logits, "sum"), len(batch.labels)
+
+
+@torch.no_grad()
+def examine(model: Any, recipe: Lessons, flats: list[Flat]) -> dict[str, float]:
+    """Teacher-forced on held-out lessons: tokens right, and whole children right (a greedy child is one)."""
+    device = str(next(model.parameters()).device)
+    right = tokens = children = exact = 0
+    for flat in flats:
+        where = next(step_logits(model, flat, device))
+        hit = where.argmax(-1).cpu() == flat.ids[flat.targets]
+        right, tokens = right + int(hit.sum()), tokens + len(hit)
+        first = flat.ids[flat.starts[:-1]]
+        for piece in range(1, len(flat.starts) - 1):
+            if WORDS[first[piece]] != "#":
+                continue
+            mine = flat.piece[flat.targets] == piece
+            children += 1
+            exact += int(hit[mine].all())
+    return {"tokens_right": right / tokens, "children_exact": exact / max(1, children)}
+
+
+def step_logits(model: Any, flat: Flat, device: str) -> Iterator[Tensor]:
+    batch = microbatches([flat], 1)[0].to(device)
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    ).logits
+    yield logits.flatten(0, 1)[batch.sources].float()
+
+
+def train(
+    recipe: Lessons, out: Path, device: str = "cpu", report_every: int = 100
+) -> Iterator[dict[str, Any]]:
+    """Train, yielding a progress record every `report_every` steps; continues from `out/state.pt`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer, model = build_tokenizer(), build_model(recipe).to(device)
+    steppers = optimizers(model, recipe)
+    tests = [flat for k in range(2) for flat in draw_lessons(recipe, k, held_out=True)]
+    state_path, first, curve = out / "state.pt", 0, []
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        for stepper, kept in zip(steppers, state["optimizers"], strict=True):
+            stepper.load_state_dict(kept)
+        first, curve = state["step"], state["curve"]
+    total, seen, began, tokens = 0.0, 0, time.perf_counter(), 0
+    before = curve[-1]["seconds"] if curve else 0.0
+    for step in range(first, recipe.steps):
+        factor = rate(recipe, step) / recipe.learning_rate
+        for stepper in steppers:
+            base = recipe.muon if isinstance(stepper, torch.optim.Muon) else recipe.learning_rate
+            for group in stepper.param_groups:
+                group["lr"] = base * factor
+            stepper.zero_grad()
+        flats = draw_lessons(recipe, step)
+        goal = sum(len(flat.targets) for flat in flats)
+        for loss, count in step_loss(model, recipe, flats, device):
+            torch.autograd.backward(loss / goal)
+            total, seen = total + loss.item(), seen + count
+        tokens += sum(map(len, flats))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
+            model.eval()
+            seconds = time.perf_counter() - began
+            record = {
+                "step": step + 1,
+                "loss": round(total / seen, 4),
+                "seconds": round(before + seconds, 1),
+                "tokens_per_second": round(tokens / seconds),
+                **examine(model, recipe, tests),
+            }
+            model.train()
+            total, seen = 0.0, 0
+            curve.append(record)
+            state = {
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [s.state_dict() for s in steppers],
+                "curve": curve,
+            }
+            torch.save(state, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)
+            yield record
+    save(model.float().cpu(), tokenizer, recipe, curve, out)
+
+
+def save(model: Any, tokenizer: Any, recipe: Lessons, curve: list[Any], out: Path) -> None:
+    """Write the checkpoint in half precision, its tokenizer, and how it came to be."""
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    record = {"command": "python -m apr train countdown", **asdict(recipe), "curve": curve}
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

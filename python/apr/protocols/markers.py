@@ -1,0 +1,76 @@
+"""Finds control words in what a thread writes, however its tokenizer splits them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from apr.errors import InvalidInput
+
+_WINDOW = 48  # tokens; a control word that is spelled with more is not found
+
+
+class Words:
+    """The control words of a run, and the tokens that can complete one."""
+
+    def __init__(self, tokenizer: Any, words: Iterable[str | None]) -> None:
+        self.tokenizer = tokenizer
+        self.words = sorted({w for w in words if w})
+        for word in self.words:
+            if word != word.strip():
+                raise InvalidInput(
+                    f"grammar: the control word {word!r} begins or ends with a blank, which tokenizers "
+                    "merge; leave it out"
+                )
+        last = {word[-1] for word in self.words}
+        spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.enders = frozenset(
+            i for i, token in enumerate(spelled) if token and not last.isdisjoint(token)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that continues other text."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text with control words in it."""
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def plain(self, ids: Sequence[int]) -> str:
+        """Text without the tokens that begin, end and pad sequences; control words stay."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        framing = {getattr(self.tokenizer, name, None) for name in names}
+        return self.decode([i for i in ids if i not in framing]).strip()
+
+
+class Watcher:
+    """Tells which control words each token of one thread completes."""
+
+    def __init__(self, words: Words, extra: str | None = None) -> None:
+        self._words = words
+        self._all = words.words if extra is None or extra in words.words else [*words.words, extra]
+        self._tail: list[int] = []
+
+    def feed(self, token: int) -> list[str]:
+        """The words that end in `token`."""
+        before = self._tail
+        self._tail = [*before[-_WINDOW + 1 :], token]
+        if token not in self._words.enders:
+            return []
+        old, new = self._words.decode(self._tail[:-1]), self._words.decode(self._tail)
+        return [word for word in self._all if new.count(word) > old.count(word)]
+
+    def forget(self) -> None:
+        """What was put in is not a word of the model's; it starts anew."""
+        self._tail = []
+
+    def length(self, word: str) -> int:
+        """How many of the last tokens spell the word that was just completed."""
+        for n in range(1, len(self._tail) + 1):
+            if word in self._words.decode(self._tail[-n:]):
+                return n
+        return len(self._tail)

@@ -1,0 +1,89 @@
+"""Runs a given text through the runtime: the same threads and blocks, with what the model would have said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from apr.budget import Budget
+from apr.protocols.grammar import Grammar
+from apr.protocols.outcome import Branch, Outcome
+from apr.protocols.run import run
+from apr.protocols.worker import Worker
+from apr.session import Session
+from apr.thread import Thread
+
+Path = tuple[tuple[int, int], ...]
+
+
+class _Forced(LogitsProcessor):
+    """Lets one thread write given tokens, and keeps the logits that they were chosen from."""
+
+    def __init__(self, tokens: Sequence[int], after: int | None) -> None:
+        self.tokens, self.after = list(tokens), after
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        place = len(self.logits)
+        self.logits.append(scores[0].clone())
+        token = self.tokens[place] if place < len(self.tokens) else self.after
+        if token is None:
+            return scores
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0.0
+        return forced  # type: ignore[return-value]
+
+
+def script_of(outcome: Outcome) -> dict[Path, list[int]]:
+    """What each thread of a run sampled, by its path."""
+    record, script = outcome.record, {}
+
+    def visit(branch: Branch) -> None:
+        pieces = [record.pieces[p] for p in branch.pieces]
+        script[branch.path] = [
+            i for p in pieces for i, s in zip(p.ids, p.sampled, strict=True) if s
+        ]
+        for child in branch.children:
+            visit(child)
+
+    visit(outcome.root)
+    return script
+
+
+def replay(
+    session: Session,
+    thread: Thread,
+    grammar: Grammar,
+    script: Mapping[Path, Sequence[int]],
+    *,
+    tokenizer: Any,
+    budget: Budget | None = None,
+) -> tuple[Outcome, dict[Path, Tensor]]:
+    """Run `script` (token ids of each thread by path, () is the root) as if the model had written it.
+
+    Returns the outcome, and of each thread the float32 logits [sampled, vocab] that its tokens would have
+    been chosen from. A thread whose script is at its end writes EOS.
+    """
+    after = getattr(tokenizer, "eos_token_id", None)
+    forced: dict[Path, _Forced] = {}
+
+    def processors(worker: Worker) -> list[LogitsProcessor]:
+        if worker.path not in forced:
+            forced[worker.path] = _Forced(script.get(worker.path, ()), after)
+        return [forced[worker.path]]
+
+    result = run(
+        session,
+        thread,
+        grammar,
+        tokenizer=tokenizer,
+        budget=budget,
+        logits_processor=processors,
+        do_sample=False,
+    )
+    logits = {path: torch.stack(f.logits) for path, f in forced.items() if f.logits}
+    return result, logits

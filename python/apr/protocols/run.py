@@ -1,0 +1,76 @@
+"""`apr.run`: lets threads write under a control grammar, many requests at once, within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, LogitsProcessor
+
+from apr.budget import Budget, measure_width
+from apr.decode import StreamStep, stream
+from apr.errors import InvalidInput
+from apr.protocols.grammar import Grammar
+from apr.protocols.markers import Words
+from apr.protocols.outcome import Outcome, outcome
+from apr.protocols.scheduler import Scheduler
+from apr.protocols.worker import Request, Worker
+from apr.record import Record
+from apr.session import Session
+from apr.thread import Thread
+
+_ENDLESS = 1 << 30  # the stream's own limit; the budget's is what counts
+
+
+def run(
+    session: Session,
+    threads: Thread | Sequence[Thread],
+    grammar: Grammar,
+    generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any,
+    budget: Budget | None = None,
+    logits_processor: Callable[[Worker], Sequence[LogitsProcessor]] | None = None,
+    on_step: Callable[[StreamStep], None] | None = None,
+    **options: Any,
+) -> Any:
+    """Let each thread write, and fork, join and go on as its own words say; an Outcome a thread, in order.
+
+    All threads that can write, of all requests, take one token in one batch each step; children write from
+    the step after their launch. max_new_tokens, where it is set, limits each thread's own tokens as
+    `Budget.tokens_per_thread` does. logits_processor: called once a thread with its worker (`.depth`,
+    `.outline`, `.path`), returns processors for it alone. The threads given stay the caller's; all others
+    are released, on any exception too. Raises BudgetExceeded with `Budget(at_limit="raise")`.
+    """
+    several = not isinstance(threads, Thread)
+    roots: list[Thread] = list(threads) if not isinstance(threads, Thread) else [threads]
+    if not roots or len(set(roots)) != len(roots):
+        raise InvalidInput("run: expected at least one thread, each listed once")
+    limits = budget or Budget()
+    words = Words(tokenizer, [grammar.open, grammar.launch, grammar.sync, grammar.end])
+    with stream(session, [], generation_config, tokenizer=tokenizer, **options) as writing:
+        own = writing.config.max_new_tokens
+        if own is not None and limits.tokens_per_thread is None:
+            limits = dataclasses.replace(limits, tokens_per_thread=int(own))
+        writing.config.max_new_tokens = _ENDLESS
+        scheduler = Scheduler(
+            session, writing, grammar, words, logits_processor or (lambda worker: ())
+        )
+        most = free_threads(session) if limits.threads == "auto" else limits.threads
+        try:
+            for root in roots:
+                scheduler.admit(root, Request(limits, int(most), Record()))
+            scheduler.steps(on_step)
+        except BaseException:
+            scheduler.abandon()
+            raise
+    results: list[Outcome] = [
+        outcome(session, grammar, words, request) for request in scheduler.requests
+    ]
+    return results if several else results[0]
+
+
+def free_threads(session: Session) -> int:
+    """Threads that this machine steps nearly for free with this model; measured, about a second."""
+    return measure_width(session).free_width()

@@ -1,0 +1,134 @@
+"""One thread under a grammar: what it has written, the block that it has open, whom it waits for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apr.budget import Budget
+from apr.protocols.markers import Watcher
+from apr.record import Record, Seen
+from apr.thread import Segment, Thread
+
+State = Literal["ready", "writing", "head", "waiting", "ended"]
+
+
+@dataclass
+class Block:
+    """Where a block was opened, and its children."""
+
+    opened: int  # tokens of the parent before the opening word
+    head: int  # and up to and with it
+    children: list[Worker] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A thread, its place in the tree, and its figures; `text` is complete when it has ended."""
+
+    thread: Thread
+    request: Request
+    watcher: Watcher
+    piece: int
+    parent: Worker | None = None
+    n: int = 0  # number among its siblings, from 1 on
+    depth: int = 0
+    outline: str = ""
+    end: str | None = None
+    path: tuple[tuple[int, int], ...] = ()  # (block, child) from the root on: its name in a replay
+    state: State = "ready"
+    block: Block | None = None
+    blocks: int = 0  # that it opened so far
+    born: int = 0  # step in which it was forked
+    critical: int = 0  # sampled tokens that had to come one after the other, up to its last
+    sampled: int = 0
+    finish: str = ""
+    text: str = ""
+    children: list[Worker] = field(default_factory=list)  # of all its blocks
+    parts: list[Seen] = field(default_factory=list)  # what a join takes besides its last piece
+    pieces: list[int] = field(default_factory=list)  # all that it wrote, in order
+    reserved: int = 0  # positions that its next token leaves free
+    given: int = 0  # lines of its view that it was born with
+    head: int = 0  # tokens of its first piece that are not its own text: the prompt, or a child's first words
+    inherited: frozenset[Segment] = frozenset()
+
+    @property
+    def record(self) -> Record:
+        return self.request.record
+
+    def move_to(self, piece: int) -> None:
+        self.piece = piece
+        self.pieces.append(piece)
+
+    def own_parts(self) -> list[Seen]:
+        """What a join of keys and values takes from it."""
+        return [*self.parts, Seen(self.piece, len(self.record.pieces[self.piece].ids))]
+
+    def put_in(self, ids: list[int]) -> None:
+        """Tokens that the runtime writes for it."""
+        if ids:
+            self.thread.extend(ids)
+            self.record.write(self.piece, ids, sampled=False)
+            self.watcher.forget()
+
+    def note(self, token: int) -> None:
+        """A token that it sampled, which the stream has queued on its thread already."""
+        self.record.write(self.piece, [token], sampled=True)
+        self.sampled += 1
+        self.critical += 1
+        self.request.tokens += 1
+
+    def written(self) -> list[int]:
+        """Its own tokens as they stand, joined parts included, by position."""
+        last = self.record.pieces[self.piece]
+        lines = [*last.sees[self.given :], Seen(self.piece, len(last.ids))]
+        lines.sort(key=lambda part: self.record.pieces[part.piece].position + part.shift)
+        tokens: list[int] = []
+        for part in lines:
+            ids = self.record.pieces[part.piece].ids[: part.hi]
+            tokens += ids[self.head :] if part.piece == self.pieces[0] else ids
+        return tokens
+
+    def family(self) -> list[Worker]:
+        """Itself and all below."""
+        return [self, *(w for child in self.children for w in child.family())]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt of a run: its root, its record, and what it has used of its budget."""
+
+    budget: Budget
+    threads: int  # most at once
+    record: Record
+    prompt: int = 0  # tokens that the root had when the run began
+    root: Worker | None = None
+    tokens: int = 0
+    live: int = 0
+    waiting: list[Worker] = field(default_factory=list)  # children that wait for a place
+    depth: int = 0  # deepest child
+    started: int = 0  # children
+    events: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # from its beginning to its end; other requests of the run share them
+    limit: str = ""
+
+    def over(self, bytes_per_token: int) -> str:
+        """The limit that is reached now, or nothing."""
+        budget = self.budget
+        if budget.tokens is not None and self.tokens >= budget.tokens:
+            return "tokens"
+        if budget.seconds is not None and time.perf_counter() - self.began > budget.seconds:
+            return "seconds"
+        if budget.bytes is not None:
+            alive = [w for w in (self.root.family() if self.root else []) if w.thread.alive]
+            held = sum(len(self.record.pieces[p].ids) for w in alive for p in w.pieces)
+            if held * bytes_per_token > budget.bytes:
+                return "bytes"
+        return ""
+
+    def say(self, event: str) -> None:
+        """Something out of the ordinary that the outcome reports; a run-away says it once."""
+        if event not in self.events:
+            self.events.append(event)
