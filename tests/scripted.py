@@ -45,7 +45,12 @@ def play(session, tok, prompt, grammar, script, budget=None):
     """Run a script of texts by path; an outcome and the logits of every thread."""
     ids = {path: tok(text, add_special_tokens=False).input_ids for path, text in script.items()}
     thread = session.thread(tok(prompt).input_ids)
-    return replay(session, thread, grammar, ids, tokenizer=tok, budget=budget)
+    try:
+        played = replay(session, thread, grammar, ids, tokenizer=tok, budget=budget)
+    except BaseException:
+        thread.release()
+        raise
+    return played.outcome, played.logits
 
 
 @torch.no_grad()

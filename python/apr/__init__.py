@@ -17,7 +17,7 @@ from apr.errors import (
     UnsupportedModel,
     UnsupportedRope,
 )
-from apr.protocols import Grammar, Outcome, run
+from apr.protocols import Grammar, Outcome, compare_joins, run
 from apr.session import Session
 from apr.strategies import (
     Result,
@@ -38,14 +38,17 @@ from apr.vectors import PathVectors
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "BudgetExceeded",
     "Cache",
     "Decoded",
     "Error",
     "ForeignThread",
+    "Grammar",
     "InvalidInput",
     "NonFiniteLogits",
     "OutOfPages",
+    "Outcome",
     "PathVectors",
     "Result",
     "Segment",
@@ -59,16 +62,22 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedRope",
     "ViewEntry",
+    "WidthCurve",
     "beam_search",
     "best_of_n",
+    "compare_joins",
     "decode",
     "group_think",
     "hogwild",
     "majority_vote",
     "mcts",
+    "measure_width",
     "ops",
     "parathinker",
+    "protocols",
+    "run",
     "skeleton",
     "stream",
+    "training",
     "tree_search",
 ]

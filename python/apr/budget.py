@@ -54,13 +54,17 @@ class WidthCurve:
     context: int  # tokens that the threads share
 
     def free_width(self, price: float = 0.25) -> int:
-        """The widest measured step up to which each further thread costs at most `price` of a lone step."""
-        best = self.widths[0]
+        """The widest measured step whose threads beyond the first cost at most `price` lone steps each.
+
+        They must on average, and the last that were added too: a bump on the way (a kernel for one row is
+        another than that for two) does not end the search.
+        """
+        best, allowed = self.widths[0], price * self.seconds[0]
         for i in range(1, len(self.widths)):
-            more = self.widths[i] - self.widths[i - 1]
-            if (self.seconds[i] - self.seconds[i - 1]) / more > price * self.seconds[0]:
-                break
-            best = self.widths[i]
+            mean = (self.seconds[i] - self.seconds[0]) / (self.widths[i] - self.widths[0])
+            last = (self.seconds[i] - self.seconds[i - 1]) / (self.widths[i] - self.widths[i - 1])
+            if mean <= allowed and last <= allowed:
+                best = self.widths[i]
         return best
 
     def __str__(self) -> str:
@@ -85,7 +89,8 @@ def measure_width(
     if not widths or min(widths) < 1 or context < 1 or repeats < 1:
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
     vocab = session.spec.vocab_size
-    room = session.free_tokens // session.page_size - -(-context // session.page_size)
+    pages = session.pools[0].num_pages - session.stats.used_pages
+    room = pages - -(-context // session.page_size)
     possible = [w for w in sorted(set(widths)) if w <= room] or [1]
     root = session.thread([(7919 * i + 13) % vocab for i in range(context)])
     try:

@@ -1,5 +1,6 @@
 """Control grammars as data, and the scheduler that obeys them: `apr.run(s, thread, apr.protocols.multiverse)`."""
 
+from apr.protocols.compare import JoinDifference, compare_joins
 from apr.protocols.grammar import Grammar
 from apr.protocols.outcome import Branch, Outcome
 from apr.protocols.presets import (
@@ -14,20 +15,25 @@ from apr.protocols.presets import (
     sprint,
     threadweaver,
 )
+from apr.protocols.replay import Replay, replay
 from apr.protocols.run import run
 
 __all__ = [
     "PRESETS",
     "Branch",
     "Grammar",
+    "JoinDifference",
     "Outcome",
+    "Replay",
     "apr",
+    "compare_joins",
     "multiverse",
     "npr",
     "parallel_r1",
     "parathinker",
     "pasta",
     "recursive",
+    "replay",
     "run",
     "sprint",
     "threadweaver",

@@ -53,7 +53,7 @@ def fork_child(
         critical=parent.critical,
         given=len(record.pieces[piece].sees),
         head=len(head),
-        inherited=frozenset(entry.segment for entry in thread.view),
+        inherited=frozenset(entry.segment._id for entry in thread.view),
     )
     child.pieces = [piece]
     thread.label = f"child {n}"
@@ -160,7 +160,7 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
     parts: list[Seen] = []
     for child in children:
         for entry in child.thread.view:
-            if entry.segment not in child.inherited or entry.segment == child.thread.tail:
+            if entry.segment._id not in child.inherited or entry.segment == child.thread.tail:
                 length = len(entry.segment) if entry.hi is None else entry.hi
                 offset = entry.segment.base if entry.offset is None else entry.offset
                 if length:
@@ -180,4 +180,5 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
     parent.move_to(record.parts_after(old, parts, end - queued, thread=old))
     for _ in range(queued):
         record.move_last(old, parent.piece)
+    record.pieces[parent.piece].sees.sort(key=lambda part: record.pieces[part.piece].position)
     parent.parts = [*parent.parts, Seen(old, len(record.pieces[old].ids)), *parts]

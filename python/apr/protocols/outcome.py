@@ -49,6 +49,7 @@ class Outcome:
     threads: int  # children that were started
     depth: int  # of the deepest
     events: list[str]
+    prompt_tokens: int
     record: Record
     stats: Stats
     trace: Trace
@@ -106,6 +107,7 @@ def outcome(session: Session, grammar: Grammar, words: Words, request: Request) 
         threads=request.started,
         depth=request.depth,
         events=request.events,
+        prompt_tokens=request.prompt,
         record=request.record,
         stats=session.stats,
         trace=session.trace,

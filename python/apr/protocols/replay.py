@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class _Forced(LogitsProcessor):
     def __init__(self, tokens: Sequence[int], after: int | None) -> None:
         self.tokens, self.after = list(tokens), after
         self.logits: list[Tensor] = []
+        self.starts: list[int] = []  # places at which the thread began to write, or went on after a join
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         place = len(self.logits)
@@ -54,6 +56,15 @@ def script_of(outcome: Outcome) -> dict[Path, list[int]]:
     return script
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A run of given text: its outcome, and what the model made of each thread."""
+
+    outcome: Outcome
+    logits: dict[Path, Tensor]  # float32 [sampled, vocab]: what each token would have been chosen from
+    joined: dict[Path, int]  # how many tokens a thread had sampled when its first join came back
+
+
 def replay(
     session: Session,
     thread: Thread,
@@ -62,11 +73,10 @@ def replay(
     *,
     tokenizer: Any,
     budget: Budget | None = None,
-) -> tuple[Outcome, dict[Path, Tensor]]:
+) -> Replay:
     """Run `script` (token ids of each thread by path, () is the root) as if the model had written it.
 
-    Returns the outcome, and of each thread the float32 logits [sampled, vocab] that its tokens would have
-    been chosen from. A thread whose script is at its end writes EOS.
+    A thread whose script is at its end writes EOS.
     """
     after = getattr(tokenizer, "eos_token_id", None)
     forced: dict[Path, _Forced] = {}
@@ -74,6 +84,7 @@ def replay(
     def processors(worker: Worker) -> list[LogitsProcessor]:
         if worker.path not in forced:
             forced[worker.path] = _Forced(script.get(worker.path, ()), after)
+        forced[worker.path].starts.append(len(forced[worker.path].logits))
         return [forced[worker.path]]
 
     result = run(
@@ -86,4 +97,5 @@ def replay(
         do_sample=False,
     )
     logits = {path: torch.stack(f.logits) for path, f in forced.items() if f.logits}
-    return result, logits
+    joined = {path: f.starts[1] for path, f in forced.items() if len(f.starts) > 1}
+    return Replay(result, logits, joined)

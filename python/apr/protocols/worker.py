@@ -9,7 +9,7 @@ from typing import Literal
 from apr.budget import Budget
 from apr.protocols.markers import Watcher
 from apr.record import Record, Seen
-from apr.thread import Segment, Thread
+from apr.thread import Thread
 
 State = Literal["ready", "writing", "head", "waiting", "ended"]
 
@@ -51,7 +51,7 @@ class Worker:
     reserved: int = 0  # positions that its next token leaves free
     given: int = 0  # lines of its view that it was born with
     head: int = 0  # tokens of its first piece that are not its own text: the prompt, or a child's first words
-    inherited: frozenset[Segment] = frozenset()
+    inherited: frozenset[int] = frozenset()  # segments, by number: a handle would keep their pages
 
     @property
     def record(self) -> Record:
@@ -80,10 +80,9 @@ class Worker:
         self.request.tokens += 1
 
     def written(self) -> list[int]:
-        """Its own tokens as they stand, joined parts included, by position."""
+        """Its own tokens as they stand, joined parts included."""
         last = self.record.pieces[self.piece]
         lines = [*last.sees[self.given :], Seen(self.piece, len(last.ids))]
-        lines.sort(key=lambda part: self.record.pieces[part.piece].position + part.shift)
         tokens: list[int] = []
         for part in lines:
             ids = self.record.pieces[part.piece].ids[: part.hi]

@@ -1,0 +1,324 @@
+"""Budgets, malformed blocks and failures: each has a defined end, the parent is never lost, nothing hangs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+import apr
+import scripted
+from apr import Budget, protocols
+from models import CLOSE
+from test_protocols import GUIDE, SCRIPTS, kid
+
+NPR = protocols.npr
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return scripted.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def net(tok):
+    return scripted.model(tok)
+
+
+@pytest.fixture
+def session(net):
+    with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
+        yield s
+
+
+def check(net, outcome, logits):
+    """The record is what the runtime did, whatever the limit was."""
+    assert max(scripted.distances(net, outcome, logits).values()) < CLOSE
+
+
+def guide(*labels):
+    return "<guideline>" + "".join(f"<plan>{x}: p</plan>" for x in labels) + "</guideline>"
+
+
+# ---- malformed text -------------------------------------------------------------------------------
+
+
+def test_no_outlines_closes_the_block_at_once(session, tok, net):
+    outcome, logits = scripted.play(
+        session, tok, "Q", NPR, {(): "<guideline>nothing</guideline>so</takeaway>"}
+    )
+    assert outcome.text == "<guideline>nothing</guideline>\n\n<takeaway>\nso</takeaway>"
+    assert outcome.threads == 0 and "without outlines" in outcome.events[0]
+    check(net, outcome, logits)
+
+
+def test_a_thousand_outlines_wait_in_line(session, tok, net):
+    script = {(): guide(*range(1000)) + "so"} | {kid(n): "x</step>" for n in range(1, 1001)}
+    outcome, _ = scripted.play(session, tok, "Q", NPR, script, Budget(threads=100))
+    assert outcome.threads == 1000 and outcome.finish == "eos"
+    assert outcome.text.endswith("<step>\n999:x</step>\n<takeaway>\nso")
+    root = len(tok(script[()], add_special_tokens=False).input_ids) + 1
+    each = len(tok(script[kid(1)], add_special_tokens=False).input_ids)
+    assert outcome.critical_path_tokens == root + 10 * each  # ten waves of a hundred
+
+
+def test_gaps_and_duplicates_are_taken_as_written(session, tok, net):
+    script = {(): guide(2, 2, 7) + "so"} | {kid(n): f"x{n}</step>" for n in (1, 2, 3)}
+    outcome, logits = scripted.play(session, tok, "Q", NPR, script)
+    assert [c.outline for c in outcome.root.children] == ["2", "2", "7"]
+    assert [c.text for c in outcome.root.children] == ["x1", "x2", "x3"]
+    check(net, outcome, logits)
+
+
+@pytest.mark.parametrize("grammar", ["npr", "threadweaver", "multiverse"])
+def test_a_child_that_ends_the_whole_answer_ends_itself(grammar, session, tok, net):
+    """EOS in a child is taken back and its end word put in; the parent goes on."""
+    script = SCRIPTS[grammar][0] | {kid(1): " gone"}
+    outcome, logits = scripted.play(session, tok, "Q", protocols.PRESETS[grammar], script)
+    first = outcome.root.children[0]
+    assert (first.finish, first.text) == ("eos", "gone")
+    assert f" gone{protocols.PRESETS[grammar].end}" in outcome.text and "<eos>" not in outcome.text
+    assert outcome.finish == "eos"
+    check(net, outcome, logits)
+
+
+def test_eos_inside_a_head_ends_the_thread(session, tok, net):
+    outcome, logits = scripted.play(session, tok, "Q", NPR, {(): "<guideline><plan>1: a</plan>"})
+    assert outcome.finish == "eos" and outcome.threads == 0
+    assert "never launched" in outcome.events[0]
+    check(net, outcome, logits)
+
+
+def test_stray_words_are_text(session, tok, net):
+    text = "</guideline></step>a<guideline><guideline><plan>1: x</plan></guideline>end</step>"
+    outcome, logits = scripted.play(session, tok, "Q", NPR, {(): text, kid(1): "k</step>"})
+    assert outcome.threads == 1 and outcome.finish == "eos"
+    assert any("inside the head" in event for event in outcome.events)
+    check(net, outcome, logits)
+
+
+def test_a_promise_that_is_never_collected_is_joined_at_the_end(session, tok, net):
+    script = {(): 'a<promise tokens="9"/>b', kid(1): "long enough to outlive its parent</async>"}
+    outcome, logits = scripted.play(session, tok, "Q", protocols.pasta, script)
+    assert outcome.text == 'a<promise tokens="9"/><async>long enough to outlive its parent</async>b'
+    check(net, outcome, logits)
+
+
+# ---- limits ---------------------------------------------------------------------------------------
+
+
+def test_depth_forbids_the_opening_word(session, tok):
+    class Wants(LogitsProcessor):
+        """Would write the opening word, which is one token, and nothing else."""
+
+        def __call__(self, ids, scores):
+            scores = scores.clone()
+            scores[:, word] += 1e4
+            return scores
+
+    word = tok("<Parallel>", add_special_tokens=False).input_ids
+    assert len(word) == 1
+    grammar = dataclasses.replace(protocols.parallel_r1, nested=True)
+
+    def opened(depth):
+        thread = session.thread(tok("Q").input_ids)
+        budget = Budget(depth=depth, tokens_per_thread=4, tokens=200)
+        outcome = apr.run(
+            session,
+            thread,
+            grammar,
+            tokenizer=tok,
+            budget=budget,
+            do_sample=False,
+            logits_processor=lambda worker: [Wants()],
+        )
+        thread.release()
+        return outcome
+
+    assert opened(0).threads == 0 and word[0] not in opened(0).root.tokens
+    deep = opened(2)
+    assert deep.depth == 2 and deep.threads > 2
+    assert session.stats.used_pages == 0
+
+
+def test_depth_reads_a_forced_opening_as_text(session, tok, net):
+    script = {(): GUIDE + "so", kid(1): GUIDE + "x</step>", kid(2): "y</step>"}
+    outcome, logits = scripted.play(session, tok, "Q", NPR, script, Budget(depth=1))
+    assert outcome.depth == 1 and outcome.threads == 2
+    assert "keeps it closed" in outcome.events[0]
+    assert outcome.root.children[0].text == GUIDE + "x"
+    check(net, outcome, logits)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_wait_in_line_and_never_block_each_other(threads, session, tok, net):
+    script = SCRIPTS["multiverse"][0]
+    free, _ = scripted.play(session, tok, "Q", protocols.multiverse, script)
+    outcome, logits = scripted.play(
+        session, tok, "Q", protocols.multiverse, script, Budget(threads=threads)
+    )
+    assert outcome.text == free.text
+    assert outcome.critical_path_tokens >= free.critical_path_tokens
+    if threads == 1:
+        assert outcome.critical_path_tokens == outcome.total_tokens
+    check(net, outcome, logits)
+
+
+@pytest.mark.parametrize("grammar", ["npr", "threadweaver", "parallel_r1", "recursive"])
+def test_a_child_that_never_ends_is_ended(grammar, session, tok, net):
+    script = SCRIPTS[grammar][0] | {kid(2 if grammar != "recursive" else 1): "z" * 500}
+    budget = Budget(tokens_per_thread=120)
+    outcome, logits = scripted.play(session, tok, "Q", protocols.PRESETS[grammar], script, budget)
+    endless = outcome.root.children[1 if grammar != "recursive" else 0]
+    assert (endless.finish, endless.sampled, endless.text) == ("length", 120, "z" * 120)
+    assert outcome.finish == "eos" and "z" * 120 in outcome.text
+    check(net, outcome, logits)
+
+
+@pytest.mark.parametrize(
+    ("limit", "budget"),
+    [("tokens", {"tokens": 90}), ("seconds", {"seconds": 1e-6}), ("bytes", {"bytes": 60_000})],
+)
+def test_a_request_ends_at_its_limit(limit, budget, session, tok, net):
+    script = SCRIPTS["npr"][0] | {kid(1): "z" * 5000}
+    outcome, logits = scripted.play(session, tok, "Q", NPR, script, Budget(**budget))
+    assert outcome.finish == limit and limit in outcome.events[0]
+    assert outcome.total_tokens < 5000
+    if limit == "tokens":
+        assert 90 <= outcome.total_tokens < 90 + 3  # a step of all threads is the grain
+    check(net, outcome, logits)
+    outcome.thread.release()
+    assert session.stats.used_pages == 0
+    with pytest.raises(apr.BudgetExceeded, match=limit):
+        scripted.play(session, tok, "Q", NPR, script, Budget(**budget, at_limit="raise"))
+
+
+def test_a_failing_step_gives_every_thread_back(net, tok):
+    with apr.Session(net, max_tokens=400, page_size=16) as session:
+        script = {(): guide(*range(30)) + "so"} | {kid(n): "z" * 99 for n in range(1, 31)}
+        with pytest.raises(apr.OutOfPages):
+            scripted.play(session, tok, "Q", NPR, script)
+        assert session.stats.used_pages == 0
+        again, _ = scripted.play(session, tok, "Q", NPR, SCRIPTS["npr"][0])
+        assert again.text == SCRIPTS["npr"][1]
+
+
+def test_ctrl_c_gives_every_thread_back(session, tok):
+    def stop(step):
+        if session.stats.threads > 2:
+            raise KeyboardInterrupt
+
+    ids = tok(GUIDE, add_special_tokens=False).input_ids
+    root = session.thread(tok("Q").input_ids)
+
+    class Say(LogitsProcessor):
+        said = 0
+
+        def __call__(self, _ids, scores):
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, ids[min(self.said, len(ids) - 1)]] = 0
+            self.said += 1
+            return forced
+
+    with pytest.raises(KeyboardInterrupt):
+        apr.run(
+            session,
+            root,
+            NPR,
+            tokenizer=tok,
+            on_step=stop,
+            do_sample=False,
+            logits_processor=lambda worker: [Say()],
+        )
+    assert root.alive and session.stats.threads == 1
+    assert session.step([root]).shape == (1, len(tok))  # and it is as usable as before
+
+
+# ---- ways to end a block --------------------------------------------------------------------------
+
+
+def test_the_first_success_cancels_the_rest(session, tok, net):
+    grammar = dataclasses.replace(
+        NPR, until="success", success="yes", returns="message", after="", before=""
+    )
+    script = {(): GUIDE + "so", kid(1): "no</step>", kid(2): " a long way to yes</step>"}
+    outcome, logits = scripted.play(session, tok, "Q", grammar, script)
+    assert outcome.text == GUIDE + "\n" + "a long way to yesso"
+    assert [c.finish for c in outcome.root.children] == ["end", "end"]
+    early = script | {kid(1): "yes</step>"}
+    outcome, logits = scripted.play(session, tok, "Q", grammar, early)
+    assert outcome.text == GUIDE + "\nyesso"
+    assert [c.finish for c in outcome.root.children] == ["end", "cancelled"]
+    winner = outcome.root.children[0].sampled
+    assert outcome.critical_path_tokens == outcome.root.sampled + winner
+    check(net, outcome, logits)
+    neither = script | {kid(2): "nor here</step>"}
+    outcome, logits = scripted.play(session, tok, "Q", grammar, neither)
+    assert outcome.text == GUIDE + "\nnoso"  # one stands for all that failed
+    slowest = max(c.sampled for c in outcome.root.children)
+    assert outcome.critical_path_tokens == outcome.root.sampled + slowest
+    check(net, outcome, logits)
+
+
+def test_nothing_returns(session, tok, net):
+    grammar = dataclasses.replace(NPR, returns="nothing")
+    outcome, logits = scripted.play(session, tok, "Q", grammar, SCRIPTS["npr"][0])
+    assert outcome.text == GUIDE + "\n\n<takeaway>\nok</takeaway>"
+    check(net, outcome, logits)
+
+
+def test_samples_repeat_and_siblings_differ(session, tok):
+    def texts(seed):
+        with apr.Session(session.model, max_tokens=1 << 14, seed=seed) as s:
+            grammar = dataclasses.replace(protocols.parathinker, width=4)
+            thread = s.thread(tok("Q").input_ids)
+            budget = Budget(tokens_per_thread=12)
+            outcome = apr.run(
+                s, thread, grammar, tokenizer=tok, budget=budget, do_sample=True, eos_token_id=0
+            )
+            return [c.tokens for c in outcome.root.children]
+
+    first = texts(0)
+    assert first == texts(0) and first != texts(1)
+    assert len({tuple(t) for t in first}) == 4
+
+
+# ---- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"returns": "kv"}, "returns='kv'"),
+        ({"context": "all"}, "context='all'"),
+        ({"until": "later"}, "until='later'"),
+        ({"launch": None}, "no width"),
+        ({"open": None}, "without an open word"),
+        ({"until": "success"}, "needs the pattern"),
+        ({"after": ""}, "without a token to go on from"),
+        ({"context": "fresh"}, "no place in their parent's positions"),
+        ({"rollback": True}, "cut off"),
+        ({"blocking": False, "returns": "text"}, "sync"),
+        ({"outline": "("}, "outline"),
+        ({"outline": "(a)(b)"}, "2 groups"),
+    ],
+)
+def test_a_grammar_that_cannot_be_obeyed_is_refused(changes, message):
+    with pytest.raises(apr.InvalidInput, match=message):
+        dataclasses.replace(NPR, **changes)
+
+
+def test_bad_arguments(session, tok):
+    root = session.thread(tok("Q").input_ids)
+    with pytest.raises(apr.InvalidInput, match="at least one thread"):
+        apr.run(session, [], NPR, tokenizer=tok)
+    with pytest.raises(apr.InvalidInput, match="listed once"):
+        apr.run(session, [root, root], NPR, tokenizer=tok)
+    for bad in ({"threads": 0}, {"depth": -1}, {"tokens": -5}, {"seconds": 0}, {"at_limit": "ask"}):
+        with pytest.raises(apr.InvalidInput, match="budget"):
+            Budget(**bad)
+    with pytest.raises(apr.InvalidInput, match="blank"):
+        apr.run(session, root, dataclasses.replace(NPR, open=" <guideline>"), tokenizer=tok)
+    assert root.alive and session.stats.threads == 1
