@@ -10,10 +10,54 @@ import models as families
 from apr.protocols.replay import replay
 from apr.training import flatten
 
-WORDS = """<Parallel> </Parallel> <Goal> </Goal> <Outline> </Outline> <Path> </Path> <Conclusion> </Conclusion>
-<Summary> </Summary> <Outlines> </Outlines> <Thread> </Thread> <guideline> </guideline> <plan> </plan> <step> </step>
-<takeaway> </takeaway> <async> </async> <sync/> <Plan> </Plan> <prompt> </prompt> <execution> </execution> <Execution>
-</Execution> <call> </call> <result> </result> <think1> </think1> <think2> </think2> <think3> </think3> <summary>""".split()
+WORDS = [
+    "<Parallel>",
+    "</Parallel>",
+    "<Goal>",
+    "</Goal>",
+    "<Outline>",
+    "</Outline>",
+    "<Path>",
+    "</Path>",
+    "<Conclusion>",
+    "</Conclusion>",
+    "<Summary>",
+    "</Summary>",
+    "<Outlines>",
+    "</Outlines>",
+    "<Thread>",
+    "</Thread>",
+    "<guideline>",
+    "</guideline>",
+    "<plan>",
+    "</plan>",
+    "<step>",
+    "</step>",
+    "<takeaway>",
+    "</takeaway>",
+    "<async>",
+    "</async>",
+    "<sync/>",
+    "<Plan>",
+    "</Plan>",
+    "<prompt>",
+    "</prompt>",
+    "<execution>",
+    "</execution>",
+    "<Execution>",
+    "</Execution>",
+    "<call>",
+    "</call>",
+    "<result>",
+    "</result>",
+    "<think1>",
+    "</think1>",
+    "<think2>",
+    "</think2>",
+    "<think3>",
+    "</think3>",
+    "<summary>",
+]
 
 
 def tokenizer():

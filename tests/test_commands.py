@@ -87,7 +87,7 @@ def test_run_any_model(method, capsys):
         (["run", "--problems", "0"], "--problems"),
         (["run", "--temperature", "0"], "--temperature"),
         (["run", "--prompt", "24 = 8"], "TARGET : NUMBERS"),
-        (["run", "--checkpoint", "/nowhere"], "apr train countdown"),
+        (["run", "--checkpoint", "/nowhere"], "apr train guess"),
         (["run", "--model", "/nowhere/x", "--prompt", "hi"], "cannot be loaded"),
         (["run", "--model", str(countdown.CHECKPOINT)], "--prompt"),
         (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--chat"], "chat template"),

@@ -100,6 +100,7 @@ def test_strategies_stand_on_decode_and_session():
         "thread",
         "trace",
         "errors",
+        "budget",
         "strategies",
     }
     for name, found in python_files().items():
@@ -108,6 +109,16 @@ def test_strategies_stand_on_decode_and_session():
             assert mine <= allowed, (name, mine - allowed)
         elif not name.startswith("commands/") and name not in ("__init__.py", "bench/methods.py"):
             assert not any(n.startswith("apr.strategies") for n in found), name
+
+
+def test_protocols_stand_on_decode_and_session():
+    allowed = {"decode", "sampling", "session", "thread", "trace", "errors", "budget", "record"}
+    for name, found in python_files().items():
+        if name.startswith("protocols/"):
+            mine = {n.split(".")[1] for n in found if n.startswith("apr.")}
+            assert mine <= allowed | {"protocols"}, (name, mine - allowed)
+    training = {n.split(".")[1] for n in python_files()["training.py"] if n.startswith("apr.")}
+    assert training == {"errors", "record"}
 
 
 def test_no_architecture_is_named():

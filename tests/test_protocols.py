@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,7 +228,9 @@ def test_join_comparison(session, tok):
     assert set(by) == {"max", "sum", "text", "message"}
     assert by["max"].most < CLOSE and by["max"].agreement == 1.0
     # A join that saw another text, or the same at other places, is another function of the same weights.
-    assert all(by[name].most > FAR and by[name].divergence > 0 for name in ("sum", "text", "message"))
+    assert all(
+        by[name].most > FAR and by[name].divergence > 0 for name in ("sum", "text", "message")
+    )
     assert len({round(d.logprob, 6) for d in by.values()}) == 4
     plain, _ = scripted.play(session, tok, "Q", protocols.npr, {(): "no block"})
     with pytest.raises(apr.InvalidInput, match="nothing after a join"):
@@ -237,8 +241,14 @@ def test_many_requests_are_each_alone(session, tok):
     def ids(text):
         return tok(text, add_special_tokens=False).input_ids
 
-    scripts = [SCRIPTS["npr"][0], {(): "plain"}, {**SCRIPTS["npr"][0], kid(1): " much longer</step>"}]
-    alone = [scripted.play(session, tok, f"Q{i}", protocols.npr, s)[0] for i, s in enumerate(scripts)]
+    scripts = [
+        SCRIPTS["npr"][0],
+        {(): "plain"},
+        {**SCRIPTS["npr"][0], kid(1): " much longer</step>"},
+    ]
+    alone = [
+        scripted.play(session, tok, f"Q{i}", protocols.npr, s)[0] for i, s in enumerate(scripts)
+    ]
     forced = {}
 
     def processors(worker):
@@ -275,23 +285,29 @@ def test_control_words_are_found_however_they_are_split(data):
     whole = "".join(text)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(whole))), max_size=8)))
     bounds = [0, *[c for c in cuts if c < len(whole)], len(whole)]
-    pieces = [whole[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    pieces = [whole[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+
+    words = ["<A>", "</A>", "<AB>"]
+    spelled = pieces + words
 
     class Pieces:
-        all = pieces
-
         def __len__(self):
-            return len(pieces)
+            return len(spelled)
+
+        def __call__(self, text, **_):
+            return SimpleNamespace(input_ids=[len(pieces) + words.index(text)])
 
         def convert_ids_to_tokens(self, ids):
-            return [pieces[i] for i in ids]
+            return [spelled[i] for i in ids]
 
         def decode(self, ids, **_):
-            return "".join(pieces[i] for i in ids)
+            return "".join(spelled[i] for i in ids)
 
-    watcher = Watcher(Words(Pieces(), ["<A>", "</A>", "<AB>"]))
+    watcher = Watcher(Words(Pieces(), words))
     found = [word for i in range(len(pieces)) for word in watcher.feed(i)]
-    for word in ("<A>", "</A>", "<AB>"):
+    for word in words:
         # Twice in one token counts once: a block cannot be opened twice by one token.
-        seen = sum(whole[: e].count(word) > whole[:b].count(word) for b, e in zip(bounds, bounds[1:], strict=False))
+        seen = sum(
+            whole[:e].count(word) > whole[:b].count(word) for b, e in itertools.pairwise(bounds)
+        )
         assert found.count(word) == seen

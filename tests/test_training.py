@@ -85,7 +85,9 @@ def test_flex_attention_takes_the_block_mask():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, len(flat), 16).unbind(0)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=flat.mask())
-    with pytest.warns(UserWarning, match="unfused"):  # uncompiled, it needs no compiler on the test machine
+    with pytest.warns(
+        UserWarning, match="unfused"
+    ):  # uncompiled, it needs no compiler on the test machine
         out = flex_attention(q, k, v, block_mask=flat.block_mask())
     assert distance(out, dense) < CLOSE
 
@@ -120,7 +122,9 @@ def net(tok):
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_the_loss_counts_what_was_sampled_and_nothing_else(name, tok, net):
     with apr.Session(net, max_tokens=1 << 14, page_size=16) as session:
-        outcome, logits = scripted.play(session, tok, "Q", protocols.PRESETS[name], SCRIPTS[name][0])
+        outcome, logits = scripted.play(
+            session, tok, "Q", protocols.PRESETS[name], SCRIPTS[name][0]
+        )
     flat = flatten(outcome.record)
     assert int(flat.loss_mask.sum()) == outcome.total_tokens
     batch = collate([flat, flat], multiple=16)
@@ -172,7 +176,13 @@ def test_siblings_do_not_see_each_other(net):
     rows = scripted.flat_logits(net, record)
     assert distance(torch.stack(rows[second]), stock(net, [5, 6, 7, 11, 12])[2:]) < CLOSE
     record.pieces[second].sees.append(Seen(first, 3))
-    assert distance(torch.stack(scripted.flat_logits(net, record)[second])[1:], torch.stack(rows[second])[1:]) > FAR
+    assert (
+        distance(
+            torch.stack(scripted.flat_logits(net, record)[second])[1:],
+            torch.stack(rows[second])[1:],
+        )
+        > FAR
+    )
 
 
 def test_refusals():

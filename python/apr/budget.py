@@ -35,7 +35,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("threads", "tokens", "tokens_per_thread", "seconds", "bytes"):
             value = getattr(self, name)
-            if value is None or value == "auto" and name == "threads":
+            if value is None or (value == "auto" and name == "threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise InvalidInput(f"budget: {name}={value!r}; expected a number above 0")

@@ -25,6 +25,8 @@ class StreamStep:
     tokens: dict[Thread, int]
     logprobs: dict[Thread, float]  # natural log-probability under the model, before any processor
     finished: dict[Thread, str]  # "eos", "stop", "length" or "time"
+    # float32 [threads, vocab], before any processor; rows in the order of `tokens`. None from beam search.
+    logits: Tensor | None = None
 
 
 @dataclass
@@ -186,6 +188,7 @@ class Stream:
             dict(zip(threads, tokens, strict=True)),
             dict(zip(threads, logprobs, strict=True)),
             finished,
+            logits,
         )
 
 

@@ -279,6 +279,16 @@ def make_rules(
     )
 
 
+def forbid(words: Sequence[Sequence[int]]) -> LogitsProcessor:
+    """Keeps a thread from completing any of the token sequences."""
+    return NoBadWordsLogitsProcessor([list(word) for word in words])
+
+
+def forbid_first(token: int, length: int) -> LogitsProcessor:
+    """Keeps a thread that now has `length` visible tokens from taking `token` next; later it may."""
+    return SuppressTokensAtBeginLogitsProcessor([token], length)
+
+
 def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
     """Temperature, top-k, top-p and their like, to be called once for all threads of a configuration."""
     try:

@@ -64,7 +64,9 @@ class ViewEntry(NamedTuple):
     lo: int = 0
 
 
-ViewLike = Sequence["Segment | tuple[Segment, int | None] | tuple[Segment, int | None, int | None]"]
+ViewLike = Sequence[
+    "Segment | ViewEntry | tuple[Segment, int | None] | tuple[Segment, int | None, int | None]"
+]
 
 # Threads with vectors of their own that a session remembers; they are small, and shared by its paths.
 _MOST_VECTORS = 1 << 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import gpu, harness, kernels, methods, sessions
+from apr.bench import adaptive, gpu, harness, kernels, methods, sessions
 from apr.errors import InvalidInput
 
 BENCHES = {
@@ -19,6 +19,7 @@ BENCHES = {
     "width": kernels.bench_width,
     "gpu": gpu.bench_gpu,
     "methods": methods.bench_methods,
+    "adaptive": adaptive.bench_adaptive,
 }
 
 

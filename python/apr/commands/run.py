@@ -16,10 +16,12 @@ from rich.text import Text
 
 import apr
 from apr import countdown, hf
+from apr.commands._control import run_adaptive, run_protocol
 from apr.commands._methods import METHODS, run_method
 from apr.countdown.problems import Problem
 from apr.decode import StreamStep
 from apr.errors import InvalidInput
+from apr.protocols import PRESETS
 from apr.strategies import Result
 
 
@@ -33,8 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=METHODS,
-        help="majority_vote for --model, best_of_n for Countdown",
+        choices=(*METHODS, "adaptive"),
+        help="majority_vote for --model, best_of_n for Countdown; adaptive: its model forks by itself",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=list(PRESETS),
+        help="with --model: obey these control words of the model",
     )
     parser.add_argument("--n", type=int, default=16, help="threads, beams, points or iterations")
     parser.add_argument("--workers", type=int, default=3, help="of hogwild and group_think")
@@ -95,7 +102,16 @@ def main(options: argparse.Namespace) -> None:
     if options.temperature is not None and options.temperature <= 0:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
     console = Console()
-    if options.model:
+    if options.protocol and not (options.model and options.prompt):
+        raise InvalidInput(
+            "--protocol: needs --model and --prompt; the Countdown model has words of its own"
+        )
+    if options.protocol:
+        run_protocol(options, console)
+    elif options.method == "adaptive":
+        problem = _parse(options.prompt) if options.prompt else None
+        run_adaptive(options, problem, console)
+    elif options.model:
         _run_prompt(options, console)
     else:
         _run_countdown(options, console)
@@ -148,7 +164,7 @@ def _parse(text: str) -> Problem:
 def _run_countdown(options: argparse.Namespace, console: Console) -> None:
     if not (options.checkpoint / "model.safetensors").exists():
         raise InvalidInput(
-            f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train countdown"
+            f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train guess"
         )
     model, tokenizer = hf.load(str(options.checkpoint), dtype=torch.float32)
     options.max_new_tokens = 16

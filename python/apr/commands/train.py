@@ -1,33 +1,51 @@
-"""Train the small Countdown model: seeded, resumable (run it again to go on), on CPU or GPU."""
+"""Train a small Countdown model: seeded, resumable (run it again to go on), on CPU or GPU."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from apr.countdown import adaptive, train
 from apr.countdown.curve import plot_curve
-from apr.countdown.train import SMOKE, Recipe, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=["countdown"])
+    parser.add_argument(
+        "task",
+        choices=["countdown", "guess"],
+        help="countdown: the adaptive model, four and five numbers; guess: three numbers, no search",
+    )
     parser.add_argument("--out", type=Path, default=Path("countdown-model"), help="folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, help="optimiser steps; the shipped model's by default")
-    parser.add_argument("--rows", type=int, help="rows of a step")
+    parser.add_argument("--rows", type=int, help="rows of a step (guess)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a minute's worth, to see it run")
 
 
-def main(options: argparse.Namespace) -> None:
-    recipe: Recipe = SMOKE if options.smoke else Recipe()
-    given = {k: getattr(options, k) for k in ("steps", "rows", "seed")}
-    recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    given = {k: getattr(options, k) for k in ("steps", "seed") if getattr(options, k) is not None}
+    if options.task == "countdown":
+        lessons = adaptive.SMOKE if options.smoke else adaptive.Lessons()
+        lessons = dataclasses.replace(lessons, **given)
+        every = max(1, lessons.steps // 55)
+        return adaptive.train(lessons, options.out, options.device, report_every=every)
+    recipe = train.SMOKE if options.smoke else train.Recipe()
+    if options.rows is not None:
+        given["rows"] = options.rows
+    recipe = dataclasses.replace(recipe, **given)
     every = max(1, recipe.steps // 40)
-    for record in train(recipe, options.out, options.device, report_every=every):
+    return train.train(recipe, options.out, options.device, report_every=every)
+
+
+def main(options: argparse.Namespace) -> None:
+    for record in _records(options):
         print("  ".join(f"{k} {v:g}" for k, v in record.items()), flush=True)
     with contextlib.suppress(ImportError):
         plot_curve(options.out / "training.json", options.out / "curve.png")
-    print(f"saved to {options.out}; try: python -m apr run --checkpoint {options.out}")
+    method = "--method adaptive " if options.task == "countdown" else ""
+    print(f"saved to {options.out}; try: python -m apr run {method}--checkpoint {options.out}")

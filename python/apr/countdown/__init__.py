@@ -1,4 +1,4 @@
-"""The Countdown task: problems, tokenizer, trainer and the checkpoint that the package ships."""
+"""The Countdown task: problems, tokenizer, trainers and the checkpoints that the package ships."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 from apr.countdown.problems import Problem, Range, sample_problems, verify
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent / "checkpoint"  # guesses, three numbers
+ADAPTIVE = (
+    Path(__file__).parent / "adaptive_checkpoint"
+)  # guesses, spawns and joins, four and five numbers
 
-__all__ = ["CHECKPOINT", "Problem", "Range", "sample_problems", "verify"]
+__all__ = ["ADAPTIVE", "CHECKPOINT", "Problem", "Range", "sample_problems", "verify"]

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from apr.countdown.lessons import (
     parallel_record,
     sequential_record,
 )
-from apr.countdown.problems import Range
+from apr.countdown.problems import Problem, Range
 from apr.countdown.search import solutions
 from apr.countdown.tokenizer import WORDS, build_tokenizer
 from apr.countdown.train import build_model, rate
-from apr.training import Flat, flatten, microbatches
+from apr.training import Batch, Flat, collate, flatten, microbatches
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lessons:
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 100
-    muon: float = 1e-2
+    muon: float = 1e-2  # its learning rate
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
@@ -65,8 +65,8 @@ def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Fla
     """The rows of one step, from a generator keyed by (seed, step): half the tokens for each mode."""
     rng = random.Random(f"{recipe.seed}/{step}/{held_out}")
 
-    def problem(count: int) -> Any:
-        # A fifth of the problems from the smaller range that COUNTDOWN tables use too.
+    def problem(count: int) -> Problem:
+        # A fifth of the problems comes from the smaller range, which tables show too.
         small = rng.random() < 0.2
         span = Range(9, 50) if small else recipe.span
         return draw_problem(rng, count, span, held_out)
@@ -82,66 +82,67 @@ def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Fla
 
 
 def optimizers(model: Any, recipe: Lessons) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside (it reaches AdamW's loss in half the steps here), AdamW for the rest."""
     named = dict(model.named_parameters())
-    matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
-    if not recipe.muon:
-        return [
-            torch.optim.AdamW(
-                named.values(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
-            )
-        ]
-    others = [p for p in named.values() if all(p is not m for m in matrices)]
+    inner = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
+    rest = [p for p in named.values() if all(p is not m for m in inner)]
     return [
-        torch.optim.Muon(
-            matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.Muon(inner, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
-def step_loss(
-    model: Any, recipe: Lessons, flats: list[Flat], device: str
-) -> Iterator[tuple[Tensor, int]]:
+def forward(model: Any, recipe: Lessons, batch: Batch) -> Tensor:
+    """Logits [rows, tokens, vocab] of a batch on the model's device."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+        logits: Tensor = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).logits
+    return logits
+
+
+def learn(
+    model: Any, recipe: Lessons, steppers: list[torch.optim.Optimizer], flats: list[Flat]
+) -> tuple[float, int]:
+    """One optimiser step; the summed loss in nats, and its tokens."""
+    device = next(model.parameters()).device
+    goal, total = sum(len(flat.targets) for flat in flats), 0.0
+    for stepper in steppers:
+        stepper.zero_grad()
     for batch in microbatches(flats, recipe.microbatch):
         batch = batch.to(device)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.bfloat16):
-            logits = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-            ).logits
-        yield batch.loss(logits, "sum"), len(batch.labels)
+        loss = batch.loss(forward(model, recipe, batch), "sum")
+        torch.autograd.backward(loss / goal)
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for stepper in steppers:
+        stepper.step()
+    return total, goal
 
 
 @torch.no_grad()
 def examine(model: Any, recipe: Lessons, flats: list[Flat]) -> dict[str, float]:
     """Teacher-forced on held-out lessons: tokens right, and whole children right (a greedy child is one)."""
-    device = str(next(model.parameters()).device)
+    device = next(model.parameters()).device
     right = tokens = children = exact = 0
     for flat in flats:
-        where = next(step_logits(model, flat, device))
-        hit = where.argmax(-1).cpu() == flat.ids[flat.targets]
+        batch = collate([flat]).to(device)
+        chosen = forward(model, recipe, batch).flatten(0, 1)[batch.sources].argmax(-1).cpu()
+        hit = chosen == flat.ids[flat.targets]
         right, tokens = right + int(hit.sum()), tokens + len(hit)
         first = flat.ids[flat.starts[:-1]]
-        for piece in range(1, len(flat.starts) - 1):
-            if WORDS[first[piece]] != "#":
-                continue
-            mine = flat.piece[flat.targets] == piece
-            children += 1
-            exact += int(hit[mine].all())
-    return {"tokens_right": right / tokens, "children_exact": exact / max(1, children)}
-
-
-def step_logits(model: Any, flat: Flat, device: str) -> Iterator[Tensor]:
-    batch = microbatches([flat], 1)[0].to(device)
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-    ).logits
-    yield logits.flatten(0, 1)[batch.sources].float()
+        for piece in range(1, len(first)):
+            if WORDS[first[piece]] == "#":
+                children += 1
+                exact += int(hit[flat.piece[flat.targets] == piece].all())
+    return {
+        "tokens_right": round(right / tokens, 4),
+        "children_exact": round(exact / max(1, children), 4),
+    }
 
 
 def train(
@@ -167,16 +168,9 @@ def train(
             base = recipe.muon if isinstance(stepper, torch.optim.Muon) else recipe.learning_rate
             for group in stepper.param_groups:
                 group["lr"] = base * factor
-            stepper.zero_grad()
         flats = draw_lessons(recipe, step)
-        goal = sum(len(flat.targets) for flat in flats)
-        for loss, count in step_loss(model, recipe, flats, device):
-            torch.autograd.backward(loss / goal)
-            total, seen = total + loss.item(), seen + count
-        tokens += sum(map(len, flats))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
+        loss, counted = learn(model, recipe, steppers, flats)
+        total, seen, tokens = total + loss, seen + counted, tokens + sum(map(len, flats))
         if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
             model.eval()
             seconds = time.perf_counter() - began

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def plot_curve(record: Path, picture: Path) -> None:
-    """Loss and held-out accuracies against optimiser steps; needs matplotlib (`pip install apr[plot]`)."""
+    """Loss and what is right on held-out number sets, against optimiser steps; needs matplotlib (`pip install apr[plot]`)."""
     import matplotlib.pyplot as plt
 
     curve = json.loads(record.read_text())["curve"]
@@ -16,10 +16,10 @@ def plot_curve(record: Path, picture: Path) -> None:
     left.plot(steps, [row["loss"] for row in curve], color="tab:gray")
     left.set(xlabel="optimiser step", ylabel="training loss", yscale="log")
     for name in curve[0]:
-        if name in ("step", "loss", "seconds"):
+        if name in ("step", "loss", "seconds", "tokens_per_second"):
             continue
         right.plot(steps, [100 * row[name] for row in curve], label=name.replace("_", " "))
-    right.set(xlabel="optimiser step", ylabel="held-out problems solved, %", ylim=(0, 100))
+    right.set(xlabel="optimiser step", ylabel="held-out, %", ylim=(0, 100))
     right.legend(loc="lower right", frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -39,9 +39,7 @@ def prompt(problem: Problem, mode: str = "parallel") -> str:
 def draw_problem(rng: random.Random, count: int, span: Range, held_out: bool = False) -> Problem:
     """A solvable problem: its numbers uniform, then its target among those that can be reached."""
     while True:
-        numbers = tuple(
-            sorted((rng.randint(1, span.highest) for _ in range(count)), reverse=True)
-        )
+        numbers = tuple(sorted((rng.randint(1, span.highest) for _ in range(count)), reverse=True))
         if is_held_out(numbers) != held_out:
             continue
         counts = solution_counts(numbers)

@@ -32,7 +32,9 @@ GRAMMAR = Grammar(
     message=r".*(<(?:found|none)>.*)",
 )
 
-MOST_TOKENS = 1800  # of one thread; the longest sequential search in the ranges that are taught takes 1,530
+MOST_TOKENS = (
+    1800  # of one thread; the longest sequential search in the ranges that are taught takes 1,530
+)
 
 
 @dataclass

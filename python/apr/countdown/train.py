@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,10 +44,37 @@ class Recipe:
         return Range(highest=self.highest, target=self.target)
 
 
+class Shape(Protocol):
+    """What a recipe says of the model and of its learning rate."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
 SMOKE = Recipe(steps=20, rows=64, layers=2, highest=6, warmup=5)
 
 
-def build_model(recipe: Recipe) -> Any:
+def build_model(recipe: Shape) -> Any:
     """A Llama with tied embeddings over the Countdown vocabulary, freshly initialised from the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +110,7 @@ def training_rows(recipe: Recipe) -> tuple[Tensor, int]:
     return torch.tensor(rows), len(problem.prompt.split())
 
 
-def rate(recipe: Recipe, step: int) -> float:
+def rate(recipe: Shape, step: int) -> float:
     """Linear warm-up, then a cosine to a hundredth."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
@@ -191,5 +218,5 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, curve: list[Any], out: Path
     """Write the checkpoint in half precision, its tokenizer, and how it came to be."""
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {"command": "python -m apr train countdown", **asdict(recipe), "curve": curve}
+    record = {"command": "python -m apr train guess", **asdict(recipe), "curve": curve}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

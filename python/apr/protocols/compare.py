@@ -41,7 +41,9 @@ def _after_joins(played: Replay) -> tuple[Tensor, Tensor]:
         rows.append(logits)
         tokens += script[path][first : first + len(logits)]
     if not rows or not tokens:
-        raise InvalidInput("compare_joins: the run wrote nothing after a join; there is nothing to compare")
+        raise InvalidInput(
+            "compare_joins: the run wrote nothing after a join; there is nothing to compare"
+        )
     return torch.cat(rows), torch.tensor(tokens)
 
 
@@ -84,7 +86,9 @@ def compare_joins(
     for returns in joins:
         other, same = _after_joins(played(_variant(outcome.grammar, returns)))
         if not torch.equal(same, tokens):
-            raise InvalidInput(f"compare_joins: returns={returns!r} led to other blocks; not comparable")
+            raise InvalidInput(
+                f"compare_joins: returns={returns!r} led to other blocks; not comparable"
+            )
         log = other.log_softmax(-1)
         per_token = (other - own).abs().amax(-1)
         found.append(

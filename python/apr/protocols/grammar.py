@@ -95,7 +95,9 @@ class Grammar:
         if not self.blocking and (self.sync is None or self.rollback):
             self._refuse("blocking=False needs the word `sync`, and excludes rollback")
         if not self.blocking and self.returns in ("max", "sum"):
-            self._refuse("a parent that went on has filled those positions; returns='keep' or 'text'")
+            self._refuse(
+                "a parent that went on has filled those positions; returns='keep' or 'text'"
+            )
         for field in ("outline", "message", "success"):
             self._pattern(field)
         if isinstance(self.reserve, str):

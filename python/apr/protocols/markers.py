@@ -22,6 +22,10 @@ class Words:
                     f"grammar: the control word {word!r} begins or ends with a blank, which tokenizers "
                     "merge; leave it out"
                 )
+            if word not in self.decode(self.encode(word)):
+                raise InvalidInput(
+                    f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the model knows"
+                )
         last = {word[-1] for word in self.words}
         spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.enders = frozenset(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from apr.budget import Budget
 from apr.protocols.grammar import Grammar
@@ -21,15 +20,17 @@ from apr.thread import Thread
 Path = tuple[tuple[int, int], ...]
 
 
-class _Forced(LogitsProcessor):
+class _Forced:
     """Lets one thread write given tokens, and keeps the logits that they were chosen from."""
 
     def __init__(self, tokens: Sequence[int], after: int | None) -> None:
         self.tokens, self.after = list(tokens), after
         self.logits: list[Tensor] = []
-        self.starts: list[int] = []  # places at which the thread began to write, or went on after a join
+        self.starts: list[
+            int
+        ] = []  # places at which the thread began to write, or went on after a join
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         place = len(self.logits)
         self.logits.append(scores[0].clone())
         token = self.tokens[place] if place < len(self.tokens) else self.after
@@ -37,7 +38,7 @@ class _Forced(LogitsProcessor):
             return scores
         forced = torch.full_like(scores, -torch.inf)
         forced[:, token] = 0.0
-        return forced  # type: ignore[return-value]
+        return forced
 
 
 def script_of(outcome: Outcome) -> dict[Path, list[int]]:
@@ -61,7 +62,9 @@ class Replay:
     """A run of given text: its outcome, and what the model made of each thread."""
 
     outcome: Outcome
-    logits: dict[Path, Tensor]  # float32 [sampled, vocab]: what each token would have been chosen from
+    logits: dict[
+        Path, Tensor
+    ]  # float32 [sampled, vocab]: what each token would have been chosen from
     joined: dict[Path, int]  # how many tokens a thread had sampled when its first join came back
 
 
@@ -81,7 +84,7 @@ def replay(
     after = getattr(tokenizer, "eos_token_id", None)
     forced: dict[Path, _Forced] = {}
 
-    def processors(worker: Worker) -> list[LogitsProcessor]:
+    def processors(worker: Worker) -> list[_Forced]:
         if worker.path not in forced:
             forced[worker.path] = _Forced(script.get(worker.path, ()), after)
         forced[worker.path].starts.append(len(forced[worker.path].logits))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from transformers import GenerationConfig, LogitsProcessor
+from typing import TYPE_CHECKING, Any
 
 from apr.budget import Budget, measure_width
 from apr.decode import StreamStep, stream
@@ -19,6 +17,9 @@ from apr.protocols.worker import Request, Worker
 from apr.record import Record
 from apr.session import Session
 from apr.thread import Thread
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessor
 
 _ENDLESS = 1 << 30  # the stream's own limit; the budget's is what counts
 

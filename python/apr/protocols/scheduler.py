@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-
-from transformers import LogitsProcessor, NoBadWordsLogitsProcessor
+from typing import Any
 
 from apr.decode import Stream, StreamStep
 from apr.errors import BudgetExceeded
@@ -13,10 +12,11 @@ from apr.protocols import joins
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher, Words
 from apr.protocols.worker import Block, Request, Worker
+from apr.sampling import forbid
 from apr.session import Session
 from apr.thread import Thread
 
-Processors = Callable[[Worker], Sequence[LogitsProcessor]]
+Processors = Callable[[Worker], Sequence[Any]]
 
 
 class Scheduler:
@@ -34,7 +34,9 @@ class Scheduler:
         self.processors = processors
         self.requests: list[Request] = []
         self._workers: dict[Thread, Worker] = {}
-        self._unsettled: list[Worker] = []  # parents of which a child ended, or that wait, since the last look
+        self._unsettled: list[
+            Worker
+        ] = []  # parents of which a child ended, or that wait, since the last look
         self._clock = 0
         self._open_ids = words.encode(grammar.open or "")
 
@@ -58,10 +60,8 @@ class Scheduler:
         worker.state = "writing"
         worker.request.live += 1
         closed = self.grammar.open is not None and not self._may_open(worker)
-        keep_closed = [NoBadWordsLogitsProcessor([self._open_ids])] if closed else []
-        self.run.add(
-            worker.thread, logits_processor=[*keep_closed, *self.processors(worker)]
-        )
+        keep_closed = [forbid([self._open_ids])] if closed else []
+        self.run.add(worker.thread, logits_processor=[*keep_closed, *self.processors(worker)])
 
     def _pause(self, worker: Worker) -> None:
         if worker.state in ("writing", "head"):
@@ -294,4 +294,3 @@ class Scheduler:
             self._finish(parent, reason)
         else:
             self._start(parent)
-

@@ -6,6 +6,7 @@ from apr.strategies._reward import RewardModel
 from apr.strategies._thoughts import ModelValue, Node
 from apr.strategies.beam_search import beam_search
 from apr.strategies.best_of_n import best_of_n
+from apr.strategies.branching_vote import branching_vote
 from apr.strategies.group_think import group_think
 from apr.strategies.hogwild import Board, Team, hogwild
 from apr.strategies.majority_vote import majority_vote
@@ -24,6 +25,7 @@ __all__ = [
     "beam_search",
     "best_of_n",
     "boxed",
+    "branching_vote",
     "group_think",
     "hogwild",
     "last_number",

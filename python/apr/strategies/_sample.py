@@ -5,16 +5,27 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from apr.budget import measure_width
 from apr.decode import Decoded, decode
 from apr.errors import InvalidInput
 from apr.session import Session
+from apr.strategies._requests import as_session
 from apr.thread import Thread
 from apr.trace import Stats
 
 
-def check_count(n: int) -> None:
+def check_count(n: Any) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InvalidInput(f"n: got {n!r}; expected a positive number of threads")
+
+
+def resolve_width(model_or_session: Any, n: int | str, seed: int) -> int:
+    """`n`, or for "auto" as many threads as this machine steps nearly for free with this model."""
+    if n != "auto":
+        check_count(n)
+        return int(n)
+    with as_session(model_or_session, seed) as session:
+        return measure_width(session).free_width()
 
 
 def sample(

@@ -10,7 +10,7 @@ from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._answers import last_number
 from apr.strategies._requests import Result, run_requests
-from apr.strategies._sample import check_count, sample
+from apr.strategies._sample import resolve_width, sample
 from apr.thread import Thread
 
 Extract = Callable[[str], Any]
@@ -42,7 +42,7 @@ def majority_vote(
     model_or_session: Any,
     tokenizer: Any,
     prompt: Any,
-    n: int = 16,
+    n: int | str = 16,
     generation_config: Any = None,
     seed: int = 0,
     *,
@@ -53,6 +53,8 @@ def majority_vote(
 ) -> Any:
     """Sample `n` threads and vote over `extract(text)`; threads without an answer do not vote.
 
+    n "auto": as many as this machine steps nearly for free with this model (`apr.measure_width`).
+
     prompt: a string, chat messages, or a list of them (then a list of Results comes back). Samples with
     the model's own GenerationConfig unless one is given; `options` override its fields, or go to
     `apr.decode` (streamer, progress, stop). extract: `last_number`, `boxed`, `matching(pattern)` of
@@ -60,7 +62,7 @@ def majority_vote(
     stop_early: once threads that still write cannot change the outcome they end ("pruned"); for votes of
     weight 1. `answer` is None where nothing could be extracted.
     """
-    check_count(n)
+    width = resolve_width(model_or_session, n, seed)
     if stop_early and weight is not None:
         raise InvalidInput(
             "majority_vote: got stop_early with a weight; a vote of unknown weight may always change the "
@@ -70,15 +72,22 @@ def majority_vote(
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         def prune(step: StreamStep, results: dict[Thread, Decoded]) -> Iterable[Thread]:
             everyone = list(results.values())
-            for first in range(0, len(everyone) if step.finished else 0, n):
-                group = everyone[first : first + n]
+            for first in range(0, len(everyone) if step.finished else 0, width):
+                group = everyone[first : first + width]
                 still = [item.thread for item in group if not item.finish]
                 if still and decided(count_votes(group, extract, None)[0], len(still)):
                     yield from still
 
         more = {"prune": prune} if stop_early else {}
         groups, stats = sample(
-            session, tokenizer, prompts, requests, n, seed, generation_config, {**options, **more}
+            session,
+            tokenizer,
+            prompts,
+            requests,
+            width,
+            seed,
+            generation_config,
+            {**options, **more},
         )
         results = []
         for group in groups:
@@ -97,4 +106,4 @@ def majority_vote(
             )
         return results
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n, run)
+    return run_requests(model_or_session, tokenizer, prompt, seed, width, run)
