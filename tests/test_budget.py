@@ -33,13 +33,15 @@ def test_free_width(seconds, width):
     assert curve(*seconds).free_width(price=math.inf) == 1 << (len(seconds) - 1)
 
 
-def test_measured_width():
+def test_measured_width(tmp_path):
     tok = scripted.tokenizer()
     with apr.Session(scripted.model(tok), max_tokens=1024, page_size=16) as session:
         measured = apr.measure_width(session, widths=(1, 2, 4, 64), context=32, repeats=2)
         assert measured.widths == [1, 2, 4]  # 62 pages are free: 64 threads do not fit
         assert all(s > 0 for s in measured.seconds)
         assert str(measured).count("threads") == 3
+        measured.plot(tmp_path / "width.png")
+        assert (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
         assert session.stats.used_pages == 0 and session.stats.threads == 0
         for bad in ({"widths": ()}, {"widths": (0,)}, {"context": 0}, {"repeats": 0}):
             with pytest.raises(apr.InvalidInput, match="measure_width"):
@@ -60,6 +62,16 @@ def test_a_run_takes_its_width_from_the_machine(monkeypatch):
             assert outcome.text == text
             widths[name] = outcome.critical_path_tokens / outcome.total_tokens
         assert widths["narrow"] == 1.0 > widths["wide"]
+        monkeypatch.setattr(module, "measure_width", lambda _: curve(1.0, 1.1, 1.1))
+        outcome = apr.run(
+            session,
+            session.thread(tok("Q").input_ids),
+            protocols.parathinker,
+            tokenizer=tok,
+            width="auto",
+            budget=Budget(tokens_per_thread=3),
+        )
+        assert outcome.threads == 4
 
 
 def test_votes_take_their_width_from_the_machine(monkeypatch):

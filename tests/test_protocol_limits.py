@@ -143,6 +143,34 @@ def test_depth_forbids_the_opening_word(session, tok):
     assert session.stats.used_pages == 0
 
 
+def test_forbidden_words_are_not_written(session, tok):
+    """A model that wants nothing but one word writes it where it may, and not in a child that may not."""
+    word = tok("<Parallel>", add_special_tokens=False).input_ids
+    assert len(word) == 1
+
+    class Wants(LogitsProcessor):
+        def __call__(self, ids, scores):
+            scores = scores.clone()
+            scores[:, word] += 100.0
+            return scores
+
+    for forbidden in (("<Parallel>",), ()):
+        grammar = dataclasses.replace(protocols.parathinker, width=2, forbidden=forbidden)
+        thread = session.thread(tok("Q").input_ids)
+        outcome = apr.run(
+            session,
+            thread,
+            grammar,
+            tokenizer=tok,
+            budget=Budget(tokens_per_thread=3),
+            do_sample=False,
+            logits_processor=lambda worker: [Wants()],
+        )
+        written = [word[0] in child.tokens for child in outcome.root.children]
+        assert written == ([False, False] if forbidden else [True, True])
+        assert word[0] in outcome.root.tokens
+
+
 def test_depth_reads_a_forced_opening_as_text(session, tok, net):
     script = {(): GUIDE + "so", kid(1): GUIDE + "x</step>", kid(2): "y</step>"}
     outcome, logits = scripted.play(session, tok, "Q", NPR, script, Budget(depth=1))

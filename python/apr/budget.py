@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -66,6 +67,20 @@ class WidthCurve:
             if mean <= allowed and last <= allowed:
                 best = self.widths[i]
         return best
+
+    def plot(self, picture: str | Path) -> None:
+        """Draw the curve into a file; needs matplotlib (`pip install apr[plot]`)."""
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+        axes.plot(self.widths, [1000 * s for s in self.seconds], "o-", label="measured")
+        lone = [1000 * self.seconds[0] * w for w in self.widths]
+        axes.plot(self.widths, lone, ":", color="tab:gray", label="one after the other")
+        axes.axvline(self.free_width(), color="tab:red", lw=1, label="nearly free up to here")
+        axes.set(xscale="log", yscale="log", xlabel="threads in a step", ylabel="ms a step")
+        axes.legend(frameon=False)
+        figure.savefig(picture, dpi=120)
+        plt.close(figure)
 
     def __str__(self) -> str:
         lone = self.seconds[0]

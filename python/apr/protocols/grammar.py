@@ -38,6 +38,8 @@ class Grammar:
     one and `success` is not found); "nothing". With `rollback` the block is first cut out of the parent. It
     goes on after the words `before`, what was taken, and `after`.
 
+    A child cannot write the words `forbidden`, nor `open` where `nested` is false.
+
     With `blocking=False` the parent goes on at once, `reserve` positions further (a number, or a pattern
     whose group 1 is one, to be found in the outline), and takes what has been written at the word `sync`.
     """
@@ -65,6 +67,7 @@ class Grammar:
     reserve: int | str = 0
     sync: str | None = None
     nested: bool = True
+    forbidden: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, value, allowed in (

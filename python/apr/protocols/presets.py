@@ -109,6 +109,7 @@ parathinker = Grammar(
     returns="max",
     after="<summary>",
     nested=False,
+    forbidden=("<summary>",),
 )
 
 sprint = Grammar(

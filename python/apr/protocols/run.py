@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apr.budget import Budget, measure_width
 from apr.decode import StreamStep, stream
@@ -32,6 +32,7 @@ def run(
     *,
     tokenizer: Any,
     budget: Budget | None = None,
+    width: int | Literal["auto"] | None = None,
     logits_processor: Callable[[Worker], Sequence[LogitsProcessor]] | None = None,
     on_step: Callable[[StreamStep], None] | None = None,
     **options: Any,
@@ -40,7 +41,8 @@ def run(
 
     All threads that can write, of all requests, take one token in one batch each step; children write from
     the step after their launch. max_new_tokens, where it is set, limits each thread's own tokens as
-    `Budget.tokens_per_thread` does. logits_processor: called once a thread with its worker (`.depth`,
+    `Budget.tokens_per_thread` does. width: children of a block that lists no outlines, and threads at once
+    for the others; "auto": as many as this machine steps nearly for free. logits_processor: called once a thread with its worker (`.depth`,
     `.outline`, `.path`), returns processors for it alone. The threads given stay the caller's; all others
     are released, on any exception too. Raises BudgetExceeded with `Budget(at_limit="raise")`.
     """
@@ -49,6 +51,12 @@ def run(
     if not roots or len(set(roots)) != len(roots):
         raise InvalidInput("run: expected at least one thread, each listed once")
     limits = budget or Budget()
+    if width is not None:
+        width = free_threads(session) if width == "auto" else width
+        if grammar.launch is None:
+            grammar = dataclasses.replace(grammar, width=width)
+        else:
+            limits = dataclasses.replace(limits, threads=width)
     words = Words(tokenizer, [grammar.open, grammar.launch, grammar.sync, grammar.end])
     with stream(session, [], generation_config, tokenizer=tokenizer, **options) as writing:
         own = writing.config.max_new_tokens

@@ -59,8 +59,12 @@ class Scheduler:
     def _start(self, worker: Worker) -> None:
         worker.state = "writing"
         worker.request.live += 1
-        closed = self.grammar.open is not None and not self._may_open(worker)
-        keep_closed = [forbid([self._open_ids])] if closed else []
+        closed = []
+        if self.grammar.open is not None and not self._may_open(worker):
+            closed.append(self._open_ids)
+        if worker.depth:
+            closed += [self.words.encode(word) for word in self.grammar.forbidden]
+        keep_closed = [forbid(closed)] if closed else []
         self.run.add(worker.thread, logits_processor=[*keep_closed, *self.processors(worker)])
 
     def _pause(self, worker: Worker) -> None:
