@@ -4,9 +4,15 @@
 # one that fails does not hide the others. Wants torch, transformers, nvcc, cmake, ninja, pybind11,
 # scikit-build-core, pytest. With bench/peers (bench/peers.sh) FlashInfer is among the peers.
 #   bash bench/device.sh OUT
+#   bash bench/device.sh train OUT     the adaptive Countdown model instead: build, train, bench; resumes from OUT/model
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:?usage: device.sh OUT}" && cd "$1" && pwd)
+training=
+if [ "${1:-}" = train ]; then
+  training=yes
+  shift
+fi
+out=$(mkdir -p "${1:?usage: device.sh [train] OUT}" && cd "$1" && pwd)
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -43,6 +49,11 @@ stage build 200 "$python" -m pip install -q --no-build-isolation --no-deps --no-
   --config-settings=cmake.define.APR_CUDA=ON \
   --config-settings=cmake.define.APR_CUDA_ARCHITECTURES="$architectures" .
 export PYTHONPATH="$work/site:$PWD/tests:$PWD/bench/peers"
+if [ -n "$training" ]; then
+  stage train 300 "$python" -m apr train countdown --device cuda --steps "${STEPS:-2500}" --out "$out/model"
+  stage bench 60 "$python" -m apr bench adaptive --smoke --json "$base-adaptive.json"
+  exit "$failed"
+fi
 stage tests 120 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py
 for tool in memcheck racecheck synccheck; do
   stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=apr \

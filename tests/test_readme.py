@@ -20,7 +20,7 @@ COMMANDS = re.findall(r"^python -m apr (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
 def test_python_blocks():
     """In order, in one namespace: later blocks use the model that the first one loads."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -34,7 +34,7 @@ def test_commands(command, tmp_path, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 18
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

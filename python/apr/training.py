@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,12 +145,13 @@ class Batch:
     attention_mask: Tensor  # bool [B, 1, N, N]
     sources: Tensor  # int64 [M] into the flattened [B * N]
     labels: Tensor  # int64 [M]: token ids
+    rows: Tensor  # int64 [B]: which of the given sequences each row is
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def loss(self, logits: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of logits [B, N, vocab] on the sampled tokens."""
+        """Cross-entropy in nats of logits [B, N, vocab] on the sampled tokens; "none" gives one each, [M]."""
         chosen = logits.flatten(0, 1)[self.sources].float()
         return torch.nn.functional.cross_entropy(chosen, self.labels, reduction=reduction)
 
@@ -168,18 +170,23 @@ def collate(flats: Sequence[Flat], pad: int = 0, multiple: int = 1) -> Batch:
         mask[row, 0, :n, :n] = flat.mask()
         sources.append(flat.sources + row * longest)
         labels.append(flat.ids[flat.targets])
-    return Batch(ids, positions, mask.contiguous(), torch.cat(sources), torch.cat(labels))
+    numbers = torch.arange(len(flats))
+    return Batch(ids, positions, mask, torch.cat(sources), torch.cat(labels), numbers)
 
 
 def microbatches(
     flats: Sequence[Flat], tokens: int, pad: int = 0, multiple: int = 64
 ) -> list[Batch]:
     """Batches of similar lengths, each of at most `tokens` places (or one row)."""
-    groups: list[list[Flat]] = []
-    for flat in sorted(flats, key=len, reverse=True):
-        length = -(-len(groups[-1][0]) // multiple) * multiple if groups else 0
+    groups: list[list[int]] = []
+    for number in sorted(range(len(flats)), key=lambda i: -len(flats[i])):
+        length = -(-len(flats[groups[-1][0]]) // multiple) * multiple if groups else 0
         if groups and length * (len(groups[-1]) + 1) <= tokens:
-            groups[-1].append(flat)
+            groups[-1].append(number)
         else:
-            groups.append([flat])
-    return [collate(group, pad, multiple) for group in groups]
+            groups.append([number])
+    made = [collate([flats[i] for i in group], pad, multiple) for group in groups]
+    return [
+        dataclasses.replace(batch, rows=torch.tensor(group))
+        for batch, group in zip(made, groups, strict=True)
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from apr.countdown.lessons import (
     parallel_record,
     sequential_record,
 )
+from apr.countdown.practice import practice
 from apr.countdown.problems import Problem, Range
 from apr.countdown.search import solutions
 from apr.countdown.tokenizer import WORDS, build_tokenizer
@@ -50,6 +51,11 @@ class Lessons:
     seed: int = 0
     highest: int = 20
     target: int = 100
+    practice: int = 700  # steps on its own guesses, after the supervised ones
+    practice_rate: float = 0.1  # of the learning rates above, falling to 0
+    practice_problems: int = 48  # a step
+    practice_samples: int = 8  # guesses of a problem
+    worth: float = 0.25  # share of right guesses from which on it should guess
     microbatch: int = 3072  # tokens, padding included
     bfloat16: bool = True
 
@@ -58,7 +64,17 @@ class Lessons:
         return Range(highest=self.highest, target=self.target)
 
 
-SMOKE = Lessons(steps=4, trees=4, deep_trees=1, lines=2, guesses=8, layers=2, warmup=2)
+SMOKE = Lessons(
+    steps=4,
+    trees=4,
+    deep_trees=1,
+    lines=2,
+    guesses=8,
+    layers=2,
+    warmup=2,
+    practice=2,
+    practice_problems=4,
+)
 
 
 def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Flat]:
@@ -106,16 +122,24 @@ def forward(model: Any, recipe: Lessons, batch: Batch) -> Tensor:
 
 
 def learn(
-    model: Any, recipe: Lessons, steppers: list[torch.optim.Optimizer], flats: list[Flat]
+    model: Any,
+    recipe: Lessons,
+    steppers: list[torch.optim.Optimizer],
+    flats: list[Flat],
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> tuple[float, int]:
-    """One optimiser step; the summed loss in nats, and its tokens."""
+    """One optimiser step; the summed loss in nats, and its tokens. weights: of each sequence's targets, or 1."""
     device = next(model.parameters()).device
     goal, total = sum(len(flat.targets) for flat in flats), 0.0
     for stepper in steppers:
         stepper.zero_grad()
     for batch in microbatches(flats, recipe.microbatch):
         batch = batch.to(device)
-        loss = batch.loss(forward(model, recipe, batch), "sum")
+        losses = batch.loss(forward(model, recipe, batch), "none")
+        if weights is not None:
+            each = [w for row in batch.rows.tolist() for w in weights[row]]
+            losses = losses * torch.tensor(each, device=device)
+        loss = losses.sum()
         torch.autograd.backward(loss / goal)
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -145,10 +169,49 @@ def examine(model: Any, recipe: Lessons, flats: list[Flat]) -> dict[str, float]:
     }
 
 
+def _rates(recipe: Lessons, step: int) -> float:
+    """What part of their rates the optimisers use in a step."""
+    if step < recipe.steps:
+        return rate(recipe, step) / recipe.learning_rate
+    return recipe.practice_rate * (1 - (step - recipe.steps) / recipe.practice)
+
+
+def _step(
+    model: Any, recipe: Lessons, steppers: list[torch.optim.Optimizer], step: int
+) -> tuple[float, int, int, float | None]:
+    """One step of either phase: summed loss, its tokens, all tokens, the share of right guesses in practice."""
+    for stepper in steppers:
+        base = recipe.muon if isinstance(stepper, torch.optim.Muon) else recipe.learning_rate
+        for group in stepper.param_groups:
+            group["lr"] = base * _rates(recipe, step)
+    flats = draw_lessons(recipe, step)
+    if step < recipe.steps:
+        return *learn(model, recipe, steppers, flats), sum(map(len, flats)), None
+    # The supervised lessons go on beside the guesses, so that nothing else is forgotten.
+    count = recipe.trees + recipe.deep_trees + recipe.lines
+    flats = flats[:count]
+    own, weights, share = practice(
+        model,
+        step,
+        recipe.seed,
+        recipe.span,
+        recipe.practice_problems,
+        recipe.practice_samples,
+        recipe.worth,
+    )
+    ones = [[1.0] * len(flat.targets) for flat in flats]
+    learnt = learn(model, recipe, steppers, [*flats, *own], [*ones, *weights])
+    return *learnt, sum(map(len, [*flats, *own])), share
+
+
 def train(
     recipe: Lessons, out: Path, device: str = "cpu", report_every: int = 100
 ) -> Iterator[dict[str, Any]]:
-    """Train, yielding a progress record every `report_every` steps; continues from `out/state.pt`."""
+    """Train, yielding a progress record every `report_every` steps; continues from `out/state.pt`.
+
+    Step k draws everything from generators keyed by (seed, k), so a run that was interrupted makes the
+    same checkpoint as one that was not (up to the reduction order of the machine).
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, model = build_tokenizer(), build_model(recipe).to(device)
     steppers = optimizers(model, recipe)
@@ -160,18 +223,13 @@ def train(
         for stepper, kept in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(kept)
         first, curve = state["step"], state["curve"]
-    total, seen, began, tokens = 0.0, 0, time.perf_counter(), 0
-    before = curve[-1]["seconds"] if curve else 0.0
-    for step in range(first, recipe.steps):
-        factor = rate(recipe, step) / recipe.learning_rate
-        for stepper in steppers:
-            base = recipe.muon if isinstance(stepper, torch.optim.Muon) else recipe.learning_rate
-            for group in stepper.param_groups:
-                group["lr"] = base * factor
-        flats = draw_lessons(recipe, step)
-        loss, counted = learn(model, recipe, steppers, flats)
-        total, seen, tokens = total + loss, seen + counted, tokens + sum(map(len, flats))
-        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
+    total, seen, began, tokens, shares = 0.0, 0, time.perf_counter(), 0, []
+    before, last = curve[-1]["seconds"] if curve else 0.0, recipe.steps + recipe.practice
+    for step in range(first, last):
+        loss, counted, taken, share = _step(model, recipe, steppers, step)
+        total, seen, tokens = total + loss, seen + counted, tokens + taken
+        shares += [] if share is None else [share]
+        if (step + 1) % report_every == 0 or step + 1 in (recipe.steps, last):
             model.eval()
             seconds = time.perf_counter() - began
             record = {
@@ -181,8 +239,10 @@ def train(
                 "tokens_per_second": round(tokens / seconds),
                 **examine(model, recipe, tests),
             }
+            if shares:
+                record["guesses_right"] = round(sum(shares) / len(shares), 4)
             model.train()
-            total, seen = 0.0, 0
+            total, seen, shares = 0.0, 0, []
             curve.append(record)
             state = {
                 "step": step + 1,

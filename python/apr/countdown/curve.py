@@ -15,10 +15,12 @@ def plot_curve(record: Path, picture: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps, [row["loss"] for row in curve], color="tab:gray")
     left.set(xlabel="optimiser step", ylabel="training loss", yscale="log")
-    for name in curve[0]:
+    for name in dict.fromkeys(name for row in curve for name in row):
         if name in ("step", "loss", "seconds", "tokens_per_second"):
             continue
-        right.plot(steps, [100 * row[name] for row in curve], label=name.replace("_", " "))
+        rows = [row for row in curve if name in row]
+        shares = [100 * row[name] for row in rows]
+        right.plot([row["step"] for row in rows], shares, label=name.replace("_", " "))
     right.set(xlabel="optimiser step", ylabel="held-out, %", ylim=(0, 100))
     right.legend(loc="lower right", frameon=False)
     for axes in (left, right):
