@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import apr
+import scripted
 from apr import countdown, hf
 from apr.__main__ import main
 from apr.commands import bench
@@ -88,6 +89,13 @@ def test_run_any_model(method, capsys):
         (["run", "--temperature", "0"], "--temperature"),
         (["run", "--prompt", "24 = 8"], "TARGET : NUMBERS"),
         (["run", "--checkpoint", "/nowhere"], "apr train guess"),
+        (["run", "--method", "adaptive", "--checkpoint", "/nowhere"], "apr train countdown"),
+        (["run", "--method", "adaptive", "--prompt", "24 : 8 6 4"], "four or five"),
+        (["run", "--protocol", "npr"], "--model and --prompt"),
+        (
+            ["run", "--protocol", "npr", "--model", str(countdown.CHECKPOINT), "--prompt", "1"],
+            "spell",
+        ),
         (["run", "--model", "/nowhere/x", "--prompt", "hi"], "cannot be loaded"),
         (["run", "--model", str(countdown.CHECKPOINT)], "--prompt"),
         (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--chat"], "chat template"),
@@ -117,6 +125,19 @@ def test_bench_smoke(what, capsys, tmp_path):
     if what == "width":
         draw(record, tmp_path / "width.png")
         assert (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_runs_under_a_preset(tmp_path, capsys):
+    """A random model over bytes never writes the words; it is run, and shown, all the same."""
+    tokenizer = scripted.tokenizer()
+    scripted.model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = ["run", "--model", str(tmp_path), "--prompt", "Q", "--max-new-tokens", "6"]
+    assert main([*run, "--protocol", "parathinker", "--n", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("child") >= 3 and "one after the other" in shown
+    assert main([*run, "--protocol", "multiverse", "--trace", str(tmp_path / "t.json")]) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
 def test_training_resumes_to_the_same_model(tmp_path):

@@ -67,6 +67,9 @@ class Stream:
         self._rules.clear()
         self._starts.clear()
 
+    def __contains__(self, thread: Thread) -> bool:
+        return thread in self._rules
+
     @property
     def threads(self) -> list[Thread]:
         """The threads that are still writing."""

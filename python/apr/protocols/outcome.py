@@ -8,7 +8,6 @@ from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Words
 from apr.protocols.worker import Request, Worker
 from apr.record import Record
-from apr.session import Session
 from apr.thread import Thread
 from apr.trace import Stats, Trace
 
@@ -88,7 +87,9 @@ def _branch(worker: Worker) -> Branch:
     )
 
 
-def outcome(session: Session, grammar: Grammar, words: Words, request: Request) -> Outcome:
+def outcome(
+    grammar: Grammar, words: Words, request: Request, stats: Stats, trace: Trace
+) -> Outcome:
     """The figures of a request that has ended."""
     root = request.root
     assert root is not None
@@ -109,6 +110,6 @@ def outcome(session: Session, grammar: Grammar, words: Words, request: Request) 
         events=request.events,
         prompt_tokens=request.prompt,
         record=request.record,
-        stats=session.stats,
-        trace=session.trace,
+        stats=stats,
+        trace=trace,
     )

@@ -74,8 +74,9 @@ def run(
         except BaseException:
             scheduler.abandon()
             raise
+    stats = session.stats
     results: list[Outcome] = [
-        outcome(session, grammar, words, request) for request in scheduler.requests
+        outcome(grammar, words, request, stats, session.trace) for request in scheduler.requests
     ]
     return results if several else results[0]
 

@@ -70,7 +70,7 @@ class Scheduler:
     def _pause(self, worker: Worker) -> None:
         if worker.state in ("writing", "head"):
             worker.request.live -= 1
-            if worker.thread in self.run.threads:
+            if worker.thread in self.run:
                 self.run.remove(worker.thread)
 
     def _may_open(self, worker: Worker) -> bool:
