@@ -172,6 +172,100 @@ def test_preset(name, session, tok, net):
     assert session.stats.used_pages == 0  # no child outlives its block
 
 
+PLANS = "<guideline><plan>1: a</plan><plan>2: b</plan></guideline>"
+OTHERS = {
+    "promises in promises": (
+        protocols.pasta,
+        {
+            (): 'a<promise tokens="40"/>b<sync/>c',
+            kid(1): 'x<promise tokens="5"/>y<sync/>z</async>',
+            kid(1, 1): "in</async>",
+        },
+        'a<promise tokens="40"/><async>x<promise tokens="5"/><async>in</async>y<sync/>z</async>b<sync/>c',
+    ),
+    "promises that their makers do not collect": (
+        protocols.pasta,
+        {(): 'a<promise tokens="40"/>b', kid(1): 'x<promise tokens="5"/>y', kid(1, 1): "inner"},
+        'a<promise tokens="40"/><async>x<promise tokens="5"/><async>inner</async>y</async>b',
+    ),
+    "more tokens than were promised": (
+        protocols.pasta,
+        {
+            (): 'a<promise tokens="4"/><promise tokens="4"/>b<sync/>c',
+            kid(1): "longer than reserved</async>",
+            ((1, 1),): "q</async>",
+        },
+        'a<promise tokens="4"/><async>longer than reserved</async><promise tokens="4"/>'
+        "<async>q</async>b<sync/>c",
+    ),
+    "promises as text": (
+        dataclasses.replace(protocols.pasta, returns="text", reserve=0),
+        {
+            (): 'a<promise tokens="4"/>b<promise tokens="4"/>c<sync/>d',
+            kid(1): "one</async>",
+            ((1, 1),): "two",
+        },
+        'a<promise tokens="4"/>b<promise tokens="4"/>c<sync/><async>one</async><async>two</async>d',
+    ),
+    "the first of nested children": (
+        dataclasses.replace(protocols.npr, until="first"),
+        {
+            (): PLANS + "end",
+            kid(1): "ab" + PLANS + "cd</step>",
+            kid(2): "x" * 70 + "</step>",
+            kid(1, 1): "1" * 20,
+            kid(1, 2): "2" * 30,
+        },
+        None,
+    ),
+    "a success among nested children": (
+        dataclasses.replace(protocols.npr, until="success", success="yes"),
+        {
+            (): PLANS + "end",
+            kid(1): "ab" + PLANS + "yes</step>",
+            kid(2): "x" * 100 + "</step>",
+            kid(1, 1): "yes</step>",
+            kid(1, 2): "2" * 30,
+        },
+        PLANS
+        + "\n<step>\n1:ab"
+        + PLANS
+        + "\n<step>\n1:yes</step>\n<takeaway>\nyes</step>\n<takeaway>\nend",
+    ),
+    "keys where they were written, one after the other": (
+        dataclasses.replace(protocols.npr, returns="keep"),
+        {(): PLANS + "end", kid(1): "one</step>", kid(2): "two two"},
+        PLANS + "\n<step>\n1:one</step><step>\n2:two two</step>\n<takeaway>\nend",
+    ),
+    "the outline alone": (
+        dataclasses.replace(protocols.npr, context="outline"),
+        {
+            (): PLANS + "end",
+            kid(1): "one" + PLANS + "q</step>",
+            kid(2): "two two",
+            kid(1, 1): "m</step>",
+            kid(1, 2): "n",
+        },
+        PLANS
+        + "\n<step>\n1:one"
+        + PLANS
+        + "\n<step>\n1:m</step><step>\n2:n</step>\n<takeaway>\nq</step><step>\n2:two two</step>"
+        "\n<takeaway>\nend",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_grammars(name, session, tok, net):
+    grammar, script, text = OTHERS[name]
+    outcome, logits = scripted.play(session, tok, "Q: why?", grammar, script)
+    assert text is None or outcome.text == text
+    apart = scripted.distances(net, outcome, logits)
+    assert set(apart) == set(script) and max(apart.values()) < CLOSE
+    outcome.thread.release()
+    assert session.stats.used_pages == 0
+
+
 def test_critical_path_is_the_longest_chain(session, tok):
     script, _, _, _ = SCRIPTS["npr"]
     outcome, logits = scripted.play(session, tok, "Q", protocols.npr, script)

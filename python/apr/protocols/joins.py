@@ -53,7 +53,7 @@ def fork_child(
         critical=parent.critical,
         given=len(record.pieces[piece].sees),
         head=len(head),
-        inherited=frozenset(entry.segment._id for entry in thread.view),
+        inherited=frozenset(e.segment._id for e in thread.view) - {thread.tail._id},
     )
     child.pieces = [piece]
     thread.label = f"child {n}"
@@ -160,7 +160,7 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
     parts: list[Seen] = []
     for child in children:
         for entry in child.thread.view:
-            if entry.segment._id not in child.inherited or entry.segment == child.thread.tail:
+            if entry.segment._id not in child.inherited:
                 length = len(entry.segment) if entry.hi is None else entry.hi
                 offset = entry.segment.base if entry.offset is None else entry.offset
                 if length:
