@@ -91,7 +91,7 @@ def test_a_vote_branches_where_the_model_is_unsure():
     assert len(unsure.threads) == 6 and sum(unsure.votes.values()) <= 6
     # A twin takes another token where it forks: no two threads write the same.
     assert len({tuple(t.tokens) for t in unsure.threads}) == 6
-    assert all(len(t.tokens) == len(t.logprobs) for t in unsure.threads)
+    assert all(len(t.tokens) == len(t.logprobs) <= 8 for t in unsure.threads)
     written = sum(len(t.tokens) for t in unsure.threads)
     assert unsure.total_tokens < written  # shared beginnings are counted once
     again = apr.branching_vote(model, tok, "Q", entropy=0.0, **options)

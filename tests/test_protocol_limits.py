@@ -56,7 +56,8 @@ def test_no_outlines_closes_the_block_at_once(session, tok, net):
 
 def test_a_thousand_outlines_wait_in_line(session, tok, net):
     script = {(): guide(*range(1000)) + "so"} | {kid(n): "x</step>" for n in range(1, 1001)}
-    outcome, _ = scripted.play(session, tok, "Q", NPR, script, Budget(threads=100))
+    budget = Budget(threads=100, tokens_per_thread=None)
+    outcome, _ = scripted.play(session, tok, "Q", NPR, script, budget)
     assert outcome.threads == 1000 and outcome.finish == "eos"
     assert outcome.text.endswith("<step>\n999:x</step>\n<takeaway>\nso")
     root = len(tok(script[()], add_special_tokens=False).input_ids) + 1
@@ -106,6 +107,64 @@ def test_a_promise_that_is_never_collected_is_joined_at_the_end(session, tok, ne
     check(net, outcome, logits)
 
 
+def test_a_token_may_end_one_word_and_begin_the_next(net):
+    tok = scripted.tokenizer(whole=("><", "></"))
+    net = scripted.model(tok)
+    cases = [
+        (
+            protocols.sprint,
+            "<Plan><prompt>p1</prompt><prompt>p2</prompt></Plan>so",
+            "execution",
+            2,
+        ),
+        (NPR, GUIDE + "so", "step", 2),
+        (protocols.recursive, "a<call></call>done", "", 0),
+    ]
+    with apr.Session(net, max_tokens=1 << 14, page_size=16) as session:
+        for grammar, text, end, children in cases:
+            script = {(): text, kid(1): f"a</{end}>", kid(2): f"b</{end}>"}
+            outcome, logits = scripted.play(session, tok, "Q", grammar, script)
+            assert [c.text for c in outcome.root.children] == ["a", "b"][:children]
+            assert outcome.finish == "eos"
+            check(net, outcome, logits)
+
+
+def test_an_empty_promise_does_not_disturb_those_that_are_out(session, tok, net):
+    script = {(): 'go <promise tokens="20"/>x<promise/>y', kid(1): "one</async>"}
+    outcome, logits = scripted.play(session, tok, "Q", protocols.pasta, script)
+    assert outcome.threads == 1 and "without outlines" in outcome.events[0]
+    assert outcome.text == 'go <promise tokens="20"/><async>one</async>x<promise/>y'
+    check(net, outcome, logits)
+
+
+def test_a_promise_of_any_size(session, tok, net):
+    script = {(): '<promise tokens="99999999999"/>x', kid(1): "one</async>"}
+    outcome, _ = scripted.play(session, tok, "Q", protocols.pasta, script)
+    assert outcome.finish == "eos" and outcome.root.children[0].text == "one"
+    assert outcome.thread.position > protocols.grammar.MOST_RESERVED
+
+
+def test_promises_of_promises_leave_no_page(session, tok):
+    """Segments whose contexts hold one another are found when their last outside holder goes."""
+    for tokens in (0, 3, 20):
+        script = {
+            (): 'x<promise tokens="3"/>',
+            kid(1): f'x<promise tokens="{tokens}"/>xxxx</async>',
+            kid(1, 1): "x</async>",
+        }
+        outcome, _ = scripted.play(session, tok, "Q", protocols.pasta, script)
+        outcome.thread.release()
+        assert session.stats.used_pages == 0
+
+
+def test_an_end_word_that_is_the_eos(session, tok, net):
+    grammar = dataclasses.replace(NPR, end="<eos>")
+    script = {(): GUIDE + "so", kid(1): "a", kid(2): "bc"}
+    outcome, logits = scripted.play(session, tok, "Q", grammar, script)
+    assert [(c.text, c.finish) for c in outcome.root.children] == [("a", "end"), ("bc", "end")]
+    check(net, outcome, logits)
+
+
 # ---- limits ---------------------------------------------------------------------------------------
 
 
@@ -124,7 +183,7 @@ def test_depth_forbids_the_opening_word(session, tok):
 
     def opened(depth):
         thread = session.thread(tok("Q").input_ids)
-        budget = Budget(depth=depth, tokens_per_thread=4, tokens=200)
+        budget = Budget(depth=depth, tokens_per_thread=4)
         outcome = apr.run(
             session,
             thread,
@@ -207,7 +266,12 @@ def test_a_child_that_never_ends_is_ended(grammar, session, tok, net):
 
 @pytest.mark.parametrize(
     ("limit", "budget"),
-    [("tokens", {"tokens": 90}), ("seconds", {"seconds": 1e-6}), ("bytes", {"bytes": 60_000})],
+    [
+        ("tokens", {"tokens": 90}),
+        ("seconds", {"seconds": 1e-6}),
+        ("bytes", {"bytes": 60_000}),
+        ("bytes", {"bytes": 25_000}),
+    ],
 )
 def test_a_request_ends_at_its_limit(limit, budget, session, tok, net):
     script = SCRIPTS["npr"][0] | {kid(1): "z" * 5000}
@@ -221,6 +285,36 @@ def test_a_request_ends_at_its_limit(limit, budget, session, tok, net):
     assert session.stats.used_pages == 0
     with pytest.raises(apr.BudgetExceeded, match=limit):
         scripted.play(session, tok, "Q", NPR, script, Budget(**budget, at_limit="raise"))
+
+
+def test_bytes_count_what_was_joined(session, tok):
+    """Six blocks of a hundred tokens each: the parent holds them all, though no child lives."""
+    script = {(): GUIDE * 6}
+    script |= {((n, k),): "z" * 100 + "</step>" for n in range(6) for k in (1, 2)}
+    limit = 900 * session.spec.bytes_per_token
+    outcome, _ = scripted.play(session, tok, "Q", NPR, script, Budget(bytes=limit))
+    assert outcome.finish == "bytes" and outcome.threads < 12
+    assert session.stats.stored_tokens < 900 + 3
+
+
+def test_a_configuration_limits_too(session, tok):
+    def sampled(**options):
+        thread = session.thread(tok("Q").input_ids)
+        outcome = apr.run(session, thread, NPR, tokenizer=tok, eos_token_id=0, **options)
+        thread.release()
+        return outcome
+
+    assert sampled(max_new_tokens=5).total_tokens == 5
+    assert sampled(max_length=9).total_tokens == 8
+    assert sampled(max_new_tokens=50, budget=Budget(tokens_per_thread=7)).total_tokens == 7
+    assert sampled(max_time=0.05, budget=Budget(tokens_per_thread=1 << 20)).finish == "seconds"
+
+
+def test_no_depth_means_no_children_even_where_the_driver_opens(session, tok):
+    outcome, _ = scripted.play(
+        session, tok, "Q", protocols.parathinker, {(): "alone"}, Budget(depth=0)
+    )
+    assert (outcome.text, outcome.threads) == ("alone", 0)
 
 
 def test_a_failing_step_gives_every_thread_back(net, tok):
@@ -324,6 +418,8 @@ def test_samples_repeat_and_siblings_differ(session, tok):
         ({"until": "later"}, "until='later'"),
         ({"launch": None}, "no width"),
         ({"open": None}, "without an open word"),
+        ({"open": None, "launch": None, "width": 2, "blocking": False}, "without an open word"),
+        ({"returns": "keep", "context": "outline"}, "returns='keep'"),
         ({"until": "success"}, "needs the pattern"),
         ({"after": ""}, "without a token to go on from"),
         ({"context": "fresh"}, "no place in their parent's positions"),
@@ -344,7 +440,14 @@ def test_bad_arguments(session, tok):
         apr.run(session, [], NPR, tokenizer=tok)
     with pytest.raises(apr.InvalidInput, match="listed once"):
         apr.run(session, [root, root], NPR, tokenizer=tok)
-    for bad in ({"threads": 0}, {"depth": -1}, {"tokens": -5}, {"seconds": 0}, {"at_limit": "ask"}):
+    for bad in (
+        {"threads": 0},
+        {"threads": 0.5},
+        {"depth": -1},
+        {"tokens": -5},
+        {"seconds": 0},
+        {"at_limit": "ask"},
+    ):
         with pytest.raises(apr.InvalidInput, match="budget"):
             Budget(**bad)
     with pytest.raises(apr.InvalidInput, match="blank"):

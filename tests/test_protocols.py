@@ -278,6 +278,42 @@ def test_critical_path_is_the_longest_chain(session, tok):
     assert outcome.injected_tokens == given - outcome.total_tokens
 
 
+def test_a_root_that_is_not_one_line_is_run_but_not_flattened(session, tok):
+    outcome, _ = scripted.play(session, tok, "Q", protocols.npr, SCRIPTS["npr"][0])
+    again = apr.run(
+        session,
+        outcome.thread,
+        protocols.npr,
+        tokenizer=tok,
+        do_sample=False,
+        budget=apr.Budget(tokens_per_thread=3),
+    )
+    assert again.total_tokens == 3 and again.prompt_tokens > 80
+    with pytest.raises(apr.InvalidInput, match="joined others"):
+        apr.training.flatten(again.record)
+
+
+def test_words_in_other_alphabets_and_tokenizers(net):
+    """Non-ASCII words, and a tokenizer that begins every text with a blank."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = scripted.tokenizer(whole=())
+    words = Words(tok, ["【并】", "end 7}"])
+    watcher = Watcher(words)
+    written = tok("x【并】y end 7} z", add_special_tokens=False).input_ids
+    assert [w for i in written for w in watcher.feed(i)] == ["【并】", "end 7}"]
+
+    letters = {c: i for i, c in enumerate("?▁<>/.ABx", 0)}
+    inner = Tokenizer(models.BPE(letters, [], unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    blanks = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    words = Words(blanks, ["<A>"])
+    assert blanks.convert_ids_to_tokens(words.encode("<A>")) == ["<", "A", ">"]
+    assert len(words.spellings("<A>")) == 2
+
+
 def record_rows(record):
     """The record as rows of the token loop, in an order in which what they see is there."""
     pieces, done, rows = record.pieces, [0] * len(record.pieces), []
@@ -326,6 +362,14 @@ def test_join_comparison(session, tok):
         by[name].most > FAR and by[name].divergence > 0 for name in ("sum", "text", "message")
     )
     assert len({round(d.logprob, 6) for d in by.values()}) == 4
+    for name, (script, _, _, _) in SCRIPTS.items():
+        outcome, _ = scripted.play(session, tok, "Q", grammar_of(name), script)
+        own = [
+            d
+            for d in apr.compare_joins(session, outcome, tokenizer=tok)
+            if d.returns == outcome.grammar.returns
+        ]
+        assert all(d.most < CLOSE for d in own) and (own or name == "pasta")
     plain, _ = scripted.play(session, tok, "Q", protocols.npr, {(): "no block"})
     with pytest.raises(apr.InvalidInput, match="nothing after a join"):
         apr.compare_joins(session, plain, tokenizer=tok)
@@ -351,7 +395,7 @@ def test_many_requests_are_each_alone(session, tok):
         number = roots.index(worker.request.root.thread if worker.parent else worker.thread)
         key = (number, worker.path)
         text = scripts[number][worker.path]
-        return [forced.setdefault(key, _Forced(ids(text), tok.eos_token_id))]
+        return [forced.setdefault(key, _Forced(worker, ids(text), tok.eos_token_id))]
 
     roots = [session.thread(tok(f"Q{i}").input_ids) for i in range(3)]
     together = apr.run(
@@ -389,7 +433,8 @@ def test_control_words_are_found_however_they_are_split(data):
             return len(spelled)
 
         def __call__(self, text, **_):
-            return SimpleNamespace(input_ids=[len(pieces) + words.index(text)])
+            known = [len(pieces) + words.index(text)] if text in words else []
+            return SimpleNamespace(input_ids=known)
 
         def convert_ids_to_tokens(self, ids):
             return [spelled[i] for i in ids]

@@ -38,16 +38,13 @@ const Segment& SegmentStore::at(SegmentId id) const {
 void SegmentStore::release(SegmentId id) {
   Segment& segment = at(id);
   if (--segment.references > 0) return;
-  if (segment.context_references == 0) {
-    destroy(id);
-  } else {
-    sweep();
-  }
+  if (segment.context_references > 0 || destroy(id)) sweep();
 }
 
-void SegmentStore::destroy(SegmentId id) {
+bool SegmentStore::destroy(SegmentId id) {
   // What it held may go with it, and so on: a worklist keeps the stack flat.
   std::vector<SegmentId> work{id};
+  bool lost_a_holder = false;
   while (!work.empty()) {
     const SegmentId current = work.back();
     work.pop_back();
@@ -57,9 +54,16 @@ void SegmentStore::destroy(SegmentId id) {
     for (const Entry& entry : segment.context) {
       if (entry.segment == current || !contains(entry.segment)) continue;
       Segment& held = at(entry.segment);
-      if (--held.context_references == 0 && held.references == 0) work.push_back(entry.segment);
+      --held.context_references;
+      if (held.references > 0) continue;
+      if (held.context_references == 0) {
+        work.push_back(entry.segment);
+      } else {
+        lost_a_holder = true;
+      }
     }
   }
+  return lost_a_holder;
 }
 
 // Contexts of live regions may hold one another in a ring, which counting alone never frees: what
@@ -119,11 +123,7 @@ void SegmentStore::clear_context(SegmentId id) {
     Segment& held = at(entry.segment);
     --held.context_references;
     if (held.references > 0) continue;
-    if (held.context_references == 0) {
-      destroy(entry.segment);
-    } else {
-      lost_a_holder = true;
-    }
+    lost_a_holder |= held.context_references > 0 || destroy(entry.segment);
   }
   if (lost_a_holder) sweep();
 }

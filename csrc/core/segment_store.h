@@ -68,7 +68,8 @@ class SegmentStore {
   }
 
  private:
-  void destroy(SegmentId id);
+  // Whether a segment that still lives lost a holder, so that a ring may be left to sweep.
+  bool destroy(SegmentId id);
   void sweep();
 
   PagePool& pool_;

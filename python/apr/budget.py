@@ -19,8 +19,8 @@ class Budget:
 
     threads: most that write at once; children beyond that wait in line, waiting parents do not count, so a
     run never blocks itself. "auto": as many as this machine steps nearly for free (`free_width`). depth:
-    of children; a thread at the limit cannot write the opening word. tokens_per_thread: a child that is so
-    long ends there and is taken as it is. tokens (sampled, all threads), seconds, bytes (of keys and values
+    of children; a thread at the limit cannot write the opening word. tokens_per_thread: a thread that has
+    sampled so many ends there, and a child is taken as it is. tokens (sampled, all threads), seconds, bytes (of keys and values
     held): the request ends where it is. at_limit: "stop", the outcome says which limit; or "raise" a
     BudgetExceeded after every thread was given back.
     """
@@ -28,7 +28,7 @@ class Budget:
     threads: int | Literal["auto"] = 64
     depth: int = 8
     tokens: int | None = None
-    tokens_per_thread: int | None = None
+    tokens_per_thread: int | None = 8192
     seconds: float | None = None
     bytes: int | None = None
     at_limit: Literal["stop", "raise"] = "stop"
@@ -38,8 +38,10 @@ class Budget:
             value = getattr(self, name)
             if value is None or (value == "auto" and name == "threads"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise InvalidInput(f"budget: {name}={value!r}; expected a number above 0")
+            kinds = (int, float) if name == "seconds" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+                what = "a number" if name == "seconds" else "an integer"
+                raise InvalidInput(f"budget: {name}={value!r}; expected {what} above 0")
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
             raise InvalidInput(f"budget: depth={self.depth!r}; expected an integer from 0 on")
         if self.at_limit not in ("stop", "raise"):

@@ -83,8 +83,12 @@ class Stream:
         *,
         logits_processor: Sequence[LogitsProcessor] = (),
         stopping_criteria: Sequence[Any] = (),
+        written: Sequence[int] = (),
     ) -> None:
-        """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens."""
+        """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens.
+
+        written: the last visible tokens that count as written in this run already, towards limits and stops.
+        """
         if thread in self._rules:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
         config = self.config if config is None else resolve(self.session.model, config, {})
@@ -94,7 +98,7 @@ class Stream:
         self._starts[thread] = (thread.tokens, len(thread.own_tokens))
         self._rules[thread] = make_rules(
             config,
-            len(self._starts[thread][0]),
+            len(self._starts[thread][0]) - len(written),
             device,
             warpers=self._warpers[id(config)][1],
             tokenizer=self.tokenizer,
@@ -102,6 +106,7 @@ class Stream:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
         )
+        self._rules[thread].tokens = list(written)
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""

@@ -43,6 +43,8 @@ class Record:
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
+        # False where the first piece is not one line of tokens that all see each other.
+        self.begins_as_line = True
 
     def start(self, ids: Sequence[int], thread: int = 0) -> int:
         """A piece of given tokens that sees nothing before it; returns its number."""
@@ -80,7 +82,8 @@ class Record:
     def move_last(self, source: int, target: int) -> None:
         """Hand the last token over, which had not been run when its thread's view or place changed."""
         before, after = self.pieces[source], self.pieces[target]
-        after.write([before.ids.pop()], before.sampled.pop())
+        after.ids.insert(0, before.ids.pop())
+        after.sampled.insert(0, before.sampled.pop())
         after.follows = (source, len(before.ids) - 1) if before.ids else before.follows
         after.sees = [
             Seen(p, hi - 1, shift) if p == source else Seen(p, hi, shift)

@@ -39,6 +39,7 @@ from transformers import (
 from apr.errors import InvalidInput
 
 DEFAULT_NEW_TOKENS = 256
+UNSET_LENGTH = GenerationConfig().max_length
 
 # Fields that name a way of decoding which a loop over threads does not do; the value that is harmless.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -188,7 +189,7 @@ def new_token_limit(config: GenerationConfig, prompt: int) -> int:
     """Most tokens that a thread with `prompt` visible tokens may write."""
     if config.max_new_tokens is not None:
         return int(config.max_new_tokens)
-    if config.max_length is not None and config.max_length != GenerationConfig().max_length:
+    if config.max_length is not None and config.max_length != UNSET_LENGTH:
         return max(0, int(config.max_length) - prompt)
     return DEFAULT_NEW_TOKENS
 

@@ -213,7 +213,9 @@ class Session:
         key = self._requests if request is None else request
         self._requests += 1
         self.trace.thread(number, len(tokens))
-        return self._adopt(number, key if isinstance(key, tuple) else (key,))
+        made = self._adopt(number, key if isinstance(key, tuple) else (key,))
+        made.is_line = view is None and writes is None
+        return made
 
     def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
         """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""

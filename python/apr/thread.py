@@ -118,6 +118,8 @@ class Thread:
         self.session, self._id = session, number
         self.seed_path = seed_path
         self.label: str | None = None
+        # Whether its tokens are one line, each seeing all before it: no view but by forks, no joined keys.
+        self.is_line = True
         self._forks = 0
         self._step_logits: Tensor | None = None  # [threads, vocab] of a step, of which _row is ours
         self._row = 0
@@ -159,7 +161,7 @@ class Thread:
         for number in numbers:
             child = self.session._adopt(number, (*self.seed_path, self._forks))
             child._logits = self._logits
-            child.label = self.label
+            child.label, child.is_line = self.label, self.is_line
             self._forks += 1
             children.append(child)
         self.session.trace.fork(self._id, numbers, len(self), began)
@@ -192,6 +194,7 @@ class Thread:
         table.join(self._id, numbers, positions, reencode)
         if numbers:
             self._logits = None
+            self.is_line = self.is_line and reencode
             self.session.trace.join(self._id, numbers, sizes, positions, reencode, began)
 
     def trim(self, n: int) -> None:
@@ -264,7 +267,7 @@ class Thread:
     @writes.setter
     def writes(self, segment: Segment) -> None:
         self.session._edit().set_writes(self._id, self.session._own_segment(segment))
-        self._logits = None
+        self._logits, self.is_line = None, False
 
     @property
     def view(self) -> list[ViewEntry]:
@@ -275,7 +278,7 @@ class Thread:
     @view.setter
     def view(self, entries: ViewLike) -> None:
         self.session._edit().set_view(self._id, self.session._entries(entries))
-        self._logits = None
+        self._logits, self.is_line = None, False
 
     @property
     def vectors(self) -> PathVectors | None:

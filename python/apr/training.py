@@ -97,6 +97,11 @@ def flatten(record: Record) -> Flat:
     summed positions), or a token that was sampled where there were no logits.
     """
     pieces = record.pieces
+    if not record.begins_as_line:
+        raise InvalidInput(
+            "flatten: the run began on a thread that had joined others or had a view of its own; what its "
+            "tokens saw is not in the record: begin with session.thread(ids)"
+        )
     lengths = np.array([len(p.ids) for p in pieces], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     seen = np.zeros((len(pieces), len(pieces)), dtype=np.int32)

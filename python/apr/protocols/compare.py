@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,15 +58,25 @@ def _variant(grammar: Grammar, returns: Returns) -> Grammar:
     )
 
 
+def _possible(grammar: Grammar) -> list[Returns]:
+    possible: list[Returns] = []
+    for returns in JOINS:
+        with contextlib.suppress(InvalidInput):
+            _variant(grammar, returns)
+            possible.append(returns)
+    return possible
+
+
 def compare_joins(
     session: Session,
     outcome: Outcome,
     *,
     tokenizer: Any,
-    joins: Sequence[Returns] = JOINS,
+    joins: Sequence[Returns] | None = None,
     budget: Budget | None = None,
 ) -> list[JoinDifference]:
-    """Run an outcome's text again under its own join and under each of `joins`.
+    """Run an outcome's text again under its own join and under each of `joins`; by default under all of
+    "max", "sum", "text" and "message" that its grammar could have.
 
     The children's text is the same every time; what their parents sampled after a join is compared. Threads
     that a limit or a winner had ended early end at the same token.
@@ -83,7 +94,7 @@ def compare_joins(
     own, tokens = _after_joins(played(outcome.grammar))
     own_log = own.log_softmax(-1)
     found = []
-    for returns in joins:
+    for returns in _possible(outcome.grammar) if joins is None else joins:
         other, same = _after_joins(played(_variant(outcome.grammar, returns)))
         if not torch.equal(same, tokens):
             raise InvalidInput(

@@ -15,6 +15,7 @@ Until = Literal["all", "success", "first"]
 CONTEXTS = ("fresh", "prefix", "outline")
 RETURNS = ("nothing", "message", "text", "max", "sum", "keep")
 UNTIL = ("all", "success", "first")
+MOST_RESERVED = 1 << 16  # positions; a model may write any number
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,12 @@ class Grammar:
                 )
         if self.launch is None and self.width < 1:
             self._refuse("no launch word and no width: it cannot know how many children to start")
-        if self.open is None and self.launch is not None:
-            self._refuse("a launch word without an open word")
+        if self.open is None and (self.launch is not None or not self.blocking):
+            self._refuse(
+                "without an open word the driver opens one block; it has no launch, and blocks"
+            )
+        if self.returns == "keep" and self.context == "outline":
+            self._refuse("returns='keep' needs children that go on where their parent's head ends")
         if self.until == "success" and self.success is None:
             self._refuse("until='success' needs the pattern `success`")
         silent = self.returns in ("max", "sum", "keep", "nothing") and not self.after
@@ -124,7 +129,9 @@ class Grammar:
         """The outlines in a head's text; `width` empty ones where the grammar has no heads."""
         if self.launch is None:
             return [""] * self.width
-        return [m.strip() for m in re.findall(self.outline, head, re.DOTALL)]
+        found = [m.strip() for m in re.findall(self.outline, head, re.DOTALL)]
+        # Of an empty outline nothing could be made where it is all that a child begins with.
+        return [outline for outline in found if outline or self.child.strip() != "{outline}"]
 
     def fill(self, words: str, n: int, outline: str, depth: int) -> str:
         """Words of a child with its fields put in."""
@@ -136,7 +143,7 @@ class Grammar:
         if isinstance(self.reserve, int):
             return self.reserve
         found = re.search(self.reserve, outline, re.DOTALL)
-        return int(found[1]) if found else 0
+        return min(int(found[1]), MOST_RESERVED) if found else 0
 
     def message_of(self, text: str) -> str:
         """What a child hands on of its text."""

@@ -69,12 +69,15 @@ def close_text(words: Words, grammar: Grammar, worker: Worker, reason: str) -> s
     """
     text = words.plain(worker.written())
     if worker.end is not None and reason == "end":
-        return text[: text.rindex(worker.end)].strip()
-    if worker.parent is None or worker.end is None or grammar.returns in ("message", "nothing"):
+        whole = words.decode(
+            worker.written()
+        )  # an end word may be the EOS, which is not plain text
+        return whole[: whole.rindex(worker.end)].strip()
+    if worker.parent is None or grammar.returns in ("message", "nothing"):
         return text
     if reason == "eos":
         cut_to(worker, len(worker.thread) - 1)
-    worker.put_in(words.encode(worker.end))
+    worker.put_in(words.encode(worker.end or ""))
     return text
 
 
@@ -157,7 +160,7 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
     """Keys and values at the positions that were reserved for them, behind what the children forked from."""
     record, thread = parent.record, parent.thread
     entries: list[ViewEntry] = []
-    parts: list[Seen] = []
+    joined: dict[int, list[Seen]] = {}  # by the piece that a child was forked from
     for child in children:
         for entry in child.thread.view:
             if entry.segment._id not in child.inherited:
@@ -165,7 +168,9 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
                 offset = entry.segment.base if entry.offset is None else entry.offset
                 if length:
                     entries.append(ViewEntry(entry.segment, offset, length))
-        parts += child.own_parts()
+        joined.setdefault(record.pieces[child.pieces[0]].sees[-1].piece, []).extend(
+            child.own_parts()
+        )
     tails = [child.thread.tail for child in children]
     for child in children:
         child.thread.release()
@@ -177,8 +182,14 @@ def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
     old = parent.piece
     end = record.pieces[old].end
     queued = thread.queued  # a last token that has not run sees what is taken
-    parent.move_to(record.parts_after(old, parts, end - queued, thread=old))
+    parent.move_to(record.parts_after(old, (), end - queued, thread=old))
     for _ in range(queued):
         record.move_last(old, parent.piece)
-    record.pieces[parent.piece].sees.sort(key=lambda part: record.pieces[part.piece].position)
-    parent.parts = [*parent.parts, Seen(old, len(record.pieces[old].ids)), *parts]
+
+    def in_place(parts: list[Seen]) -> list[Seen]:
+        """Each child's parts behind what it was forked from: the order in which they read."""
+        return [p for part in parts for p in (part, *joined.get(part.piece, ()))]
+
+    after = record.pieces[parent.piece]
+    after.sees = in_place(after.sees)
+    parent.parts = in_place([*parent.parts, Seen(old, len(record.pieces[old].ids))])

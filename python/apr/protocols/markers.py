@@ -27,15 +27,36 @@ class Words:
                     f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the model knows"
                 )
         last = {word[-1] for word in self.words}
-        spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.enders = frozenset(
-            i for i, token in enumerate(spelled) if token and not last.isdisjoint(token)
+        # Vocabularies spell ASCII as it is, and other characters in ways of their own; "}" ends a field.
+        plain = all(c.isascii() and c != "}" for c in last)
+        spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) if plain else []
+        self._enders = (
+            frozenset(i for i, t in enumerate(spelled) if t and not last.isdisjoint(t))
+            if plain
+            else None
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text that continues other text."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+    def may_end(self, token: int) -> bool:
+        """Whether a word can end in this token; decoding tells."""
+        return self._enders is None or token in self._enders
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that continues other text: without the blank that some tokenizers begin with."""
+        if not text:
+            return []
+        before, both = self._ids("."), self._ids("." + text)
+        behind = both[len(before) :]
+        if both[: len(before)] == before and self.decode(behind).strip() == text.strip():
+            return behind
+        return self._ids(text)
+
+    def spellings(self, word: str) -> list[list[int]]:
+        """The ways in which a tokenizer spells a word by itself and behind other text."""
+        return [list(ids) for ids in {tuple(self.encode(word)), tuple(self._ids(word))}]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with control words in it."""
@@ -63,7 +84,7 @@ class Watcher:
         """The words that end in `token`."""
         before = self._tail
         self._tail = [*before[-_WINDOW + 1 :], token]
-        if token not in self._words.enders:
+        if not self._words.may_end(token):
             return []
         old, new = self._words.decode(self._tail[:-1]), self._words.decode(self._tail)
         return [word for word in self._all if new.count(word) > old.count(word)]

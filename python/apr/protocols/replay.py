@@ -23,15 +23,15 @@ Path = tuple[tuple[int, int], ...]
 class _Forced:
     """Lets one thread write given tokens, and keeps the logits that they were chosen from."""
 
-    def __init__(self, tokens: Sequence[int], after: int | None) -> None:
-        self.tokens, self.after = list(tokens), after
+    def __init__(self, worker: Worker, tokens: Sequence[int], after: int | None) -> None:
+        self.worker, self.tokens, self.after = worker, list(tokens), after
         self.logits: list[Tensor] = []
-        self.starts: list[
-            int
-        ] = []  # places at which the thread began to write, or went on after a join
+        self.joined: int | None = None  # its place when its first join had come back
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         place = len(self.logits)
+        if self.joined is None and self.worker.joins:
+            self.joined = place
         self.logits.append(scores[0].clone())
         token = self.tokens[place] if place < len(self.tokens) else self.after
         if token is None:
@@ -85,9 +85,7 @@ def replay(
     forced: dict[Path, _Forced] = {}
 
     def processors(worker: Worker) -> list[_Forced]:
-        if worker.path not in forced:
-            forced[worker.path] = _Forced(script.get(worker.path, ()), after)
-        forced[worker.path].starts.append(len(forced[worker.path].logits))
+        forced[worker.path] = _Forced(worker, script.get(worker.path, ()), after)
         return [forced[worker.path]]
 
     result = run(
@@ -100,5 +98,5 @@ def replay(
         do_sample=False,
     )
     logits = {path: torch.stack(f.logits) for path, f in forced.items() if f.logits}
-    joined = {path: f.starts[1] for path, f in forced.items() if len(f.starts) > 1}
+    joined = {path: f.joined for path, f in forced.items() if f.joined is not None}
     return Replay(result, logits, joined)

@@ -15,6 +15,8 @@ from apr.protocols.outcome import Outcome, outcome
 from apr.protocols.scheduler import Scheduler
 from apr.protocols.worker import Request, Worker
 from apr.record import Record
+from apr.sampling import UNSET_LENGTH as _UNSET_LENGTH
+from apr.sampling import new_token_limit
 from apr.session import Session
 from apr.thread import Thread
 
@@ -40,8 +42,8 @@ def run(
     """Let each thread write, and fork, join and go on as its own words say; an Outcome a thread, in order.
 
     All threads that can write, of all requests, take one token in one batch each step; children write from
-    the step after their launch. max_new_tokens, where it is set, limits each thread's own tokens as
-    `Budget.tokens_per_thread` does. width: children of a block that lists no outlines, and threads at once
+    the step after their launch. max_new_tokens (or max_length) and max_time, where they are set,
+    limit as `Budget.tokens_per_thread` and `seconds` do; min_new_tokens counts from the last join. width: children of a block that lists no outlines, and threads at once
     for the others; "auto": as many as this machine steps nearly for free. logits_processor: called once a thread with its worker (`.depth`,
     `.outline`, `.path`), returns processors for it alone. The threads given stay the caller's; all others
     are released, on any exception too. Raises BudgetExceeded with `Budget(at_limit="raise")`.
@@ -59,10 +61,8 @@ def run(
             limits = dataclasses.replace(limits, threads=width)
     words = Words(tokenizer, [grammar.open, grammar.launch, grammar.sync, grammar.end])
     with stream(session, [], generation_config, tokenizer=tokenizer, **options) as writing:
-        own = writing.config.max_new_tokens
-        if own is not None and limits.tokens_per_thread is None:
-            limits = dataclasses.replace(limits, tokens_per_thread=int(own))
-        writing.config.max_new_tokens = _ENDLESS
+        limits = _with_config(limits, writing.config, max(map(len, roots)))
+        writing.config.max_new_tokens, writing.config.max_time = _ENDLESS, None
         scheduler = Scheduler(
             session, writing, grammar, words, logits_processor or (lambda worker: ())
         )
@@ -79,6 +79,20 @@ def run(
         outcome(grammar, words, request, stats, session.trace) for request in scheduler.requests
     ]
     return results if several else results[0]
+
+
+def _with_config(budget: Budget, config: GenerationConfig, prompt: int) -> Budget:
+    """The budget, with what the configuration limits: a stream would begin to count anew at each join."""
+    most, seconds = budget.tokens_per_thread, budget.seconds
+    if config.max_new_tokens is not None or config.max_length not in (None, _UNSET_LENGTH):
+        most = min(most or _ENDLESS, new_token_limit(config, prompt))
+    if config.max_time is not None:
+        seconds = min(seconds or float("inf"), float(config.max_time))
+    if most is not None and most < 1:
+        raise InvalidInput(
+            f"run: max_length leaves {most} new tokens; raise it, or use max_new_tokens"
+        )
+    return dataclasses.replace(budget, tokens_per_thread=most, seconds=seconds)
 
 
 def free_threads(session: Session) -> int:

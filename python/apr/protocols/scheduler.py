@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apr.decode import Stream, StreamStep
-from apr.errors import BudgetExceeded
+from apr.errors import BudgetExceeded, Error
 from apr.protocols import joins
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher, Words
@@ -38,19 +38,19 @@ class Scheduler:
             Worker
         ] = []  # parents of which a child ended, or that wait, since the last look
         self._clock = 0
-        self._open_ids = words.encode(grammar.open or "")
+        self._open_spellings = words.spellings(grammar.open) if grammar.open else []
 
     # ---- starting and ending --------------------------------------------------------------------
 
     def admit(self, root: Thread, request: Request) -> None:
         """Let a root write from the next step on."""
-        request.prompt = len(root)
+        request.prompt, request.record.begins_as_line = len(root), root.is_line
         worker = Worker(root, request, Watcher(self.words), request.record.start(root.tokens))
         worker.pieces, worker.head = [worker.piece], request.prompt
         request.root = worker
         self.requests.append(request)
         self._workers[root] = worker
-        if self.grammar.open is None:
+        if self.grammar.open is None and self._may_open(worker):
             worker.block = Block(request.prompt, request.prompt)
             self._launch(worker)
         else:
@@ -61,11 +61,13 @@ class Scheduler:
         worker.request.live += 1
         closed = []
         if self.grammar.open is not None and not self._may_open(worker):
-            closed.append(self._open_ids)
+            closed += self._open_spellings
         if worker.depth:
-            closed += [self.words.encode(word) for word in self.grammar.forbidden]
+            closed += [ids for word in self.grammar.forbidden for ids in self.words.spellings(word)]
         keep_closed = [forbid(closed)] if closed else []
-        self.run.add(worker.thread, logits_processor=[*keep_closed, *self.processors(worker)])
+        if worker.processors is None:
+            worker.processors = list(self.processors(worker))
+        self.run.add(worker.thread, logits_processor=[*keep_closed, *worker.processors])
 
     def _pause(self, worker: Worker) -> None:
         if worker.state in ("writing", "head"):
@@ -119,6 +121,8 @@ class Scheduler:
             self._fill()
             if on_step is not None:
                 on_step(step)
+        if any(request.root is None or request.root.state != "ended" for request in self.requests):
+            raise Error("run: a request came to a halt before its end; please report this")
 
     def _fill(self) -> None:
         """Children take the places that are free."""
@@ -150,14 +154,16 @@ class Scheduler:
             self._finish(worker, "end")
         elif reason:
             self._finish(worker, reason)
+        elif worker.sampled >= self._limit(worker):
+            self._finish(worker, "length")
         elif grammar.launch is not None and grammar.launch in found and worker.state == "head":
             self._launch(worker)
         elif grammar.open is not None and grammar.open in found:
             self._open(worker)
+            if worker.state == "head" and grammar.launch in found:
+                self._launch(worker)  # one token was the whole block
         elif grammar.sync is not None and grammar.sync in found and worker.block is not None:
             self._wait(worker, "")
-        elif worker.sampled >= self._limit(worker):
-            self._finish(worker, "length")
 
     def _limit(self, worker: Worker) -> int:
         limit = worker.request.budget.tokens_per_thread
@@ -185,9 +191,11 @@ class Scheduler:
     def _outlines(self, worker: Worker, block: Block) -> list[str]:
         if self.grammar.launch is None:
             return self.grammar.outlines("")
-        written = len(worker.thread) - block.head
+        # From the opening word on: the token that ends it may be the beginning of the next.
+        written = len(worker.thread) - block.opened
         head = self.words.decode(worker.thread.tokens[-written:])
-        return self.grammar.outlines(head[: head.rindex(self.grammar.launch)])
+        head = head.partition(self.grammar.open or "")[2]
+        return self.grammar.outlines(head.rpartition(self.grammar.launch)[0])
 
     def _launch(self, worker: Worker) -> None:
         """Fork the children of the block; they write in the next step."""
@@ -196,6 +204,9 @@ class Scheduler:
         outlines = self._outlines(worker, block)
         if not outlines:
             request.say("a block without outlines: it was closed at once")
+            if block.children:  # others of the parent's still write
+                worker.state = "writing"
+                return
         parent_writes_on = not grammar.blocking and bool(outlines)
         block_number = worker.blocks
         worker.blocks += 1
@@ -293,6 +304,7 @@ class Scheduler:
             if child.thread.alive:
                 child.thread.release()
         parent.block = None
+        parent.joins += 1
         if parent.finish:
             reason, parent.finish = parent.finish, ""
             self._finish(parent, reason)

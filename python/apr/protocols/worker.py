@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from apr.budget import Budget
 from apr.protocols.markers import Watcher
@@ -40,6 +40,8 @@ class Worker:
     state: State = "ready"
     block: Block | None = None
     blocks: int = 0  # that it opened so far
+    joins: int = 0  # that came back to it so far
+    processors: list[Any] | None = None  # the caller's, made when it first writes
     born: int = 0  # step in which it was forked
     critical: int = 0  # sampled tokens that had to come one after the other, up to its last
     sampled: int = 0
@@ -61,6 +63,11 @@ class Worker:
         self.piece = piece
         self.pieces.append(piece)
 
+    def seen(self) -> list[Seen]:
+        """All that it sees, its own last piece included."""
+        last = self.record.pieces[self.piece]
+        return [*last.sees, Seen(self.piece, len(last.ids))]
+
     def own_parts(self) -> list[Seen]:
         """What a join of keys and values takes from it."""
         return [*self.parts, Seen(self.piece, len(self.record.pieces[self.piece].ids))]
@@ -81,10 +88,8 @@ class Worker:
 
     def written(self) -> list[int]:
         """Its own tokens as they stand, joined parts included."""
-        last = self.record.pieces[self.piece]
-        lines = [*last.sees[self.given :], Seen(self.piece, len(last.ids))]
         tokens: list[int] = []
-        for part in lines:
+        for part in self.seen()[self.given :]:
             ids = self.record.pieces[part.piece].ids[: part.hi]
             tokens += ids[self.head :] if part.piece == self.pieces[0] else ids
         return tokens
@@ -121,9 +126,11 @@ class Request:
         if budget.seconds is not None and time.perf_counter() - self.began > budget.seconds:
             return "seconds"
         if budget.bytes is not None:
-            alive = [w for w in (self.root.family() if self.root else []) if w.thread.alive]
-            held = sum(len(self.record.pieces[p].ids) for w in alive for p in w.pieces)
-            if held * bytes_per_token > budget.bytes:
+            held: dict[int, int] = {}  # of each piece that a living thread sees, how much
+            for worker in self.root.family() if self.root else []:
+                for part in worker.seen() if worker.thread.alive else ():
+                    held[part.piece] = max(held.get(part.piece, 0), part.hi)
+            if sum(held.values()) * bytes_per_token > budget.bytes:
                 return "bytes"
         return ""
 

@@ -48,8 +48,8 @@ def branching_vote(
     stop: Any = None,
     **options: Any,
 ) -> Any:
-    """Begin with one thread; wherever a token was drawn from more than `entropy` nats, fork another that
-    takes a different one there, up to `n` threads; end once the vote over `extract(text)` is settled.
+    """Begin with one thread; wherever the model's own distribution has more than `entropy` nats, fork
+    another that takes a different token there, up to `n` threads; end once the vote over `extract(text)` is settled.
 
     No training is needed: a prompt that the model is sure of costs one thread. The fork runs one token
     again and stores none twice. n: threads at most, or "auto". Other arguments as in `majority_vote`.
@@ -119,12 +119,14 @@ def _branch(vote: _Vote, step: StreamStep, writing: Stream, entropy: float, stop
         for written in (vote.items[twin].tokens, vote.items[twin].logprobs):
             written.pop()
         other = forbid_first(step.tokens[thread], len(twin))
-        writing.add(twin, stop=stop, logits_processor=[other])
+        so_far = vote.items[twin].tokens
+        writing.add(twin, stop=stop, logits_processor=[other], written=so_far)
 
 
 def _settle(vote: _Vote, writing: Stream, extract: Extract) -> None:
     still = vote.writing()
-    settled = decided(count_votes(list(vote.items.values()), extract, None)[0], len(still))
+    to_come = len(still) + vote.most - len(vote.items)  # who writes may still fork
+    settled = decided(count_votes(list(vote.items.values()), extract, None)[0], to_come)
     for thread in still if settled and len(still) < len(vote.items) else ():
         writing.remove(thread)
         vote.items[thread].finish = "pruned"
