@@ -25,6 +25,7 @@ from apr.countdown.lessons import (
     prompt,
     sequential_record,
 )
+from apr.countdown.practice import lesson_of_guesses, sample_guesses
 from apr.countdown.problems import Problem, Range, apply, format_chain, is_held_out, verify
 from apr.countdown.solve import GRAMMAR, answer_of, solve
 from apr.countdown.tokenizer import WORDS, build_tokenizer
@@ -198,6 +199,50 @@ def test_lessons_replay_by_arithmetic(count):
                 if "<found>" in words and "#" not in words and words[-1] == "<eos>":
                     found = words[len(words) - 1 - words[::-1].index("<found>") + 1 : -1]
                     assert verify(problem, " ".join(found))
+
+
+def test_practice_weighs_what_arithmetic_says():
+    """A right and three wrong guesses of one problem: advantages sum to nothing, verdicts are as they should."""
+    problem = Problem((8, 6, 4, 2), 24)
+    right = format_chain(search.first_solution(problem.numbers, 24)).split()
+    wrong = ["8", "+", "6", "14", "14", "+", "4", "18", "18", "+", "2", "20"]
+    lying = [
+        "8",
+        "+",
+        "6",
+        "14",
+        "14",
+        "+",
+        "4",
+        "18",
+        "18",
+        "+",
+        "2",
+        "24",
+    ]  # the target, by false arithmetic
+    stray = ["<eos>"] * 12
+    rows = torch.tensor([encode(words) for words in (right, wrong, lying, stray)])
+    for worth, decision in ((0.2, "<try>"), (0.5, "<spawn>")):
+        flat, weights, share = lesson_of_guesses(problem, "parallel", rows, worth)
+        assert share == 0.25 and len(weights) == len(flat.targets)
+        words = [WORDS[i] for i in flat.ids[flat.targets].tolist()]
+        assert (words[0], weights[0]) == (decision, 1.0)
+        chosen = [words[1 + 14 * k : 15 + 14 * k] for k in range(4)]
+        weighed = [weights[1 + 14 * k : 15 + 14 * k] for k in range(4)]
+        assert chosen[0][12:] == ["<ok>", "<eos>"]
+        assert all(part[12:] == ["<miss>", "<spawn>"] for part in chosen[1:])
+        assert weighed[0][:12] == [0.75] * 12
+        assert all(part[:12] == [-0.25] * 12 for part in weighed[1:])
+        assert all(part[12:] == [0.25, 0.25] for part in weighed)
+
+
+def test_guesses_are_drawn_from_the_model(tiny):
+    model, _ = tiny
+    problems = [Problem((8, 6, 4, 2), 24), Problem((9, 5, 3, 1), 30)]
+    guesses = sample_guesses(model, problems, "parallel", 3, seed=1)
+    assert guesses.shape == (2, 3, 12)
+    assert torch.equal(guesses, sample_guesses(model, problems, "parallel", 3, seed=1))
+    assert not torch.equal(guesses[:, 0], guesses[:, 1])
 
 
 def test_training_resumes_to_the_same_model(tmp_path):

@@ -248,6 +248,9 @@ def test_threads_wait_in_line_and_never_block_each_other(threads, session, tok, 
     )
     assert outcome.text == free.text
     assert outcome.critical_path_tokens >= free.critical_path_tokens
+    # Parents that go on need a place too.
+    steps = [e["threads"] for e in session.trace.events if e["name"] == "step"]
+    assert max(map(len, steps[free.critical_path_tokens :])) == threads
     if threads == 1:
         assert outcome.critical_path_tokens == outcome.total_tokens
     check(net, outcome, logits)

@@ -69,9 +69,7 @@ def close_text(words: Words, grammar: Grammar, worker: Worker, reason: str) -> s
     """
     text = words.plain(worker.written())
     if worker.end is not None and reason == "end":
-        whole = words.decode(
-            worker.written()
-        )  # an end word may be the EOS, which is not plain text
+        whole = words.decode(worker.written())  # the EOS, if it is the end word, is not plain text
         return whole[: whole.rindex(worker.end)].strip()
     if worker.parent is None or grammar.returns in ("message", "nothing"):
         return text

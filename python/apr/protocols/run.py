@@ -42,11 +42,16 @@ def run(
     """Let each thread write, and fork, join and go on as its own words say; an Outcome a thread, in order.
 
     All threads that can write, of all requests, take one token in one batch each step; children write from
-    the step after their launch. max_new_tokens (or max_length) and max_time, where they are set,
-    limit as `Budget.tokens_per_thread` and `seconds` do; min_new_tokens counts from the last join. width: children of a block that lists no outlines, and threads at once
-    for the others; "auto": as many as this machine steps nearly for free. logits_processor: called once a thread with its worker (`.depth`,
-    `.outline`, `.path`), returns processors for it alone. The threads given stay the caller's; all others
-    are released, on any exception too. Raises BudgetExceeded with `Budget(at_limit="raise")`.
+    the step after their launch.
+
+    width: children of a block that lists no outlines, and threads at once for the other grammars; "auto": as
+    many as this machine steps nearly for free. options: of the configuration; max_new_tokens (or
+    max_length) and max_time limit as `Budget.tokens_per_thread` and `seconds` do, min_new_tokens counts
+    from the last join. logits_processor: called once a thread with its worker (`.depth`, `.outline`,
+    `.path`), returns processors for it alone.
+
+    The threads given stay the caller's; all others are released, on any exception too. Raises
+    BudgetExceeded with `Budget(at_limit="raise")`.
     """
     several = not isinstance(threads, Thread)
     roots: list[Thread] = list(threads) if not isinstance(threads, Thread) else [threads]

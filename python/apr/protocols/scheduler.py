@@ -34,9 +34,7 @@ class Scheduler:
         self.processors = processors
         self.requests: list[Request] = []
         self._workers: dict[Thread, Worker] = {}
-        self._unsettled: list[
-            Worker
-        ] = []  # parents of which a child ended, or that wait, since the last look
+        self._unsettled: list[Worker] = []  # parents that may have to be joined after this step
         self._clock = 0
         self._open_spellings = words.spellings(grammar.open) if grammar.open else []
 
@@ -125,7 +123,7 @@ class Scheduler:
             raise Error("run: a request came to a halt before its end; please report this")
 
     def _fill(self) -> None:
-        """Children take the places that are free."""
+        """Who waits for a place takes those that are free: parents that go on first, then children."""
         for request in self.requests:
             while request.waiting and request.live < request.threads:
                 worker = request.waiting.pop(0)
@@ -309,4 +307,5 @@ class Scheduler:
             reason, parent.finish = parent.finish, ""
             self._finish(parent, reason)
         else:
-            self._start(parent)
+            parent.state, parent.born = "ready", self._clock
+            parent.request.waiting.insert(0, parent)

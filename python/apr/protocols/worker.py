@@ -42,7 +42,7 @@ class Worker:
     blocks: int = 0  # that it opened so far
     joins: int = 0  # that came back to it so far
     processors: list[Any] | None = None  # the caller's, made when it first writes
-    born: int = 0  # step in which it was forked
+    born: int = 0  # step since which it could write
     critical: int = 0  # sampled tokens that had to come one after the other, up to its last
     sampled: int = 0
     finish: str = ""
@@ -110,7 +110,7 @@ class Request:
     root: Worker | None = None
     tokens: int = 0
     live: int = 0
-    waiting: list[Worker] = field(default_factory=list)  # children that wait for a place
+    waiting: list[Worker] = field(default_factory=list)  # who could write, but has no place yet
     depth: int = 0  # deepest child
     started: int = 0  # children
     events: list[str] = field(default_factory=list)
