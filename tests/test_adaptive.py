@@ -25,7 +25,7 @@ from apr.countdown.lessons import (
     prompt,
     sequential_record,
 )
-from apr.countdown.practice import lesson_of_guesses, sample_guesses
+from apr.countdown.practice import lesson_of_tries, sample_tries
 from apr.countdown.problems import Problem, Range, apply, format_chain, is_held_out, verify
 from apr.countdown.solve import GRAMMAR, answer_of, solve
 from apr.countdown.tokenizer import WORDS, build_tokenizer
@@ -202,7 +202,7 @@ def test_lessons_replay_by_arithmetic(count):
 
 
 def test_practice_weighs_what_arithmetic_says():
-    """A right and three wrong guesses of one problem: advantages sum to nothing, verdicts are as they should."""
+    """Four samples of two tries: one right at once, one at the second try, two never."""
     problem = Problem((8, 6, 4, 2), 24)
     right = format_chain(search.first_solution(problem.numbers, 24)).split()
     wrong = ["8", "+", "6", "14", "14", "+", "4", "18", "18", "+", "2", "20"]
@@ -221,28 +221,63 @@ def test_practice_weighs_what_arithmetic_says():
         "24",
     ]  # the target, by false arithmetic
     stray = ["<eos>"] * 12
-    rows = torch.tensor([encode(words) for words in (right, wrong, lying, stray)])
-    for worth, decision in ((0.2, "<try>"), (0.5, "<spawn>")):
-        flat, weights, share = lesson_of_guesses(problem, "parallel", rows, worth)
-        assert share == 0.25 and len(weights) == len(flat.targets)
-        words = [WORDS[i] for i in flat.ids[flat.targets].tolist()]
-        assert (words[0], weights[0]) == (decision, 1.0)
-        chosen = [words[1 + 14 * k : 15 + 14 * k] for k in range(4)]
-        weighed = [weights[1 + 14 * k : 15 + 14 * k] for k in range(4)]
-        assert chosen[0][12:] == ["<ok>", "<eos>"]
-        assert all(part[12:] == ["<miss>", "<spawn>"] for part in chosen[1:])
-        assert weighed[0][:12] == [0.75] * 12
-        assert all(part[:12] == [-0.25] * 12 for part in weighed[1:])
-        assert all(part[12:] == [0.25, 0.25] for part in weighed)
+    samples = [(right, wrong), (wrong, right), (lying, stray), (stray, wrong)]
+    rows = torch.tensor([[encode(words) for words in sample] for sample in samples])
+    cases = [(0.2, "<try>", "<try>"), (0.3, "<spawn>", "<try>"), (0.5, "<spawn>", "<spawn>")]
+    for worth, first, second in cases:
+        flat, weights, shares = lesson_of_tries(problem, "parallel", rows, worth, random.Random(0))
+        assert shares == [0.25, pytest.approx(1 / 3)] and len(weights) == len(flat.targets)
+        taught: dict[int, list] = {}
+        for place, weight in zip(flat.targets.tolist(), weights, strict=True):
+            word = WORDS[int(flat.ids[place])]
+            taught.setdefault(int(flat.piece[place]), []).append((word, weight))
+        parts = list(taught.values())
+        assert parts[0] == [(first, 1.0)]
+        guesses = [p for p in parts if len(p) > 12]
+        assert [[w for w, _ in p[:12]] for p in guesses] == [
+            right,
+            wrong,
+            lying,
+            stray,
+            right,
+            stray,
+            wrong,
+        ]
+        for part, share in zip(guesses, [0.25] * 4 + [1 / 3] * 3, strict=True):
+            words = [w for w, _ in part]
+            hit = words[:12] == right
+            assert all(w == pytest.approx(hit - share) for _, w in part[:12])
+            assert words[12:] == (["<ok>", "<eos>"] if hit else ["<miss>"])
+            assert all(w == 0.25 for _, w in part[12:])
+        # After a miss: to try again or not, as the share of the next try says; in the end, to search.
+        decisions = [p for p in parts[1:] if len(p) == 1]
+        assert decisions == [[(second, 0.25)]] * 3 + [[("<spawn>", 0.25)]] * 2
+        shown = [p for p in parts if len(p) == 12]
+        assert len(shown) == 1 and verify(problem, " ".join(w for w, _ in shown[0]))
 
 
-def test_guesses_are_drawn_from_the_model(tiny):
+def test_tries_are_drawn_from_the_model(tiny):
+    """Each try, after the misses before it: the model's own distribution on the whole line."""
     model, _ = tiny
     problems = [Problem((8, 6, 4, 2), 24), Problem((9, 5, 3, 1), 30)]
-    guesses = sample_guesses(model, problems, "parallel", 3, seed=1)
-    assert guesses.shape == (2, 3, 12)
-    assert torch.equal(guesses, sample_guesses(model, problems, "parallel", 3, seed=1))
-    assert not torch.equal(guesses[:, 0], guesses[:, 1])
+    tries = sample_tries(model, problems, "parallel", 3, 2, seed=1)
+    assert tries.shape == (2, 3, 2, 12)
+    assert torch.equal(tries, sample_tries(model, problems, "parallel", 3, 2, seed=1))
+    assert not torch.equal(tries[:, 0], tries[:, 1])
+    # The same draws from stock forwards of the whole lines, without a cache.
+    generator, rows = torch.Generator().manual_seed(1), []
+    for problem in problems:
+        rows += [encode([*prompt(problem).split(), "<try>"])] * 3
+    line = torch.tensor(rows)
+    for place in range(24):
+        if place == 12:
+            again = torch.tensor(encode(["<miss>", "<try>"])).expand(6, 2)
+            line = torch.cat([line, again], 1)
+        with torch.no_grad():
+            last = model(line).logits[:, -1].float().softmax(-1)
+        line = torch.cat([line, torch.multinomial(last, 1, generator=generator)], 1)
+    drawn = torch.cat([line[:, -26:-14], line[:, -12:]], 1).view(2, 3, 2, 12)
+    assert torch.equal(tries, drawn)
 
 
 def test_training_resumes_to_the_same_model(tmp_path):

@@ -51,10 +51,11 @@ class Lessons:
     seed: int = 0
     highest: int = 20
     target: int = 100
-    practice: int = 700  # steps on its own guesses, after the supervised ones
-    practice_rate: float = 0.1  # of the learning rates above, falling to 0
-    practice_problems: int = 48  # a step
-    practice_samples: int = 8  # guesses of a problem
+    practice: int = 600  # steps on its own guesses, after the supervised ones
+    practice_rate: float = 0.2  # of the learning rates above, falling to 0
+    practice_problems: int = 32  # a step
+    practice_samples: int = 6  # of a problem
+    tries: int = 3  # guesses of a sample, one after the other
     worth: float = 0.25  # share of right guesses from which on it should guess
     microbatch: int = 3072  # tokens, padding included
     bfloat16: bool = True
@@ -197,6 +198,7 @@ def _step(
         recipe.span,
         recipe.practice_problems,
         recipe.practice_samples,
+        recipe.tries,
         recipe.worth,
     )
     ones = [[1.0] * len(flat.targets) for flat in flats]

@@ -4,73 +4,121 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apr.countdown.lessons import draw_problem, encode, prompt
-from apr.countdown.problems import Problem, Range, verify
+from apr.countdown.problems import Problem, Range, format_chain, verify
+from apr.countdown.search import a_solution
 from apr.countdown.tokenizer import WORDS
 from apr.record import Record
 from apr.training import Flat, flatten
 
 _CHAIN = 12  # words of a guess over four numbers
+_SHOWN = 0.3  # weight of a solution that is shown after a miss, beside the model's own tries
 
 
 @torch.no_grad()
-def sample_guesses(
-    model: Any, problems: Sequence[Problem], mode: str, samples: int, seed: int
+def sample_tries(
+    model: Any, problems: Sequence[Problem], mode: str, samples: int, tries: int, seed: int
 ) -> Tensor:
-    """Guesses [problems, samples, 12] of token ids, drawn after `<try>` at temperature 1."""
+    """Tries [problems, samples, tries, 12] of token ids, at temperature 1, as if each had missed."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode([*prompt(p, mode).split(), "<try>"]) for p in problems])
-    rows = ids.to(device).repeat_interleave(samples, 0)
+    step = ids.to(device).repeat_interleave(samples, 0)
+    again = torch.tensor(encode(["<miss>", "<try>"]), device=device).expand(len(step), 2)
     generator = torch.Generator(device).manual_seed(seed)
-    cache, written, step = None, [], rows
-    for _ in range(_CHAIN):
+    cache, written = None, []
+    for place in range(tries * _CHAIN):
+        if place and place % _CHAIN == 0:
+            step = torch.cat([step, again], 1)
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         step = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
         written.append(step)
-    return torch.cat(written, 1).view(len(problems), samples, _CHAIN).cpu()
+    return torch.cat(written, 1).view(len(problems), samples, tries, _CHAIN).cpu()
 
 
-def lesson_of_guesses(
-    problem: Problem, mode: str, guesses: Tensor, worth: float
-) -> tuple[Flat, list[float], float]:
-    """The flat lesson, a weight for each of its targets, and the share of right guesses.
+@dataclass
+class Weighed:
+    """A record with a weight for each of its sampled tokens, in the order of `flatten`'s targets."""
 
-    Words of a guess weigh its advantage: right (1) or wrong (0) less the mean over the group, as in GRPO
-    (arXiv 2402.03300) without its scale. The verdict, and what follows a miss, are taught as they should
-    have been. Whether to guess at all is taught by the share: below `worth` a guess costs more tokens of
-    the critical path than it saves.
+    record: Record = field(default_factory=Record)
+    weights: list[list[float]] = field(default_factory=list)  # of each piece
+
+    def after(self, piece: int, hi: int | None = None) -> int:
+        self.weights.append([])
+        return self.record.after(piece, hi)
+
+    def put_in(self, piece: int, words: Sequence[str]) -> None:
+        self.record.write(piece, encode(words), sampled=False)
+
+    def teach(self, piece: int, words: Sequence[str], weight: float) -> None:
+        self.record.write(piece, encode(words), sampled=True)
+        self.weights[piece] += [weight] * len(words)
+
+    def flat(self) -> tuple[Flat, list[float]]:
+        return flatten(self.record), [w for piece in self.weights for w in piece]
+
+
+def lesson_of_tries(
+    problem: Problem, mode: str, rows: Tensor, worth: float, rng: random.Random
+) -> tuple[Flat, list[float], list[float]]:
+    """The flat lesson, a weight for each of its targets, and the share of right guesses of each try.
+
+    Words of a guess weigh its advantage: right (1) or wrong (0) less the mean over the samples that came so
+    far, as in GRPO (arXiv 2402.03300) without its scale. Verdicts are taught as they should have been, and
+    whether to try, or to try again, by the share: below `worth`, a guess costs more tokens of the critical
+    path than it saves. After a miss a solution is shown too.
     """
-    record, weights = Record(), []
-    root = record.start(encode(prompt(problem, mode).split()))
+    lesson, samples = Weighed(), len(rows)
+    lesson.weights.append([])
+    root = lesson.record.start(encode(prompt(problem, mode).split()))
+    said = [[[WORDS[i] for i in guess] for guess in row] for row in rows.tolist()]
+    rights = [[verify(problem, " ".join(guess)) for guess in row] for row in said]
     search = "<spawn>" if mode == "parallel" else "#"
-    rights = []
-    for row in guesses.tolist():
-        rights.append(verify(problem, " ".join(WORDS[i] for i in row)))
-    share = sum(rights) / len(rights)
-    decision = "<try>" if share >= worth else search
-    record.write(record.after(root), encode([decision]), sampled=True)
-    weights.append(1.0)
-    for row, right in zip(guesses.tolist(), rights, strict=True):
-        piece = record.after(root)
-        record.write(piece, encode(["<try>"]), sampled=False)
-        record.write(piece, row, sampled=True)
-        weights += [float(right) - share] * len(row)
-        verdict = ["<ok>", "<eos>"] if right else ["<miss>", search]
-        record.write(piece, encode(verdict), sampled=True)
-        weights += [1.0 / len(rights)] * len(verdict)
-    return flatten(record), weights, share
+    here = [(root, len(lesson.record.pieces[root].ids))] * samples
+    left, shares = list(range(samples)), []
+    for k in range(len(said[0])):
+        share = sum(rights[i][k] for i in left) / len(left)
+        shares.append(share)
+        decision = "<try>" if share >= worth else search
+        for i in left if k else left[:1]:  # before the first try all samples are one
+            lesson.teach(lesson.after(*here[i]), [decision], 1.0 if not k else 1.0 / samples)
+        if k:
+            piece = lesson.after(*here[left[0]])
+            lesson.put_in(piece, ["<try>"])
+            solution = a_solution(problem.numbers, problem.target, rng)
+            lesson.teach(piece, format_chain(solution).split(), _SHOWN)
+        for i in left:
+            piece = lesson.after(*here[i])
+            lesson.put_in(piece, ["<try>"])
+            lesson.teach(piece, said[i][k], rights[i][k] - share)
+            lesson.teach(piece, ["<ok>", "<eos>"] if rights[i][k] else ["<miss>"], 1.0 / samples)
+            here[i] = (piece, len(lesson.record.pieces[piece].ids))
+        left = [i for i in left if not rights[i][k]]
+        if not left:
+            break
+    else:
+        for i in left:
+            lesson.teach(lesson.after(*here[i]), [search], 1.0 / samples)
+    return *lesson.flat(), shares
 
 
 def practice(
-    model: Any, step: int, seed: int, span: Range, problems: int, samples: int, worth: float
+    model: Any,
+    step: int,
+    seed: int,
+    span: Range,
+    problems: int,
+    samples: int,
+    tries: int,
+    worth: float,
 ) -> tuple[list[Flat], list[list[float]], float]:
-    """Lessons on the model's own guesses for one step, their weights, and the mean share of right ones."""
+    """Lessons on the model's own tries for one step, their weights, and the share of right first ones."""
     rng = random.Random(f"{seed}/practice/{step}")
     mode = ("parallel", "sequential")[step % 2]
     drawn = [
@@ -78,11 +126,11 @@ def practice(
     ]
     was_training = model.training
     model.eval()
-    guesses = sample_guesses(model, drawn, mode, samples, rng.randrange(1 << 30))
+    rows = sample_tries(model, drawn, mode, samples, tries, rng.randrange(1 << 30))
     model.train(was_training)
     lessons = [
-        lesson_of_guesses(problem, mode, rows, worth)
-        for problem, rows in zip(drawn, guesses, strict=True)
+        lesson_of_tries(problem, mode, own, worth, rng)
+        for problem, own in zip(drawn, rows, strict=True)
     ]
-    share = sum(lesson[2] for lesson in lessons) / len(lessons)
+    share = sum(lesson[2][0] for lesson in lessons) / len(lessons)
     return [lesson[0] for lesson in lessons], [lesson[1] for lesson in lessons], share
