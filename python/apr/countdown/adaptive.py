@@ -51,12 +51,12 @@ class Lessons:
     seed: int = 0
     highest: int = 20
     target: int = 100
-    practice: int = 600  # steps on its own guesses, after the supervised ones
+    practice: int = 850  # steps on its own guesses, after the supervised ones
     practice_rate: float = 0.2  # of the learning rates above, falling to 0
     practice_problems: int = 32  # a step
     practice_samples: int = 6  # of a problem
     tries: int = 3  # guesses of a sample, one after the other
-    worth: float = 0.25  # share of right guesses from which on it should guess
+    worth: float = 0.2  # share of right guesses from which on it should guess
     microbatch: int = 3072  # tokens, padding included
     bfloat16: bool = True
 
@@ -78,7 +78,9 @@ SMOKE = Lessons(
 )
 
 
-def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Flat]:
+def draw_lessons(
+    recipe: Lessons, step: int, held_out: bool = False, decisions: bool = True
+) -> list[Flat]:
     """The rows of one step, from a generator keyed by (seed, step): half the tokens for each mode."""
     rng = random.Random(f"{recipe.seed}/{step}/{held_out}")
 
@@ -88,9 +90,9 @@ def draw_lessons(recipe: Lessons, step: int, held_out: bool = False) -> list[Fla
         span = Range(9, 50) if small else recipe.span
         return draw_problem(rng, count, span, held_out)
 
-    records = [parallel_record(problem(4), rng) for _ in range(recipe.trees)]
+    records = [parallel_record(problem(4), rng, decisions=decisions) for _ in range(recipe.trees)]
     records += [parallel_record(problem(5), rng) for _ in range(recipe.deep_trees)]
-    records += [sequential_record(problem(4), rng) for _ in range(recipe.lines)]
+    records += [sequential_record(problem(4), rng, decisions) for _ in range(recipe.lines)]
     while len(records) < recipe.trees + recipe.deep_trees + recipe.lines + recipe.guesses:
         candidate = problem(4)
         if solutions(candidate) > HARD:
@@ -185,10 +187,11 @@ def _step(
         base = recipe.muon if isinstance(stepper, torch.optim.Muon) else recipe.learning_rate
         for group in stepper.param_groups:
             group["lr"] = base * _rates(recipe, step)
-    flats = draw_lessons(recipe, step)
+    flats = draw_lessons(recipe, step, decisions=step < recipe.steps)
     if step < recipe.steps:
         return *learn(model, recipe, steppers, flats), sum(map(len, flats)), None
-    # The supervised lessons go on beside the guesses, so that nothing else is forgotten.
+    # The supervised lessons go on beside the guesses, so that nothing else is forgotten; when to guess is
+    # for practice to teach.
     count = recipe.trees + recipe.deep_trees + recipe.lines
     flats = flats[:count]
     own, weights, share = practice(

@@ -76,13 +76,19 @@ class _Lesson:
         self.write(piece, ["<ok>", "<eos>"] if right else ["<miss>"])
 
     def spawn(
-        self, piece: int, numbers: tuple[int, ...], target: int, rng: random.Random, children: int
+        self,
+        piece: int,
+        numbers: tuple[int, ...],
+        target: int,
+        rng: random.Random,
+        children: int,
+        decided: bool = True,
     ) -> Chain | None:
         """The block, some of its children, and what the join puts in; returns the chain that comes back.
 
         One of the children finds a solution if any does; the others are random.
         """
-        self.write(piece, ["<spawn>"])
+        self.write(piece, ["<spawn>"], sampled=decided)
         opened = len(self.record.pieces[piece].ids)
         steps = edges(numbers)
         self.write(piece, [f"e{number}" for number, _, _ in steps])
@@ -131,11 +137,11 @@ def _miss(problem: Problem, rng: random.Random) -> Chain | None:
 
 
 def parallel_record(
-    problem: Problem, rng: random.Random, children: int = 2, guesses: Sequence[Chain] = ()
+    problem: Problem, rng: random.Random, children: int = 2, decisions: bool = True
 ) -> Record:
-    """One problem as a tree of lessons on its prompt: right guesses, and a spawn after a miss or at once.
+    """One problem as a tree of lessons on its prompt: a right guess, and a spawn after a miss or at once.
 
-    guesses: the model's own wrong guesses, to learn the verdict on; a random wrong chain by default.
+    decisions: whether it is taught when to guess and when to spawn, or only how.
     """
     lesson = _Lesson()
     root = lesson.record.start(encode(prompt(problem).split()))
@@ -145,17 +151,17 @@ def parallel_record(
             lesson.record.after(root, thread=1),
             problem,
             a_solution(problem.numbers, problem.target, rng),
-            decided=True,
+            decided=decisions,
         )
     if hard and rng.random() < 0.75:
         piece = lesson.record.after(root, thread=2)
     else:
         piece = lesson.record.after(root, thread=2)
-        miss = rng.choice(guesses) if guesses else _miss(problem, rng)
+        miss = _miss(problem, rng)
         if miss is None:
             return lesson.record
-        lesson.guess(piece, problem, miss, decided=not hard)
-    lesson.spawn(piece, problem.numbers, problem.target, rng, children)
+        lesson.guess(piece, problem, miss, decided=decisions and not hard)
+    lesson.spawn(piece, problem.numbers, problem.target, rng, children, decisions)
     lesson.write(piece, ["<eos>"])
     return lesson.record
 
@@ -170,20 +176,21 @@ def guesses_record(problem: Problem, rng: random.Random, branches: int = 3) -> R
     return lesson.record
 
 
-def sequential_record(problem: Problem, rng: random.Random) -> Record:
+def sequential_record(problem: Problem, rng: random.Random, decisions: bool = True) -> Record:
     """The same problem in one line: the guess, then the children's searches one after the other."""
     lesson = _Lesson()
     piece = lesson.record.start(encode(prompt(problem, "sequential").split()))
     hard = solutions(problem) <= HARD
     if not hard and rng.random() < 0.5:
         chain = a_solution(problem.numbers, problem.target, rng)
-        lesson.guess(piece, problem, chain, decided=True)
+        lesson.guess(piece, problem, chain, decided=decisions)
         return lesson.record
     miss = None if hard and rng.random() < 0.75 else _miss(problem, rng)
     if miss is not None:
-        lesson.guess(piece, problem, miss, decided=not hard)
-    for number, step, after in edges(problem.numbers):
-        lesson.write(piece, ["#", f"e{number}", *_step_words(step, after)])
+        lesson.guess(piece, problem, miss, decided=decisions and not hard)
+    for place, (number, step, after) in enumerate(edges(problem.numbers)):
+        lesson.write(piece, ["#"], sampled=decisions or place > 0)
+        lesson.write(piece, [f"e{number}", *_step_words(step, after)])
         words, rest = body((after[0], after[1], after[2]), problem.target)
         lesson.write(piece, words)
         if rest is not None:

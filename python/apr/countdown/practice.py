@@ -23,11 +23,17 @@ _SHOWN = 0.3  # weight of a solution that is shown after a miss, beside the mode
 
 @torch.no_grad()
 def sample_tries(
-    model: Any, problems: Sequence[Problem], mode: str, samples: int, tries: int, seed: int
+    model: Any,
+    problems: Sequence[Problem],
+    modes: Sequence[str],
+    samples: int,
+    tries: int,
+    seed: int,
 ) -> Tensor:
     """Tries [problems, samples, tries, 12] of token ids, at temperature 1, as if each had missed."""
     device = next(model.parameters()).device
-    ids = torch.tensor([encode([*prompt(p, mode).split(), "<try>"]) for p in problems])
+    prompts = [prompt(p, mode) for p, mode in zip(problems, modes, strict=True)]
+    ids = torch.tensor([encode([*text.split(), "<try>"]) for text in prompts])
     step = ids.to(device).repeat_interleave(samples, 0)
     again = torch.tensor(encode(["<miss>", "<try>"]), device=device).expand(len(step), 2)
     generator = torch.Generator(device).manual_seed(seed)
@@ -71,8 +77,8 @@ def lesson_of_tries(
 
     Words of a guess weigh its advantage: right (1) or wrong (0) less the mean over the samples that came so
     far, as in GRPO (arXiv 2402.03300) without its scale. Verdicts are taught as they should have been, and
-    whether to try, or to try again, by the share: below `worth`, a guess costs more tokens of the critical
-    path than it saves. After a miss a solution is shown too.
+    whether to try, or to try again, by the share of right ones among all tries: below `worth`, a guess
+    costs more tokens of the critical path than it saves. After a miss a solution is shown too.
     """
     lesson, samples = Weighed(), len(rows)
     lesson.weights.append([])
@@ -81,13 +87,14 @@ def lesson_of_tries(
     rights = [[verify(problem, " ".join(guess)) for guess in row] for row in said]
     search = "<spawn>" if mode == "parallel" else "#"
     here = [(root, len(lesson.record.pieces[root].ids))] * samples
+    made = [row.index(True) + 1 if True in row else len(row) for row in rights]
+    decision = "<try>" if sum(map(any, rights)) / sum(made) >= worth else search
     left, shares = list(range(samples)), []
     for k in range(len(said[0])):
         share = sum(rights[i][k] for i in left) / len(left)
         shares.append(share)
-        decision = "<try>" if share >= worth else search
         for i in left if k else left[:1]:  # before the first try all samples are one
-            lesson.teach(lesson.after(*here[i]), [decision], 1.0 if not k else 1.0 / samples)
+            lesson.teach(lesson.after(*here[i]), [decision], 1.0 / (len(left) if k else 1))
         if k:
             piece = lesson.after(*here[left[0]])
             lesson.put_in(piece, ["<try>"])
@@ -120,17 +127,18 @@ def practice(
 ) -> tuple[list[Flat], list[list[float]], float]:
     """Lessons on the model's own tries for one step, their weights, and the share of right first ones."""
     rng = random.Random(f"{seed}/practice/{step}")
-    mode = ("parallel", "sequential")[step % 2]
     drawn = [
         draw_problem(rng, 4, Range(9, 50) if rng.random() < 0.2 else span) for _ in range(problems)
     ]
+    # Both modes in every step: a step of one alone would pull the other's decisions along.
+    modes = [("parallel", "sequential")[i % 2] for i in range(problems)]
     was_training = model.training
     model.eval()
-    rows = sample_tries(model, drawn, mode, samples, tries, rng.randrange(1 << 30))
+    rows = sample_tries(model, drawn, modes, samples, tries, rng.randrange(1 << 30))
     model.train(was_training)
     lessons = [
         lesson_of_tries(problem, mode, own, worth, rng)
-        for problem, own in zip(drawn, rows, strict=True)
+        for problem, mode, own in zip(drawn, modes, rows, strict=True)
     ]
     share = sum(lesson[2][0] for lesson in lessons) / len(lessons)
     return [lesson[0] for lesson in lessons], [lesson[1] for lesson in lessons], share
