@@ -128,12 +128,11 @@ class _Lesson:
         self.write(piece, [*_found(None if rest is None else (step, *rest)), "<eos>"])
 
 
-def _miss(problem: Problem, rng: random.Random) -> Chain | None:
-    for _ in range(20):
-        chain = a_chain(problem.numbers, rng)
-        if chain[-1][3] != problem.target:
-            return chain
-    return None
+def _misses(problem: Problem, rng: random.Random, decisions: bool) -> list[Chain]:
+    """Wrong chains to begin with: one, or up to three where the lesson leaves open how often to try."""
+    count = 1 if decisions else rng.choice((1, 1, 2, 3))
+    drawn = [a_chain(problem.numbers, rng) for _ in range(20)]
+    return [chain for chain in drawn if chain[-1][3] != problem.target][:count]
 
 
 def parallel_record(
@@ -157,10 +156,11 @@ def parallel_record(
         piece = lesson.record.after(root, thread=2)
     else:
         piece = lesson.record.after(root, thread=2)
-        miss = _miss(problem, rng)
-        if miss is None:
+        misses = _misses(problem, rng, decisions)
+        if not misses:
             return lesson.record
-        lesson.guess(piece, problem, miss, decided=decisions and not hard)
+        for miss in misses:
+            lesson.guess(piece, problem, miss, decided=decisions and not hard)
     lesson.spawn(piece, problem.numbers, problem.target, rng, children, decisions)
     lesson.write(piece, ["<eos>"])
     return lesson.record
@@ -185,9 +185,9 @@ def sequential_record(problem: Problem, rng: random.Random, decisions: bool = Tr
         chain = a_solution(problem.numbers, problem.target, rng)
         lesson.guess(piece, problem, chain, decided=decisions)
         return lesson.record
-    miss = None if hard and rng.random() < 0.75 else _miss(problem, rng)
-    if miss is not None:
-        lesson.guess(piece, problem, miss, decided=decisions and not hard)
+    if not (hard and rng.random() < 0.75):
+        for miss in _misses(problem, rng, decisions):
+            lesson.guess(piece, problem, miss, decided=decisions and not hard)
     for place, (number, step, after) in enumerate(edges(problem.numbers)):
         lesson.write(piece, ["#"], sampled=decisions or place > 0)
         lesson.write(piece, [f"e{number}", *_step_words(step, after)])
