@@ -304,24 +304,30 @@ def shipped():
 
 
 def test_the_shipped_model_decides_by_itself(shipped):
-    """The bars of docs/adaptive.md on fresh held-out problems, within four standard errors of 120 of them."""
+    """What docs/adaptive.md says of fresh held-out problems, within four standard errors of 60 hard and 60 easy."""
     model, tokenizer = shipped
     rng = random.Random(99)
-    problems = [draw_problem(rng, 4, Range(20, 100), held_out=True) for _ in range(120)]
+    hard, easy = [], []
+    while len(hard) < 60 or len(easy) < 60:
+        problem = draw_problem(rng, 4, Range(20, 100), held_out=True)
+        count = search.solutions(problem)
+        stratum = hard if count <= HARD else easy if count >= EASY else []
+        if len(stratum) < 60:
+            stratum.append(problem)
     with apr.Session(model, max_tokens=1 << 17, page_size=16) as session:
-        found = solve(session, tokenizer, problems)
+        found = {"hard": solve(session, tokenizer, hard), "easy": solve(session, tokenizer, easy)}
         assert session.stats.used_pages == 0
 
-    def share(items):
-        return sum(items) / len(items)
+    def share(stratum, what):
+        return sum(what(s) for s in found[stratum]) / len(found[stratum])
 
-    right = share([s.right for s in found])
-    assert right > 0.80 - 4 * (0.8 * 0.2 / 120) ** 0.5
-    hard = [s.outcome for s in found if search.solutions(s.problem) <= HARD]
-    easy = [s.outcome for s in found if search.solutions(s.problem) >= EASY]
-    assert share([o.threads > 0 for o in hard]) > 0.9 - 4 * (0.09 / len(hard)) ** 0.5
-    assert share([o.threads > 0 for o in easy]) < 1 / 3 + 4 * (0.22 / len(easy)) ** 0.5
-    assert share([o.threads for o in hard]) > 2 * share([o.threads for o in easy])
+    for stratum in found:
+        assert share(stratum, lambda s: s.right) > 0.97 - 4 * (0.97 * 0.03 / 60) ** 0.5
+    spawns = {name: share(name, lambda s: s.outcome.threads > 0) for name in found}
+    assert spawns["hard"] > 0.9 - 4 * (0.9 * 0.1 / 60) ** 0.5
+    assert spawns["easy"] < spawns["hard"] - 0.2
+    children = {name: share(name, lambda s: s.outcome.threads) for name in found}
+    assert children["hard"] > 1.3 * children["easy"]
 
 
 def test_five_numbers_nest_within_their_budget(shipped):

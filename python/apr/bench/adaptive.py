@@ -227,7 +227,7 @@ def _nested(session: apr.Session, tokenizer: Any, count: int) -> dict[str, Any]:
 def bench_adaptive(options: argparse.Namespace) -> Iterator[Figure]:
     """Markdown tables on standard output; a figure for each arm, with its curve, for the picture."""
     model, tokenizer = hf.load(str(countdown.ADAPTIVE), dtype=torch.float32)
-    count = 6 if options.smoke else 600
+    count = 6 if options.smoke else 400
     widths = (1, 2) if options.smoke else (1, 2, 4)
     with apr.Session(model, max_tokens=1 << 19, page_size=16) as session:
         for span, values in RANGES.items():

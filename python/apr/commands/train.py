@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("countdown-model"), help="folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, help="optimiser steps; the shipped model's by default")
+    parser.add_argument(
+        "--practice", type=int, help="then so many steps on its own tries (countdown); 0 by default"
+    )
     parser.add_argument("--rows", type=int, help="rows of a step (guess)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a minute's worth, to see it run")
@@ -30,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     given = {k: getattr(options, k) for k in ("steps", "seed") if getattr(options, k) is not None}
     if options.task == "countdown":
+        if options.practice is not None:
+            given["practice"] = options.practice
         lessons = adaptive.SMOKE if options.smoke else adaptive.Lessons()
         lessons = dataclasses.replace(lessons, **given)
         every = max(1, lessons.steps // 55)

@@ -51,7 +51,7 @@ class Lessons:
     seed: int = 0
     highest: int = 20
     target: int = 100
-    practice: int = 1050  # steps on its own guesses, after the supervised ones
+    practice: int = 0  # steps on its own tries, after the supervised ones
     practice_rate: float = 0.2  # of the learning rates above, falling to 0
     practice_problems: int = 32  # a step
     practice_samples: int = 6  # of a problem
