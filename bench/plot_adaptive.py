@@ -63,7 +63,7 @@ def main(source: Path, picture: Path) -> None:
         line[0].legend(frameon=False, fontsize=8)
         for axes in line:
             axes.grid(alpha=0.3)
-            axes.set_ylim(0, 100)
+            axes.set_ylim(0, 105)
     figure.savefig(picture, dpi=110)
 
 
