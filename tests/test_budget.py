@@ -11,7 +11,7 @@ import pytest
 import apr
 import scripted
 from apr import Budget, WidthCurve, protocols
-from test_protocols import SCRIPTS
+from protocol_scripts import SCRIPTS
 
 
 def curve(*seconds):

@@ -18,7 +18,7 @@ from apr import protocols
 from apr.record import Record, Seen
 from apr.training import collate, flatten, microbatches
 from models import CLOSE, FAR, distance, stock
-from test_protocols import SCRIPTS
+from protocol_scripts import SCRIPTS
 
 
 @st.composite
