@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import apr
 import models
+import scripted
 from apr import _core
 from kernel_cases import GPUS, SETS, emulate
 
@@ -80,3 +82,21 @@ def pytest_collection_finish(session):
 def pytest_terminal_summary(terminalreporter):
     for number, names in sorted(terminalreporter.config.stash.get(_TRAPS, {}).items()):
         terminalreporter.write_line(f"trap {number:2}: {', '.join(names)}")
+
+
+@pytest.fixture(scope="module")
+def tok():
+    """A byte-level tokenizer that can spell every control word."""
+    return scripted.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def net(tok):
+    """A tiny random Llama over it; what it writes is scripted."""
+    return scripted.model(tok)
+
+
+@pytest.fixture
+def session(net):
+    with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
+        yield s

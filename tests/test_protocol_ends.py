@@ -9,31 +9,9 @@ import pytest
 import apr
 import scripted
 from apr import Budget, protocols
-from models import CLOSE
 from protocol_scripts import GUIDE, SCRIPTS, kid
 
 NPR = protocols.npr
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return scripted.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def net(tok):
-    return scripted.model(tok)
-
-
-@pytest.fixture
-def session(net):
-    with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
-        yield s
-
-
-def check(net, outcome, logits):
-    """The record is what the runtime did, whatever the limit was."""
-    assert max(scripted.distances(net, outcome, logits).values()) < CLOSE
 
 
 # ---- ways to end a block --------------------------------------------------------------------------
@@ -53,20 +31,20 @@ def test_the_first_success_cancels_the_rest(session, tok, net):
     assert [c.finish for c in outcome.root.children] == ["end", "cancelled"]
     winner = outcome.root.children[0].sampled
     assert outcome.critical_path_tokens == outcome.root.sampled + winner
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
     neither = script | {kid(2): "nor here</step>"}
     outcome, logits = scripted.play(session, tok, "Q", grammar, neither)
     assert outcome.text == GUIDE + "\nnoso"  # one stands for all that failed
     slowest = max(c.sampled for c in outcome.root.children)
     assert outcome.critical_path_tokens == outcome.root.sampled + slowest
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_nothing_returns(session, tok, net):
     grammar = dataclasses.replace(NPR, returns="nothing")
     outcome, logits = scripted.play(session, tok, "Q", grammar, SCRIPTS["npr"][0])
     assert outcome.text == GUIDE + "\n\n<takeaway>\nok</takeaway>"
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_samples_repeat_and_siblings_differ(session, tok):

@@ -11,31 +11,9 @@ from transformers import LogitsProcessor
 import apr
 import scripted
 from apr import Budget, protocols
-from models import CLOSE
 from protocol_scripts import GUIDE, SCRIPTS, kid
 
 NPR = protocols.npr
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return scripted.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def net(tok):
-    return scripted.model(tok)
-
-
-@pytest.fixture
-def session(net):
-    with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
-        yield s
-
-
-def check(net, outcome, logits):
-    """The record is what the runtime did, whatever the limit was."""
-    assert max(scripted.distances(net, outcome, logits).values()) < CLOSE
 
 
 def guide(*labels):
@@ -51,7 +29,7 @@ def test_no_outlines_closes_the_block_at_once(session, tok, net):
     )
     assert outcome.text == "<guideline>nothing</guideline>\n\n<takeaway>\nso</takeaway>"
     assert outcome.threads == 0 and "without outlines" in outcome.events[0]
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_a_thousand_outlines_wait_in_line(session, tok, net):
@@ -70,7 +48,7 @@ def test_gaps_and_duplicates_are_taken_as_written(session, tok, net):
     outcome, logits = scripted.play(session, tok, "Q", NPR, script)
     assert [c.outline for c in outcome.root.children] == ["2", "2", "7"]
     assert [c.text for c in outcome.root.children] == ["x1", "x2", "x3"]
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 @pytest.mark.parametrize("grammar", ["npr", "threadweaver", "multiverse"])
@@ -82,14 +60,14 @@ def test_a_child_that_ends_the_whole_answer_ends_itself(grammar, session, tok, n
     assert (first.finish, first.text) == ("eos", "gone")
     assert f" gone{protocols.PRESETS[grammar].end}" in outcome.text and "<eos>" not in outcome.text
     assert outcome.finish == "eos"
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_eos_inside_a_head_ends_the_thread(session, tok, net):
     outcome, logits = scripted.play(session, tok, "Q", NPR, {(): "<guideline><plan>1: a</plan>"})
     assert outcome.finish == "eos" and outcome.threads == 0
     assert "never launched" in outcome.events[0]
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_stray_words_are_text(session, tok, net):
@@ -97,14 +75,14 @@ def test_stray_words_are_text(session, tok, net):
     outcome, logits = scripted.play(session, tok, "Q", NPR, {(): text, kid(1): "k</step>"})
     assert outcome.threads == 1 and outcome.finish == "eos"
     assert any("inside the head" in event for event in outcome.events)
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_a_promise_that_is_never_collected_is_joined_at_the_end(session, tok, net):
     script = {(): 'a<promise tokens="9"/>b', kid(1): "long enough to outlive its parent</async>"}
     outcome, logits = scripted.play(session, tok, "Q", protocols.pasta, script)
     assert outcome.text == 'a<promise tokens="9"/><async>long enough to outlive its parent</async>b'
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_a_token_may_end_one_word_and_begin_the_next(net):
@@ -126,7 +104,7 @@ def test_a_token_may_end_one_word_and_begin_the_next(net):
             outcome, logits = scripted.play(session, tok, "Q", grammar, script)
             assert [c.text for c in outcome.root.children] == ["a", "b"][:children]
             assert outcome.finish == "eos"
-            check(net, outcome, logits)
+            scripted.check(net, outcome, logits)
 
 
 def test_an_empty_promise_does_not_disturb_those_that_are_out(session, tok, net):
@@ -134,7 +112,7 @@ def test_an_empty_promise_does_not_disturb_those_that_are_out(session, tok, net)
     outcome, logits = scripted.play(session, tok, "Q", protocols.pasta, script)
     assert outcome.threads == 1 and "without outlines" in outcome.events[0]
     assert outcome.text == 'go <promise tokens="20"/><async>one</async>x<promise/>y'
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 def test_a_promise_of_any_size(session, tok, net):
@@ -162,7 +140,7 @@ def test_an_end_word_that_is_the_eos(session, tok, net):
     script = {(): GUIDE + "so", kid(1): "a", kid(2): "bc"}
     outcome, logits = scripted.play(session, tok, "Q", grammar, script)
     assert [(c.text, c.finish) for c in outcome.root.children] == [("a", "end"), ("bc", "end")]
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 # ---- limits ---------------------------------------------------------------------------------------
@@ -236,7 +214,7 @@ def test_depth_reads_a_forced_opening_as_text(session, tok, net):
     assert outcome.depth == 1 and outcome.threads == 2
     assert "keeps it closed" in outcome.events[0]
     assert outcome.root.children[0].text == GUIDE + "x"
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -253,7 +231,7 @@ def test_threads_wait_in_line_and_never_block_each_other(threads, session, tok, 
     assert max(map(len, steps[free.critical_path_tokens :])) == threads
     if threads == 1:
         assert outcome.critical_path_tokens == outcome.total_tokens
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 @pytest.mark.parametrize("grammar", ["npr", "threadweaver", "parallel_r1", "recursive"])
@@ -264,7 +242,7 @@ def test_a_child_that_never_ends_is_ended(grammar, session, tok, net):
     endless = outcome.root.children[1 if grammar != "recursive" else 0]
     assert (endless.finish, endless.sampled, endless.text) == ("length", 120, "z" * 120)
     assert outcome.finish == "eos" and "z" * 120 in outcome.text
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +261,7 @@ def test_a_request_ends_at_its_limit(limit, budget, session, tok, net):
     assert outcome.total_tokens < 5000
     if limit == "tokens":
         assert 90 <= outcome.total_tokens < 90 + 3  # a step of all threads is the grain
-    check(net, outcome, logits)
+    scripted.check(net, outcome, logits)
     outcome.thread.release()
     assert session.stats.used_pages == 0
     with pytest.raises(apr.BudgetExceeded, match=limit):

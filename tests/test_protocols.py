@@ -20,22 +20,6 @@ from protocol_scripts import OTHERS, SCRIPTS, kid
 from token_loop import Row, TokenLoop
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return scripted.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def net(tok):
-    return scripted.model(tok)
-
-
-@pytest.fixture
-def session(net):
-    with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
-        yield s
-
-
 def grammar_of(name):
     preset = protocols.PRESETS[name]
     return dataclasses.replace(preset, width=3) if name == "parathinker" else preset

@@ -110,16 +110,6 @@ def test_32k_tokens_without_a_dense_mask():
     assert peak < 64 << 20
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return scripted.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def net(tok):
-    return scripted.model(tok)
-
-
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_the_loss_counts_what_was_sampled_and_nothing_else(name, tok, net):
     with apr.Session(net, max_tokens=1 << 14, page_size=16) as session:
