@@ -19,7 +19,7 @@ _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.1, torc
 
 def _stock(session: Session, tokens: list[int]) -> Tensor:
     ids = torch.tensor([tokens], device=session.spec.device)
-    with session.attachment.stock(), torch.no_grad():
+    with torch.no_grad():
         logits: Tensor = session.model(input_ids=ids, use_cache=False).logits[0, -1]
     return logits.float()
 

@@ -2,91 +2,123 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from apr import ops
-from apr.errors import Error, InvalidInput, UnsupportedModel
-from apr.hf import PackedForward
-from apr.interface import start_running, stop_running
+from apr.cache_call import Call, common_columns, hide, read_call
+from apr.cache_forward import BatchForward, Step
+from apr.compatibility import cache_of, describe
+from apr.errors import InvalidInput, UnsupportedModel
+from apr.probe import counts_padding
 from apr.session import Session
 from apr.thread import Thread
 
 
-class _BatchForward(PackedForward):
-    """Attention of a [batch, tokens] forward whose real tokens are the plan's rows.
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """What transformers asks of a layer; keys and values lie in the session's pool."""
 
-    rows: [plan rows] flat index batch * tokens + token of each plan row; copies: batch rows whose output is
-    another row's, because their tokens are the same.
-    """
+    is_croppable = True
 
-    def __init__(
-        self, session: Session, plan: ops.Plan, rows: Tensor, copies: list[tuple[int, int]]
-    ) -> None:
-        super().__init__(session.spec, session.pools, plan, session.attachment.owner)
-        self._rows, self._copies = rows, copies
+    def __init__(self, cache: Cache, index: int, is_sliding: bool) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding
+        self._cache, self._index = weakref.ref(cache), index
 
-    def attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
-    ) -> Tensor:
-        batch, heads, tokens, _ = q.shape
-        packed = [x.transpose(1, 2).flatten(0, 1)[self._rows] for x in (q, k, v)]
-        out = self.attend_rows(module, packed[0], packed[1], packed[2], scale, options)
-        full = out.new_zeros(batch * tokens, heads, out.shape[2])
-        full[self._rows] = out
-        full = full.view(batch, tokens, heads, -1)
-        for copy, original in self._copies:
-            full[copy] = full[original]
-        return full
+    @property
+    def _owner(self) -> Cache:
+        cache = self._cache()
+        assert cache is not None, "a layer without its cache"
+        return cache
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the pool is there from the start."""
 
-class _Step:
-    """What one forward has to undo or confirm."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._owner.update(key_states, value_states, self._index)
 
-    def __init__(self, core: Any, threads: list[Thread], queued: dict[Thread, int], width: int):
-        self.core, self.threads, self.queued, self.width = core, threads, queued, width
-        self.owners: list[int] = []  # batch row -> index in threads
-        self.appended: dict[Thread, int] = {}  # tokens of this call, to trim where it fails
-        self.forward: _BatchForward | None = None
-        self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._owner.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        return self._owner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 class Cache(transformers.Cache):  # type: ignore[misc]
     """A cache for `generate()` and for loops that call `model(..., past_key_values=cache)`.
 
-    Rows of the first call whose tokens are equal (`num_return_sequences`) become forks of one thread: their
-    prompt is stored once. Left padding is not stored at all. `threads` are the rows, to fork or join
-    after. Beams, assisted generation and cropping are refused. Close it, or let it go, to free its pages.
+    Rows of the first call that are equal in every argument (`num_return_sequences`, beams) become forks of one
+    thread: their prompt is stored once; `share_rows=False` leaves them apart. Padding is not stored. `threads`
+    are the rows, to fork or join after. A `generate()` is given its whole prompt: what it has in common with
+    the stored text is kept, the rest is trimmed. `copy.deepcopy(cache)` forks its threads in the same session.
+    Other arguments are those of `apr.Session`. Close it, or let it go, to free its pages.
     """
 
     is_compileable = False
 
-    def __init__(self, model: Any, max_tokens: int | None = None, **session_options: Any) -> None:
-        super().__init__(layers=[])
-        self.session = Session(model, max_tokens, **session_options)
+    def __init__(
+        self,
+        model: Any,
+        max_tokens: int | None = None,
+        *,
+        share_rows: bool = True,
+        **session_options: Any,
+    ) -> None:
+        session = Session(model, max_tokens, **session_options)
+        self._open(session, weakref.WeakSet(), share_rows)
+
+    def _open(self, session: Session, sharers: weakref.WeakSet[Cache], share_rows: bool) -> None:
+        windows = [layer.window or layer.chunk for layer in session.spec.layers]
+        super().__init__(layers=[_Layer(self, i, w is not None) for i, w in enumerate(windows)])
+        self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
-        self._length = 0
-        self._step: _Step | None = None
+        self._stored = torch.zeros(0, 0, dtype=torch.bool)  # [batch, length]: places that are no padding
+        self._step: Step | None = None
+        self._begun = False  # a generate() has begun, and fed nothing yet
+        self._embedded = False  # some stored tokens came as embeddings, images or the like
+        self._counts_padding: bool | None = None
+        self._sharers = sharers  # caches on the same session; the last one to close closes it
+        sharers.add(self)
+        self._hook(session.attachment.model)
+
+    def _hook(self, model: Any) -> None:
         me = weakref.ref(self)  # the model must not keep the cache alive
+        parameters = [
+            p.name
+            for p in inspect.signature(model.forward).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
 
-        def before(module: Any, args: Any, kwargs: Any) -> Any:
+        # torch calls a hook without `kwargs` while another Python thread is registering or removing it.
+        def before(module: Any, args: Any, kwargs: Any = None) -> Any:
             cache = me()
-            if cache is None:
+            if cache is None or kwargs is None:
                 return None
+            arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
             cache._abandon()
-            mine = kwargs.get("past_key_values") is cache
-            return cache._before(args, kwargs) if mine else None
+            if cache_of(arguments) is not cache:
+                cache._check_dropped(arguments)
+                return None
+            return (), cache._before(module, arguments)
 
-        def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        def after(module: Any, args: Any, *rest: Any) -> None:
             cache = me()
-            if cache is not None and cache._step is not None:
-                cache._after(output is not None)
+            if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache and cache._step:
+                cache._after(rest[1] is not None)
 
         self._hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
@@ -99,160 +131,199 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             self._after(False)
 
     def close(self) -> None:
-        """Free the pages and give the model back; safe to call twice."""
-        self._abandon()
+        """Free the pages; safe to call twice."""
+        if self._step is not None:
+            self._after(False)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._sharers.discard(self)
+        if not self._sharers:
+            self.session.close()
+        else:
+            self._release(self.threads)
         self.threads = []
-        self.session.close()
 
     def __del__(self) -> None:
         if getattr(self, "_hooks", None):
             self.close()
 
+    def _release(self, threads: Sequence[Thread]) -> None:
+        for thread in threads:
+            if thread.alive:
+                thread.release()
+
     # ---- around a forward -----------------------------------------------------------------------
 
-    def _before(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise InvalidInput("apr.Cache: got inputs_embeds; expected input_ids")
-        batch, width = ids.shape
-        if self.threads and batch != len(self.threads):
+    def _check_dropped(self, arguments: dict[str, Any]) -> None:
+        """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
+        ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
+        if limit is None or ids is None or cache_of(arguments) is not None or self._step is not None:
+            return
+        if ids.shape[1] > limit and (self._begun or self._length == limit):
+            self.session.spec.check_position(ids.shape[1] - 1)
+
+    def _before(self, module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        session = self.session
+        if self._step is not None:
             raise InvalidInput(
-                f"apr.Cache: got {batch} rows; expected {len(self.threads)}, as in the call before; "
-                "call reset() to start anew"
+                "apr.Cache: another Python thread is inside of a forward with this cache; take turns, or "
+                "copy.deepcopy(cache) for each"
             )
+        if module is not session.attachment.model:
+            raise InvalidInput(
+                "apr.Cache: got a copy of the model that it was made for; make one with apr.Cache(copy)"
+            )
+        session.attachment.check_unchanged("call cache.reset() and feed the text again")
+        self._notice_edits()
+        begun, self._begun = self._begun, False
+        call = read_call(arguments, self._length, begun)
+        step = Step(self.threads, self._stored)
+        try:
+            self._arrange(call, step)
+            self._run_from(call, step)
+        except BaseException:
+            self._undo(step)
+            raise
+        self._step = step
+        return call.arguments
+
+    def _notice_edits(self) -> None:
+        """Follow what the user did to the threads between two calls: trims, and steps of the session."""
         if any(thread.queued for thread in self.threads):
             raise InvalidInput(
                 "apr.Cache: its threads have tokens of yours queued; run them with "
                 "cache.session.step(cache.threads), or trim them, before the next call"
             )
-        valid = self._valid(ids, kwargs.get("attention_mask"))
-        step = self._queue(ids, valid)
-        try:
-            if not step.core.next() or step.core.plan.num_rows != sum(step.queued.values()):
-                raise Error("apr.Cache: the step is not the batch; please report this")
-            plan = ops.Plan(step.core.plan, invariant=self.session.invariant)
-            rows, copies = self._layout(step, valid, width)
-            kwargs["position_ids"] = self._positions(
-                plan, rows, copies, valid, kwargs.get("position_ids")
-            )
-            for pool in self.session.pools if step.core.plan.num_copies else ():
+        lengths = [len(thread) for thread in self.threads]
+        if lengths == self._stored.sum(1).tolist():
+            return
+        rows = []
+        for had, length in zip(self._stored, lengths, strict=True):
+            end = int((had.cumsum(0) <= length).sum())
+            row = had[:end] if length < int(had.sum()) else had
+            # Padding behind the last token that is left tells nothing.
+            row = row[: int(row.nonzero()[-1]) + 1] if bool(row.any()) else row[:0]
+            more = torch.ones(length - int(row.sum()), dtype=torch.bool)
+            rows.append(torch.cat([row, more]))
+        self._stored = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def _arrange(self, call: Call, step: Step) -> None:
+        """Make the threads those of the call's rows, with the past that it sees; nothing is queued yet."""
+        batch = call.ids.shape[0]
+        if call.whole and self.threads:
+            self._rewind(call, step)
+        if step.threads and batch != len(step.threads):
+            times, rest = divmod(batch, len(step.threads))
+            if rest:
+                raise InvalidInput(
+                    f"apr.Cache: got {batch} rows; expected {len(step.threads)}, as in the call before, or a "
+                    "multiple (samples of each); call reset() to start anew"
+                )
+            step.replace([kid for thread in step.threads for kid in thread.fork(times)])
+            step.stored = step.stored.repeat_interleave(times, 0)
+        if step.threads and not torch.equal(call.past, step.stored):
+            step.trim(hide(step.threads, step.stored, call.past))
+        call.positions = self._positions(call)
+        self.session.spec.check_position(int(call.positions.max()))
+
+    def _rewind(self, call: Call, step: Step) -> None:
+        """Keep what the whole prompt has in common with what is stored."""
+        rows, batch = len(step.threads), call.ids.shape[0]
+        extras = call.extras()
+        if batch % rows or extras or call.positions is None:
+            if self._embedded and not extras and not batch % rows:
+                raise InvalidInput(
+                    "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; feed "
+                    "the new tokens alone with the whole attention_mask, or call reset()"
+                )
+            step.replace([])
+            step.stored = self._stored[:0, :0]
+            return
+        if batch != rows:
+            step.replace([k for thread in step.threads for k in thread.fork(batch // rows)])
+        columns, kept = common_columns(call, step.threads)
+        step.trim(kept)
+        call.cut(columns)
+        step.stored = call.past
+
+    def _positions(self, call: Call) -> Tensor:
+        """[batch, width] positions: those given, or those that the model would give."""
+        if call.positions is not None:
+            return call.positions
+        places = torch.arange(call.width) + call.past.shape[1]
+        if bool(call.real.all()) and bool(call.past.all()):
+            return places.expand_as(call.ids)
+        if self._counts_padding is None:
+            self._counts_padding = counts_padding(self.session.attachment.model)
+        if self._counts_padding:
+            return places.expand_as(call.ids)
+        everything = torch.cat([call.past, call.real], 1).long()
+        counted = (everything.cumsum(1) - 1).clamp_min(0)
+        return counted[:, call.past.shape[1] :]
+
+    def _run_from(self, call: Call, step: Step) -> None:
+        """Queue the call's tokens and start the forward that runs them."""
+        session = self.session
+        if not step.threads:
+            keys = call.keys() if self.share_rows else list(range(call.ids.shape[0]))
+            step.make_threads(session, call, keys)
+        step.queue(session, call)
+        plan = None
+        if step.queued:
+            step.core = session._begin(list(step.queued), step_tokens=1 << 40)
+            step.core.next()
+            plan = ops.Plan(step.core.plan, invariant=session.invariant)
+            for pool in session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
-            kwargs["use_cache"] = True
-            step.forward = _BatchForward(self.session, plan, rows, copies)
-            start_running(step.forward)
-        except BaseException:
-            self._undo(step)
-            raise
-        self._step = step
-        return args, kwargs
-
-    def _valid(self, ids: Tensor, mask: Any) -> Tensor:
-        """[batch, width] real tokens of this call."""
-        if mask is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
-            raise InvalidInput(
-                "apr.Cache: got an attention_mask that is not [batch, tokens]; expected the 2-D padding "
-                "mask of the tokenizer"
-            )
-        now = mask[:, -ids.shape[1] :].bool()
-        if bool((now[:, :-1] & ~now[:, 1:]).any()) or not bool(now[:, -1].all()):
-            raise InvalidInput(
-                "apr.Cache: got padding on the right or inside; expected left padding: "
-                'set tokenizer.padding_side = "left"'
-            )
-        return now
-
-    def _queue(self, ids: Tensor, valid: Tensor) -> _Step:
-        """Queue every row's tokens on its thread; equal rows of a first call share one."""
-        session, texts = self.session, []
-        for row, real in zip(ids.tolist(), valid.tolist(), strict=True):
-            texts.append(tuple(t for t, r in zip(row, real, strict=True) if r))
-        owners, threads = list(range(len(texts))), list(self.threads)
-        made: list[Thread] = []
-        try:
-            if not threads:
-                first: dict[tuple[int, ...], int] = {}
-                owners = [first.setdefault(text, len(first)) for text in texts]
-                for i, text in enumerate(first):
-                    made.append(session.thread(text, request=i))
-                threads = made
-            else:
-                for thread, text in zip(threads, texts, strict=True):
-                    thread.extend(text)
-            core = session._begin(threads, step_tokens=1 << 40)
-        except BaseException:
-            for thread, text in zip(self.threads, texts, strict=False):
-                thread.trim(len(thread) - min(thread.queued, len(text)))
-            raise
-        step = _Step(core, threads, {t: t.queued for t in threads}, ids.shape[1])
-        step.owners = owners
-        if self.threads:
-            step.appended = dict(zip(threads, map(len, texts), strict=True))
-        return step
-
-    def _layout(
-        self, step: _Step, valid: Tensor, width: int
-    ) -> tuple[Tensor, list[tuple[int, int]]]:
-        lead: dict[int, int] = {}
-        copies = []
-        for row, owner in enumerate(step.owners):
-            if owner in lead:
-                copies.append((row, lead[owner]))
-            lead.setdefault(owner, row)
-        rows = [
-            torch.arange(width, device=valid.device)[valid[lead[i]]] + lead[i] * width
-            for i in range(len(step.threads))
-        ]
-        return torch.cat(rows), copies
-
-    def _positions(
-        self,
-        plan: ops.Plan,
-        rows: Tensor,
-        copies: list[tuple[int, int]],
-        valid: Tensor,
-        given: Tensor | None,
-    ) -> Tensor:
-        """Position ids [batch, width] as the threads write; what the caller passed must agree."""
-        ours = torch.zeros(valid.numel(), dtype=torch.long, device=valid.device)
-        ours[rows] = torch.from_numpy(plan.core.positions).to(valid.device)
-        ours = ours.view(valid.shape)
-        for copy, original in copies:
-            ours[copy] = ours[original]
-        if given is not None and bool((given.expand_as(ours) != ours)[valid].any()):
-            raise InvalidInput(
-                "apr.Cache: got position_ids that do not count each row's real tokens from 0; leave "
-                "position_ids out, or use an apr.Session for views of your own"
-            )
-        return ours
+        step.extras = bool(call.extras())
+        step.now = call.real
+        arguments, device = call.arguments, session.spec.device
+        arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
+        arguments["use_cache"] = True
+        step.forward = BatchForward(session, plan, step, call)
+        step.forward.start()
 
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
-        assert step is not None
-        if step.forward is not None:
-            stop_running(step.forward)
-        if not finished:
+        assert step is not None and step.forward is not None
+        step.forward.stop()
+        complete = not finished or step.forward.is_complete
+        if not finished or not complete:
             self._undo(step)
+        if not complete:
+            raise UnsupportedModel(
+                "apr.Cache: a forward made other attention calls than the probe saw: a module was replaced "
+                "after the cache was made; make a new one"
+            )
+        if not finished:
             return
-        self.session._end(step.core, commit=True)
-        self._length += step.width
-        if not self.threads:
-            kids: list[list[Thread]] = []
-            for i, thread in enumerate(step.threads):
-                count = step.owners.count(i)
-                kids.append(thread.fork(count) if count > 1 else [thread])
-            self.threads = [kids[owner].pop(0) for owner in step.owners]
+        if step.core is not None:
+            self.session._end(step.core, commit=True)
+        self.threads = step.finish()
+        self._embedded = self._embedded or step.extras
+        self._stored = torch.cat([step.stored, step.now], 1)
 
-    def _undo(self, step: _Step) -> None:
-        self.session._end(step.core, commit=False)
-        for thread, appended in step.appended.items():
-            thread.trim(len(thread) - appended)
+    def _undo(self, step: Step) -> None:
+        if step.core is not None:
+            self.session._end(step.core, commit=False)
+        step.undo()
 
     # ---- transformers' side ---------------------------------------------------------------------
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        """generate() marks a cache that it is given before it asks how much to leave out of the prompt: nothing,
+        so that the whole prompt comes and is compared with what is stored."""
+        self._begun = value
+
+    @property
+    def _length(self) -> int:
+        return self._stored.shape[1]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -260,48 +331,91 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """Nothing is stored here: the attention function stores what it is given."""
         if self._step is None:
             raise UnsupportedModel(
-                "apr.Cache was passed to a model other than the one it was made for; make one with "
-                "apr.Cache(model)"
+                "apr.Cache: no hook of it ran before this forward. Pass it to the model that it was made "
+                f"for, as past_key_values (or cache), and not to a part of it; this is {describe()}"
             )
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Places that are stored or padding; 0 from the beginning of a generate() to its first forward."""
+        if self._step is not None:
+            return self._step.stored.shape[1]
+        if self._begun:
+            return 0
+        self._notice_edits()
         return self._length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._length
+        return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def __len__(self) -> int:
-        return len(self.session.spec.layers)
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.threads)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.threads) or -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
 
     def reset(self) -> None:
-        """Forget everything; the next call starts anew."""
+        """Forget everything, and take the model as it is now; the next call starts anew."""
         self._abandon()
-        for thread in self.threads:
-            thread.release()
-        self.threads, self._length = [], 0
+        self._release(self.threads)
+        self.threads, self._embedded, self._begun = [], False, False
+        self._stored = torch.zeros(0, 0, dtype=torch.bool)
+        if len(self._sharers) == 1:
+            self.session.refresh()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` places of every row; nothing is copied."""
+        if tokens_to_remove > 0:
+            raise InvalidInput(
+                f"crop: got {tokens_to_remove}; expected the number of tokens to remove as a negative number"
+            )
+        self._notice_edits()
+        left = max(0, self._length + tokens_to_remove)
+        kept = self._stored[:, :left].sum(1).tolist()
+        for thread, count in zip(self.threads, kept, strict=True):
+            thread.trim(count)
+        self._stored = self._stored[:, :left]
 
-def _refused(name: str, use: str) -> Callable[..., Any]:
-    def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        raise InvalidInput(
-            f"apr.Cache.{name}: {use} is not supported yet; sample with do_sample=True"
-        )
+    def _select(self, rows: list[int]) -> None:
+        """Make the rows those of the given numbers; a row taken twice is forked."""
+        uses = Counter(rows)
+        kids = {i: self.threads[i].fork(n) for i, n in uses.items() if n > 1}
+        chosen = [kids[i].pop(0) if i in kids else self.threads[i] for i in rows]
+        self._release([t for i, t in enumerate(self.threads) if uses[i] != 1])
+        self.threads, self._stored = chosen, self._stored[rows]
 
-    method.__name__ = name
-    return method
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows by number (beam search)."""
+        self._select(beam_idx.tolist())
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows by number or by a mask."""
+        self._select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
 
-for _name, _use in {
-    "reorder_cache": "beam search",
-    "crop": "assisted generation",
-    "batch_repeat_interleave": "beam search",
-    "batch_select_indices": "contrastive search",
-}.items():
-    setattr(Cache, _name, _refused(_name, _use))
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._select([i for i in range(len(self.threads)) for _ in range(repeats)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """A cache of its own in the same session, whose threads are forks of these."""
+        self._notice_edits()
+        other = type(self).__new__(type(self))
+        other._open(self.session, self._sharers, self.share_rows)
+        other.threads = [thread.fork(1)[0] for thread in self.threads]
+        other._stored, other._embedded = self._stored.clone(), self._embedded
+        return other
+
+    def __copy__(self) -> Cache:
+        return self.__deepcopy__({})

@@ -1,18 +1,18 @@
-"""Attaches a model: switches it to the registered attention, runs packed forwards, gives it back."""
+"""Attaches a model: measures it, runs packed forwards through the registered attention."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apr import gpu, ops
 from apr.errors import InvalidInput, NonFiniteLogits
-from apr.interface import IMPLEMENTATION, members, running
+from apr.interface import Running, members
+from apr.model_state import Watch, known, run_eagerly, unwrap
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure, refuse
 from apr.vectors import RowVectors
 
@@ -42,7 +42,7 @@ class PackedForward:
         self,
         spec: ModelSpec,
         pools: Sequence[ops.Pool],
-        plan: ops.Plan,
+        plan: ops.Plan | None,
         owner: frozenset[int],
         vectors: RowVectors | None = None,
     ) -> None:
@@ -63,13 +63,15 @@ class PackedForward:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, options: Any
     ) -> Tensor:
         """q [rows, heads, dim], k and v [rows, kv_heads, dim] -> [rows, heads, dim_v]."""
+        assert self._plan is not None
         layer, pool = self.layer(module)
         if self._vectors is not None:
             k, v = self._vectors.add(self._next_layer - 1, k, v)
-        ops.append(k, v, pool, self._plan)
+        given, stored = q.dtype, pool.k.dtype  # they differ under autocast
+        ops.append(k.to(stored), v.to(stored), pool, self._plan)
         sinks = next((options[n] for n in SINKS if options.get(n) is not None), None)
         out, _ = ops.attention(
-            q,
+            q.to(stored),
             pool,
             self._plan,
             scale,
@@ -79,7 +81,7 @@ class PackedForward:
             window=layer.window,
             chunk=layer.chunk,
         )
-        return out
+        return out.to(given)
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
@@ -87,67 +89,51 @@ class PackedForward:
         rows = (q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1))
         return self.attend_rows(module, *rows, scale, options)[None]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer has made its call."""
+        return self._next_layer == len(self._pools)
+
     def check_complete(self, model: Any) -> None:
-        if self._next_layer != len(self._pools):
+        if not self.is_complete:
             raise refuse(model, "a forward made fewer attention calls than the probe saw")
 
 
 class Attachment:
-    """A model switched to the registered attention, until the last holder closes it.
+    """A model whose forwards can run on the registered attention; between them it is the user's as it was.
 
-    Several sessions may hold one model; the count and the measurement live on the model itself.
+    Several sessions may hold one model, in several Python threads.
     """
 
     def __init__(self, model: Any) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise InvalidInput(
-                f"model: got {type(model).__name__}; expected a transformers PreTrainedModel, e.g. "
-                "AutoModelForCausalLM.from_pretrained(...)"
-            )
-        if model.training:
+        self.model = unwrap(model)
+        if self.model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
-        gpu.backend(
-            model.get_input_embeddings().weight.device
-        )  # refused where there are no kernels
-        self.model = model
-        self.owner = members(model)
-        self._open = True
-        held = getattr(model, "_apr_attachment", None)
-        if held is not None:
-            held["count"] += 1
-            self.spec: ModelSpec = held["spec"]
-            self._held = held
-            return
-        former = model.config._attn_implementation
-        try:
-            model.set_attn_implementation(IMPLEMENTATION)
-            if model.config._attn_implementation != IMPLEMENTATION:
-                raise refuse(model, "it does not let its attention implementation be set")
-            self.spec = measure(model)
-        except BaseException as error:
-            model.set_attn_implementation(former)
-            if isinstance(error, TypeError):
-                raise refuse(model, f"a probe forward failed ({error})") from error
-            raise
-        self._held = {"count": 1, "spec": self.spec, "former": former, "tested": False}
-        model._apr_attachment = self._held
+        # A default device or dtype, or autocast, of the moment is not the model's.
+        with run_eagerly(), torch.autocast(self.model.device.type, enabled=False):
+            self._known = known(self.model, measure)
+        gpu.backend(self.spec.device)  # refused where there are no kernels
+        self.owner = members(self.model)
+        self.switch = self._known.switch
+        self._watch = Watch(self.model)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What was measured of the model."""
+        return self._known.spec
 
     @property
     def tested(self) -> bool:
-        return bool(self._held["tested"])
+        """Whether this model, as it is, has passed the self-test."""
+        return self._known.tested
 
     @tested.setter
     def tested(self, value: bool) -> None:
-        self._held["tested"] = value
+        self._known.tested = value
 
-    @contextlib.contextmanager
-    def stock(self) -> Iterator[None]:
-        """Run the model on the implementation that it had before it was attached."""
-        self.model.set_attn_implementation(self._held["former"])
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(IMPLEMENTATION)
+    def check_unchanged(self, remedy: str) -> None:
+        """Raise InvalidInput where the model is in training mode, or not the one that was measured."""
+        self._watch.check(remedy)
 
     def forward(
         self,
@@ -181,7 +167,7 @@ class Attachment:
         self, packed: PackedForward, ids: Tensor, positions: Tensor, extra: dict[str, Any]
     ) -> Tensor:
         try:
-            with running(packed), torch.no_grad():
+            with Running(packed, self.switch), torch.no_grad():
                 out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         except IndexError as error:
             raise InvalidInput(
@@ -191,13 +177,3 @@ class Attachment:
         packed.check_complete(self.model)
         logits: Tensor = out.logits[0]
         return logits
-
-    def close(self) -> None:
-        """Give the model back as it was; safe to call twice."""
-        if not self._open:
-            return
-        self._open = False
-        self._held["count"] -= 1
-        if self._held["count"] == 0:
-            self.model.set_attn_implementation(self._held["former"])
-            del self.model._apr_attachment

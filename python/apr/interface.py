@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import sys
+import threading
 from contextvars import ContextVar
+from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from apr.errors import Error
 
 IMPLEMENTATION = "apr"
 
@@ -18,7 +21,7 @@ IMPLEMENTATION = "apr"
 class Forward(Protocol):
     """What handles the attention and mask calls of a running forward.
 
-    owner: ids of the modules and configurations whose calls these are; all others go to stock SDPA.
+    owner: ids of the modules and configurations whose calls these are; all others are the user's own.
     """
 
     owner: frozenset[int]
@@ -30,8 +33,29 @@ class Forward(Protocol):
     def mask(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-# The only global besides the registration below: which forward of ours is running, if any.
+# The only globals besides the registration below: which forward of ours runs in this context (a Python
+# thread or task), and what each configuration that is switched stood on before, by its id.
 _RUNNING: ContextVar[Forward | None] = ContextVar("apr_forward", default=None)
+_FORMER: dict[int, str | None] = {}
+
+
+def _former(config: Any) -> str | None:
+    """What a configuration stands on while none of our forwards runs."""
+    name = _FORMER.get(id(config), getattr(config, "_attn_implementation", None))
+    return None if name == IMPLEMENTATION else name
+
+
+def _own_attention(module: Any) -> Any:
+    """The attention function that a user's own call of a model reaches: another Python thread may make one
+    while we have the model switched."""
+    eager = sdpa_attention_forward
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            eager = found
+            break
+    name = _former(getattr(module, "config", None))
+    return AttentionInterface().get_interface(name or "sdpa", eager)
 
 
 def _attention(
@@ -43,21 +67,26 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():  # only what is traced in our own forwards stands on this
+        sinks = next((kwargs[n] for n in ("s_aux", "sinks") if kwargs.get(n) is not None), None)
+        return torch.ops.apr.attend(query, key, value, sinks, scale, kwargs.get("softcap")), None
     running = _RUNNING.get()
     if running is None or id(module) not in running.owner:
-        out: tuple[Tensor, None] = sdpa_attention_forward(
+        out: tuple[Tensor, Any] = _own_attention(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return running.attend(module, query, key, value, attention_mask, scale, kwargs), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return kwargs.get("attention_mask")
     running, config = _RUNNING.get(), kwargs.get("config")
     if running is None or (config is not None and id(config) not in running.owner):
-        return sdpa_mask(*args, **kwargs)
+        return AttentionMaskInterface()[_former(config) or "sdpa"](*args, **kwargs)
     return running.mask(*args, **kwargs)
 
 
@@ -65,29 +94,112 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def start_running(forward: Forward) -> None:
-    """Route the attention calls of this context to `forward`, until `stop_running`."""
-    _RUNNING.set(forward)
+@torch.library.custom_op(
+    "apr::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float? softcap) -> Tensor",
+)
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of the running forward as one operator, so that a compiled model has no graph break there."""
+    running = _RUNNING.get()
+    if running is None:
+        raise Error(
+            "a model that was compiled in a forward of apr ran outside of one; call "
+            "torch.compiler.reset() and run it again"
+        )
+    options = {"softcap": softcap, "s_aux": sinks}
+    return running.attend(None, q, k, v, None, scale, options).contiguous()
 
 
-def stop_running(forward: Forward) -> None:
-    """End `forward`, if it is still the one that runs."""
-    if _RUNNING.get() is forward:
-        _RUNNING.set(None)
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, sinks: Any, scale: float, softcap: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-@contextlib.contextmanager
-def running(forward: Forward) -> Iterator[None]:
-    """Route the attention calls of a block to `forward`."""
-    start_running(forward)
-    try:
-        yield
-    finally:
-        stop_running(forward)
+class Switch:
+    """Puts a model on our implementation while forwards of ours run, in however many Python threads.
+
+    Between them the model stands where its user put it, so that the user's own calls are stock.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._configs = configurations(model)
+        self._stood: list[str | None] = []
+        self._lock = threading.Lock()
+        self._running = 0
+
+    def on(self) -> None:
+        with self._lock:
+            self._running += 1
+            if self._running > 1:
+                return
+            self._stood = [config._attn_implementation for config in self._configs]
+            _FORMER.update(zip(map(id, self._configs), self._stood, strict=True))
+            for config in self._configs:
+                if config._attn_implementation != IMPLEMENTATION:
+                    config._attn_implementation = IMPLEMENTATION
+
+    def off(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running:
+                return
+            # Setting one sets those below it too, so the outer ones come first.
+            for config, name in zip(self._configs, self._stood, strict=True):
+                if config._attn_implementation != name:
+                    config._attn_implementation = name
+            for config in self._configs:
+                del _FORMER[id(config)]
+
+
+class Running:
+    """Routes the attention calls of this context to `forward` while it is entered, or from start to stop."""
+
+    def __init__(self, forward: Forward, switch: Switch) -> None:
+        self._forward, self._switch = forward, switch
+        self._outer: Forward | None = None
+
+    def start(self) -> None:
+        self._outer = _RUNNING.get()
+        self._switch.on()
+        _RUNNING.set(self._forward)
+
+    def stop(self) -> None:
+        if _RUNNING.get() is self._forward:
+            _RUNNING.set(self._outer)
+        self._switch.off()
+
+    def __enter__(self) -> Running:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def configurations(model: Any) -> list[Any]:
+    """The distinct configurations of a model's modules, and those below them, outer ones first."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if id(config) in found or not hasattr(config, "_attn_implementation"):
+            return
+        found[id(config)] = config
+        for name in getattr(config, "sub_configs", ()):
+            add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
 
 
 def members(model: Any) -> frozenset[int]:
     """Ids of a model's modules and of their configurations."""
-    found = {id(module) for module in model.modules()}
-    found |= {id(m.config) for m in model.modules() if hasattr(m, "config")}
-    return frozenset(found)
+    return frozenset(map(id, [*model.modules(), *configurations(model)]))

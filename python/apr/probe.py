@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from apr import rope
 from apr.errors import UnsupportedModel, UnsupportedRope
-from apr.interface import members, running
+from apr.interface import Running, Switch, members
 from apr.ops import Rotation
 
 # Tensor arguments of an attention call that change nothing about what is visible.
@@ -41,7 +41,6 @@ class ModelSpec:
 
     layers: tuple[LayerSpec, ...]
     can_rotate: bool
-    why_not_rotate: str
     position_limit: int | None
     vocab_size: int
     dtype: torch.dtype
@@ -58,8 +57,9 @@ class ModelSpec:
         """Raise UnsupportedRope where a position lies past what the model's frequencies hold for."""
         if self.position_limit is not None and furthest >= self.position_limit:
             raise UnsupportedRope(
-                f"step: position {furthest} passes {self.position_limit}, where this model's "
-                "rope_type='longrope' changes all frequencies at once; keep threads shorter"
+                f"step: position {furthest} passes {self.position_limit}, where this model's rope_type "
+                "(longrope or dynamic) changes all frequencies at once, those of cached keys too; keep "
+                "threads shorter"
             )
 
 
@@ -140,40 +140,93 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
         raise refuse(model, "its attention is not causal")
 
 
-def _probe_forward(model: Any, ids: Tensor, positions: Tensor) -> _Probe:
+def _probe_forward(
+    model: Any, switch: Switch, ids: Tensor, positions: Tensor
+) -> tuple[_Probe, Any]:
     probe = _Probe(members(model))
-    with running(probe), torch.no_grad():
-        model(input_ids=ids, position_ids=positions, use_cache=False)
+    try:
+        with Running(probe, switch), torch.no_grad():
+            out = model(input_ids=ids, position_ids=positions, use_cache=False)
+    except (UnsupportedModel, MemoryError):
+        raise
+    except Exception as error:
+        raise refuse(
+            model,
+            f"a probe forward failed at positions {positions[:, 0].tolist()} "
+            f"({type(error).__name__}: {str(error)[:200]})",
+        ) from error
     if not probe.calls:
         raise refuse(model, "no layer dispatched to the registered attention function")
-    return probe
+    return probe, getattr(out, "logits", None)
 
 
-def measure(model: Any) -> ModelSpec:
+def _check_logits(model: Any, logits: Any, ids: Tensor, vocab_size: int) -> None:
+    """A model of language gives a score for each token of its vocabulary at each place."""
+    if logits is None:
+        raise refuse(
+            model, "its forward returns no logits: load it with AutoModelForCausalLM (a head is missing)"
+        )
+    shape, want = list(logits.shape), [*ids.shape, vocab_size]
+    if shape[:2] != want[:2] or len(shape) != 3 or (shape != want and not model.can_generate()):
+        raise refuse(
+            model,
+            f"its logits are {shape} for ids {list(ids.shape)}, those of a classifier and not of a "
+            f"vocabulary of {vocab_size}: load it with AutoModelForCausalLM",
+        )
+
+
+def counts_padding(model: Any) -> bool:
+    """Whether the model's own positions, where a call gives none, count padded places too.
+
+    Measured by a stock forward with a hole in its mask: most count places, a few count real tokens.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[5, 6, 7]], device=device) % model.get_input_embeddings().weight.shape[0]
+    mask = torch.tensor([[1, 0, 1]], device=device)
+
+    def last(**more: Any) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **more).logits[0, -1]
+        return logits.float()
+
+    own = last()
+    places, tokens = (
+        float((last(position_ids=torch.tensor([x], device=device)) - own).abs().max())
+        for x in ([0, 1, 2], [0, 0, 1])
+    )
+    return places <= tokens
+
+
+def measure(model: Any, switch: Switch) -> ModelSpec:
     """Find the dispatching layers, their shapes, rotation, windows and chunks; raises UnsupportedModel."""
     parameters = inspect.signature(model.forward).parameters
     wild = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if "position_ids" not in parameters and not wild:
         raise refuse(model, "its forward takes no position_ids")
-    device = model.get_input_embeddings().weight.device
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    table = model.get_input_embeddings().weight
+    device, vocab_size = model.device, int(table.shape[0])
     token = min(5, vocab_size - 1)
     rows = len(rope.PROBE_POSITIONS)
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
-    turning = _probe_forward(model, torch.full((rows, 1), token, device=device), places)
+    turning, _ = _probe_forward(
+        model, switch, torch.full((rows, 1), token, device=device), places
+    )
     line = torch.arange(3, device=device)[None]
-    masking = _probe_forward(model, line.clamp_max(vocab_size - 1), line)
+    masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
+    if masking.calls[0].q.device.type == "meta":
+        raise refuse(model, "its weights are on the meta device, where there are no numbers; load them")
+    _check_logits(model, logits, line, vocab_size)
     if len(masking.calls) != len(turning.calls):
         raise refuse(model, "the number of attention calls changes from forward to forward")
 
     candidates = rope.frequency_candidates(model)
-    why, limit = rope.unstable_reason(model)
+    limit, can_rotate = rope.position_limit(model), True
     layers = []
     for turned, masked in zip(turning.calls, masking.calls, strict=True):
         _check_options(model, masked.options)
         found = rope.fit(turned.q[:, :, 0], candidates)
         if found is rope.Positions.ABSOLUTE:
-            why = why or "positions enter by a learned or absolute embedding, not by rotation"
+            can_rotate = False
         window = chunk = None
         if masked.mask_pointer is not None:
             if masked.mask_pointer not in masking.mask_functions:
@@ -194,11 +247,10 @@ def measure(model: Any) -> ModelSpec:
         )
     return ModelSpec(
         layers=tuple(layers),
-        can_rotate=why is None,
-        why_not_rotate=why or "",
+        can_rotate=can_rotate,
         position_limit=limit,
         vocab_size=vocab_size,
         dtype=turning.calls[0].q.dtype,
-        device=device,
+        device=turning.calls[0].q.device,
         keeps_rows="logits_to_keep" in parameters,
     )

@@ -71,22 +71,23 @@ def fit(queries: Tensor, candidates: list[tuple[float, ...]]) -> Rotation | Posi
     return Positions.ABSOLUTE
 
 
-def unstable_reason(model: nn.Module) -> tuple[str | None, int | None]:
-    """(why keys cannot be re-positioned at all, position that must not be passed) from rope types."""
-    reason, limit = None, None
+def position_limit(model: nn.Module) -> int | None:
+    """The position from which a model turns everything by other frequencies than before, or None.
+
+    longrope and dynamic change all of them with the longest position of a forward, so that cached keys, and
+    threads in company, would be turned wrongly.
+    """
+    limits = []
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+        config = getattr(module, "config", None)
         if "dynamic" in kinds:
-            reason = (
-                "rope_type='dynamic' changes its frequencies with the longest position in a forward, "
-                "so cached keys cannot be re-positioned"
-            )
+            limits.append(getattr(module, "original_max_seq_len", None))
         if "longrope" in kinds:
-            config = getattr(module, "config", None)
             original = getattr(config, "original_max_position_embeddings", None)
             parameters = getattr(config, "rope_parameters", None)
             if original is None and isinstance(parameters, dict):
                 original = parameters.get("original_max_position_embeddings")
-            limit = int(original) if original else limit
-    return reason, limit
+            limits.append(original)
+    return min((int(limit) for limit in limits if limit), default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -65,33 +66,32 @@ class Session:
         self.model, self.seed, self.invariant = model, seed, invariant
         self.page_size, self.step_tokens = page_size, step_tokens
         self.trace = Trace()
-        self.attachment = Attachment(model)
-        # A session that is dropped without close() gives the model back too.
-        weakref.finalize(self, self.attachment.close).atexit = False
-        try:
-            if self_test and not self.attachment.tested:
-                with Session(model, 32 * page_size, page_size, self_test=False) as small:
-                    run_self_test(small)
-                self.attachment.tested = True
-            self._make_pools(max_tokens)
-            self._graphs = step_graphs(cuda_graphs, self.attachment, self.pools, invariant)
-        except BaseException:
-            self.attachment.close()
-            raise
-        self._threads: weakref.WeakValueDictionary[int, Thread] = weakref.WeakValueDictionary()
-        self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
+        self._max_tokens, self._cuda_graphs, self._self_test = max_tokens, cuda_graphs, self_test
         self._requests = 0
         self._stepping = False
-        self._replayed: list[int] = []
-        self._vectors: dict[int, PathVectors] = {}
+        self._turn = threading.Lock()  # of the Python thread that changes or steps the session
         self._stats = Stats()
+        self._attach()
 
-    def _make_pools(self, max_tokens: int | None) -> None:
-        pages = pages_for(self.spec, max_tokens, self.page_size)
+    def _attach(self) -> None:
+        """Measure the model as it is now, and open an empty pool for it."""
+        self.attachment = Attachment(self.model)
+        if self._self_test and not self.attachment.tested:
+            with Session(self.model, 32 * self.page_size, self.page_size, self_test=False) as small:
+                run_self_test(small)
+            self.attachment.tested = True
+        pages = pages_for(self.spec, self._max_tokens, self.page_size)
         self.pools = make_pools(self.spec, pages, self.page_size)
+        self._graphs = step_graphs(
+            self._cuda_graphs, self.attachment, self.pools, self.invariant
+        )
         self._table = _core.ThreadTable(pages, self.page_size, self.spec.can_rotate)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
+        self._threads: weakref.WeakValueDictionary[int, Thread] = weakref.WeakValueDictionary()
+        self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
+        self._replayed: list[int] = []
+        self._vectors: dict[int, PathVectors] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -112,14 +112,38 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the pages and give the model back as it was; safe to call twice."""
+        """Free the pages; safe to call twice."""
         if self._table is not None:
             self._stats = self.stats
             self._table = None
             self._graphs = None
             self.pools = []
-            self.attachment.close()
             self._arena.close()
+
+    def refresh(self) -> None:
+        """Take the model as it is now, after its weights, dtype or device were changed.
+
+        Every thread is released and every segment let go: their keys and values belong to the model of
+        before. Raises InvalidInput where the model is another one, which wants a session of its own.
+        """
+        table = self._edit()
+        attachment = Attachment(self.model)
+        if attachment.spec.can_rotate != self.spec.can_rotate:
+            raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
+        for number in list(self._threads):
+            if table.alive(number):
+                self._threads[number].release()
+        for number, segment in list(self._segments.items()):
+            segment._forget()
+            table.release_segment(number)
+        if attachment.spec != self.spec:
+            self.pools = make_pools(attachment.spec, table.num_pages, self.page_size)
+            self._arena.close()
+            self._arena = Arena(self.pools)
+            self._arena.keep_ahead(0, 0)
+        self.attachment = attachment
+        self._graphs = step_graphs(self._cuda_graphs, attachment, self.pools, self.invariant)
+        self._replayed = []
 
     def _open_table(self) -> _core.ThreadTable:
         if self._table is None:
@@ -166,6 +190,8 @@ class Session:
     def _own_segment(self, segment: Segment) -> int:
         if not isinstance(segment, Segment) or segment.session is not self:
             raise InvalidInput(f"segment: got {segment!r}; expected a Segment of this session")
+        if segment._id < 0:
+            raise InvalidInput("segment: it was let go by refresh(); make it again")
         return segment._id
 
     def _entries(self, view: ViewLike) -> list[_EntryTuple]:
@@ -237,8 +263,6 @@ class Session:
     # ---- stepping -------------------------------------------------------------------------------
 
     def _check_step(self, threads: Sequence[Thread]) -> list[int]:
-        if isinstance(threads, Thread):
-            raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
         for thread in threads:
             if not isinstance(thread, Thread) or thread.session is not self:
                 raise ForeignThread(
@@ -258,11 +282,13 @@ class Session:
         Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception lengths,
         pages, logits and generators are as they were before.
         """
+        if isinstance(threads, Thread):
+            raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
+        threads = list(threads)
         numbers = self._check_step(threads)
-        table = self._edit()
+        table = self._start_stepping()
         held = [t._step_logits is not None for t in threads]
         began = self.trace.clock()
-        self._stepping = True
         try:
             logits = None if any(held) else self._replay_step(table, numbers)
             if logits is not None:
@@ -273,7 +299,7 @@ class Session:
                 return logits.clone()  # the caller's own: samplers write into it
             fresh, counts = self._run_step(table, numbers, held)
         finally:
-            self._stepping = False
+            self._stop_stepping()
         stepping = set(numbers)
         for number, row in fresh.items():
             thread = self._threads.get(number)
@@ -299,16 +325,34 @@ class Session:
                 thread._logits = thread.logits
         self._replayed = numbers
 
+    def _start_stepping(self) -> _core.ThreadTable:
+        """The table, for a step; nothing may change threads until `_stop_stepping`."""
+        table = self._edit()
+        self.attachment.check_unchanged("call session.refresh(), which releases its threads")
+        if not self._turn.acquire(blocking=False):
+            raise InvalidInput(
+                "step: another Python thread is stepping this session; take turns, or give each Python "
+                "thread a session of its own on the same model"
+            )
+        self._stepping = True
+        return table
+
+    def _stop_stepping(self) -> None:
+        self._stepping = False
+        self._turn.release()
+
     def _begin(self, threads: Sequence[Thread], step_tokens: int) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`); it must commit or roll back."""
-        table = self._edit()
-        step = _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
-        self._stepping = True
-        return step
+        table = self._start_stepping()
+        try:
+            return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
+        except BaseException:
+            self._stop_stepping()
+            raise
 
     def _end(self, step: _core.Step, commit: bool) -> None:
         """Close a step of `_begin`."""
-        self._stepping = False
+        self._stop_stepping()
         if not commit:
             step.rollback()
             return

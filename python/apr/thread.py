@@ -79,7 +79,15 @@ class Segment:
         self.session, self._id = session, number
 
     def __del__(self) -> None:
-        self.session._drop_segment(self._id)
+        if self._id >= 0:
+            self.session._drop_segment(self._id)
+
+    def _forget(self) -> None:
+        """Hold nothing any more: the session lets the segment go."""
+        self._id = -1
+
+    def __reduce__(self) -> Any:
+        raise InvalidInput("copy: a segment is one run of keys and values; list it in another view")
 
     def __len__(self) -> int:
         """Tokens, queued ones included."""
@@ -127,6 +135,11 @@ class Thread:
 
     def __del__(self) -> None:
         self.session._drop_thread(self._id)
+
+    def __reduce__(self) -> Any:
+        raise InvalidInput(
+            "copy: a thread is a handle of its session; thread.fork() makes another, thread.tokens are data"
+        )
 
     def __repr__(self) -> str:
         if not self.alive:
@@ -181,6 +194,7 @@ class Thread:
             raise InvalidInput(
                 f"join: got positions={positions!r}; expected one of {JOIN_POSITIONS}"
             )
+        children = list(children)
         table = self.session._edit()
         for child in children:
             if not isinstance(child, Thread) or child.session is not self.session:

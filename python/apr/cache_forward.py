@@ -1,0 +1,224 @@
+"""A [batch, tokens] forward on threads: what it changes until it is confirmed, and its attention."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apr import _core, ops
+from apr.cache_call import Call
+from apr.errors import Error, InvalidInput
+from apr.hf import PackedForward
+from apr.interface import Running
+from apr.session import Session
+from apr.thread import Thread
+
+
+class Step:
+    """The threads of one call, on their way: `undo` leaves the former as they were, `finish` lets them go.
+
+    Tokens are appended to a former thread where that is all that happens to it; any other change is made on a
+    fork of it.
+    """
+
+    def __init__(self, threads: list[Thread], stored: Tensor) -> None:
+        self.threads, self.stored = list(threads), stored
+        self.owners = list(range(len(threads)))  # batch row -> index in threads
+        self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
+        self.queued: dict[Thread, int] = {}  # tokens of this call, of the threads that have some
+        self.core: _core.Step | None = None
+        self.forward: BatchForward | None = None
+        self.now = stored
+        self.extras = False
+        self._former = list(threads)
+        self._made: list[Thread] = []
+
+    def replace(self, threads: list[Thread]) -> None:
+        """Go on with others, which were made for this step."""
+        self.threads = threads
+        self.owners = list(range(len(threads)))
+        self._made += threads
+
+    def trim(self, lengths: list[int]) -> None:
+        """Let every thread keep so many tokens."""
+        for i, (thread, length) in enumerate(zip(self.threads, lengths, strict=True)):
+            if length < len(thread):
+                self._own(i).trim(length)
+
+    def _own(self, index: int) -> Thread:
+        """The thread of that number, as one that may be changed freely."""
+        if self.threads[index] in self._former:
+            self.threads[index] = self.threads[index].fork(1)[0]
+            self._made.append(self.threads[index])
+        return self.threads[index]
+
+    def make_threads(self, session: Session, call: Call, keys: list[Any]) -> None:
+        """One thread for each distinct row of a first call."""
+        first: dict[Any, int] = {}
+        self.owners = [first.setdefault(key, len(first)) for key in keys]
+        self.threads = []
+        for i in range(len(first)):
+            thread = session.thread(request=i)
+            self._made.append(thread)
+            self.threads.append(thread)
+        self.stored = torch.zeros(len(keys), call.past.shape[1], dtype=torch.bool)
+
+    def queue(self, session: Session, call: Call) -> None:
+        """Queue each thread's tokens, at their positions."""
+        texts = call.texts()
+        for i in range(len(self.threads)):
+            row = self.owners.index(i)
+            text, positions = texts[row], call.real_positions(row)
+            begin = 0
+            while begin < len(text):
+                thread = self.threads[i]
+                if positions[begin] != thread.position:
+                    thread = self._own(i)
+                    self._jump(session, thread, positions[begin])
+                end = begin + 1
+                while end < len(text) and positions[end] == positions[end - 1] + 1:
+                    end += 1
+                thread.extend(text[begin:end])
+                self.queued[thread] = self.queued.get(thread, 0) + end - begin
+                begin = end
+
+    def _jump(self, session: Session, thread: Thread, position: int) -> None:
+        """Let the thread go on in a segment that begins at `position`."""
+        region = session.region(base=position)
+        thread.view = [*thread.view, (region, position)]
+        thread.writes = region
+
+    def rows(self, call: Call, plan: ops.Plan) -> Tensor:
+        """[plan rows] flat index batch * width + column of each row of the plan."""
+        ahead: dict[int, Any] = {}
+        for i, thread in enumerate(self.threads):
+            row = self.owners.index(i)
+            columns = call.real[row].nonzero()[:, 0].tolist()
+            positions = call.real_positions(row)
+            ahead[thread._id] = iter([(row * call.width + c, p) for c, p in zip(columns, positions, strict=True)])
+        found = []
+        for writer, position in zip(plan.core.writers.tolist(), plan.core.positions.tolist(), strict=True):
+            index, expected = next(ahead[writer], (0, None))
+            if position != expected:
+                raise Error("apr.Cache: the step is not the batch; please report this")
+            found.append(index)
+        if any(next(rest, None) is not None for rest in ahead.values()):
+            raise Error("apr.Cache: the step is not the whole batch; please report this")
+        return torch.tensor(found, dtype=torch.long)
+
+    def copies(self) -> list[tuple[int, int]]:
+        """(row, the row that it equals) for rows that share a thread with an earlier one."""
+        lead = [self.owners.index(owner) for owner in self.owners]
+        return [(row, first) for row, first in enumerate(lead) if row != first]
+
+    def finish(self) -> list[Thread]:
+        """The rows' threads; what the step did away with is released."""
+        rows = list(self.threads)
+        if len(self.owners) > len(rows):
+            kids = [
+                thread.fork(self.owners.count(i)) if self.owners.count(i) > 1 else [thread]
+                for i, thread in enumerate(self.threads)
+            ]
+            rows = [kids[owner].pop(0) for owner in self.owners]
+        for thread in {*self._former, *self._made} - set(rows):
+            if thread.alive:
+                thread.release()
+        return rows
+
+    def undo(self) -> None:
+        for thread in self._made:
+            if thread.alive:
+                thread.release()
+        for thread, count in self.queued.items():
+            if thread in self._former:
+                thread.trim(len(thread) - count)
+
+
+class BatchForward(PackedForward):
+    """Attention of a [batch, tokens] forward whose real tokens are the plan's rows."""
+
+    def __init__(self, session: Session, plan: ops.Plan | None, step: Step, call: Call) -> None:
+        super().__init__(session.spec, session.pools, plan, session.attachment.owner)
+        device = session.spec.device
+        self._rows = None if plan is None else step.rows(call, plan).to(device)
+        self._copies = step.copies()
+        self._real = call.real.to(device)
+        self._offset = step.stored.shape[1]
+        self._running = Running(self, session.attachment.switch)
+        self.start, self.stop = self._running.start, self._running.stop
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing dense is built; raises InvalidInput where the call's own mask is not the measured one."""
+        self._check_causal(kwargs["mask_function"], int(kwargs["q_length"]))
+        return super().mask(*args, **kwargs)
+
+    def _check_causal(self, function: Any, width: int) -> None:
+        """A token that sees the one behind it, as in an image, would be answered wrongly."""
+        if width < 2:
+            return
+        device = self._real.device
+        rows = torch.arange(self._real.shape[0], device=device)[:, None]
+        here = torch.arange(width - 1, device=device)[None] + self._offset
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        ahead = torch.as_tensor(function(rows, zero, here, here + 1), device=device)
+        ahead = ahead.expand(self._real.shape[0], width - 1) & self._real[:, :-1] & self._real[:, 1:]
+        if bool(ahead.any()):
+            raise InvalidInput(
+                "apr.Cache: this call's arguments let tokens see what stands behind them (an image block or "
+                "a prefix that sees itself both ways); such masks are not supported: use the model's own "
+                "cache for this prompt"
+            )
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
+    ) -> Tensor:
+        batch, heads, tokens, _ = q.shape
+        full = q.new_zeros(batch * tokens, heads, v.shape[3])
+        if self._rows is None:  # a call of padding alone
+            self.layer(module)
+            return full.view(batch, tokens, heads, -1)
+        self._check_copies(q, k, v)
+        packed = [x.transpose(1, 2).flatten(0, 1)[self._rows] for x in (q, k, v)]
+        full[self._rows] = self.attend_rows(
+            module, packed[0], packed[1], packed[2], scale, options
+        )
+        out = full.view(batch, tokens, heads, -1)
+        for copy, original in self._copies:
+            out[copy] = out[original]
+        return _Inference.apply(out, q, k, v) if torch.is_grad_enabled() else out
+
+    def _check_copies(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Rows that were given the same must be the same here: an adapter or a hook may tell them apart."""
+        if not self._copies:
+            return
+        rows, originals = (list(side) for side in zip(*self._copies, strict=True))
+        for x in (q, k, v):
+            one, other = x[rows].transpose(1, 2), x[originals].transpose(1, 2)
+            real = self._real[originals]
+            one, other = one[real].float(), other[real].float()
+            # Equal rows of one product differ by its rounding: some last bits, of sums of `head_dim` size.
+            size = other.abs() + other.square().mean().sqrt()
+            bits = 8 if x.dtype.itemsize == 2 else 512
+            if bool(((one - other).abs() > bits * torch.finfo(x.dtype).eps * size).any()):
+                raise InvalidInput(
+                    "apr.Cache: rows with equal tokens come out different inside of the model (an adapter "
+                    "for each row, a hook on one of them); make it with apr.Cache(model, share_rows=False)"
+                )
+
+
+class _Inference(torch.autograd.Function):
+    """Passes the attention's result on, and refuses to be differentiated: cached keys have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise InvalidInput(
+            "apr.Cache: there is no gradient through stored keys and values; call the model without this "
+            "cache where you train, or under torch.no_grad()"
+        )

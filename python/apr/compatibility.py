@@ -1,0 +1,40 @@
+"""The versions of transformers that apr was run with, and what differs between them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import transformers
+
+OLDEST, NEWEST = "5.17", "5.24"  # `make test-versions` runs both ends
+
+# How a forward names its cache: 5.24 renamed it inside the models.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+
+
+def describe() -> str:
+    """What runs, and what was tested, for messages."""
+    return (
+        f"transformers {transformers.__version__} (tested: {OLDEST} to {NEWEST}), "
+        f"torch {torch.__version__}"
+    )
+
+
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """Warn where a transformers newer than all that were tested is installed."""
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    newest = tuple(int(part) for part in NEWEST.split("."))
+    if found > newest:
+        warnings.warn(
+            f"apr was tested with transformers {OLDEST} to {NEWEST}, and this is {version}: models are "
+            "still measured and proved when they are attached, but what generate() expects of a cache "
+            f"may have changed; if it fails, pip install 'transformers=={NEWEST}.*'",
+            stacklevel=3,
+        )
+
+
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward, under either name, or None."""
+    return next((c for name in CACHE_ARGUMENTS if (c := arguments.get(name)) is not None), None)
