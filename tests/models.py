@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import (
     CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -72,6 +74,12 @@ FAMILIES: dict[str, Family] = {
         None,
     ),
 }
+# Others that `apr.Cache` is tried with: several kinds of layers, softcap, and eager attention of their own.
+MORE: dict[str, Any] = {
+    "gemma2": Gemma2Config(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+    "gemma3": Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+}
+CACHED = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "mixtral", "opt"]
 ROTARY = [name for name, family in FAMILIES.items() if family.theta is not None]
 LEARNED = [name for name, family in FAMILIES.items() if family.theta is None]
 
@@ -89,7 +97,7 @@ def random_weights(model: Any, seed: int = 1) -> Any:
 def build(name: str, seed: int = 1) -> Any:
     import copy
 
-    config = copy.deepcopy(FAMILIES[name].config)
+    config = copy.deepcopy(MORE[name] if name in MORE else FAMILIES[name].config)
     torch.manual_seed(seed)
     return random_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
 

@@ -28,7 +28,7 @@ class Step:
         self.threads, self.stored = list(threads), stored
         self.owners = list(range(len(threads)))  # batch row -> index in threads
         self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
-        self.queued: dict[Thread, int] = {}  # tokens of this call, of the threads that have some
+        self.queued: dict[Thread, list[int]] = {}  # flat index of each token that a thread has of this call
         self.core: _core.Step | None = None
         self.forward: BatchForward | None = None
         self.now = stored
@@ -68,45 +68,38 @@ class Step:
 
     def queue(self, session: Session, call: Call) -> None:
         """Queue each thread's tokens, at their positions."""
-        texts = call.texts()
         for i in range(len(self.threads)):
-            row = self.owners.index(i)
-            text, positions = texts[row], call.real_positions(row)
-            begin = 0
-            while begin < len(text):
-                thread = self.threads[i]
-                if positions[begin] != thread.position:
-                    thread = self._own(i)
-                    self._jump(session, thread, positions[begin])
-                end = begin + 1
-                while end < len(text) and positions[end] == positions[end - 1] + 1:
-                    end += 1
-                thread.extend(text[begin:end])
-                self.queued[thread] = self.queued.get(thread, 0) + end - begin
-                begin = end
-
-    def _jump(self, session: Session, thread: Thread, position: int) -> None:
-        """Let the thread go on in a segment that begins at `position`."""
-        region = session.region(base=position)
-        thread.view = [*thread.view, (region, position)]
-        thread.writes = region
-
-    def rows(self, call: Call, plan: ops.Plan) -> Tensor:
-        """[plan rows] flat index batch * width + column of each row of the plan."""
-        ahead: dict[int, Any] = {}
-        for i, thread in enumerate(self.threads):
             row = self.owners.index(i)
             columns = call.real[row].nonzero()[:, 0].tolist()
             positions = call.real_positions(row)
-            ahead[thread._id] = iter([(row * call.width + c, p) for c, p in zip(columns, positions, strict=True)])
-        found = []
-        for writer, position in zip(plan.core.writers.tolist(), plan.core.positions.tolist(), strict=True):
-            index, expected = next(ahead[writer], (0, None))
-            if position != expected:
-                raise Error("apr.Cache: the step is not the batch; please report this")
-            found.append(index)
-        if any(next(rest, None) is not None for rest in ahead.values()):
-            raise Error("apr.Cache: the step is not the whole batch; please report this")
+            begin = 0
+            while begin < len(columns):
+                if positions[begin] != self.threads[i].position:
+                    self._jump(session, i, positions[begin])
+                end = begin + 1
+                while end < len(columns) and positions[end] == positions[end - 1] + 1:
+                    end += 1
+                thread, part = self.threads[i], columns[begin:end]
+                thread.extend(call.ids[row][part])
+                self.queued[thread] = [row * call.width + column for column in part]
+                begin = end
+
+    def _jump(self, session: Session, index: int, position: int) -> None:
+        """Let a thread go on at `position`: a fork of it, which writes a segment that begins there."""
+        child = self.threads[index].fork(1)[0]
+        self._made.append(child)
+        self.threads[index] = child
+        region, tail = session.region(base=position), child.tail
+        inherited = [entry for entry in child.view if entry.segment is not tail]
+        child.view = [*inherited, (tail, None), (region, position)]
+        child.writes = region
+
+    def rows(self, plan: ops.Plan) -> Tensor:
+        """[plan rows] flat index batch * width + column of each row of the plan."""
+        ahead = {thread._id: iter(indices) for thread, indices in self.queued.items()}
+        found = [next(ahead[writer], -1) for writer in plan.core.writers.tolist()]
+        if min(found) < 0 or len(found) != sum(map(len, self.queued.values())):
+            raise Error("apr.Cache: the step is not the batch; please report this")
         return torch.tensor(found, dtype=torch.long)
 
     def copies(self) -> list[tuple[int, int]]:
@@ -132,9 +125,9 @@ class Step:
         for thread in self._made:
             if thread.alive:
                 thread.release()
-        for thread, count in self.queued.items():
+        for thread, indices in self.queued.items():
             if thread in self._former:
-                thread.trim(len(thread) - count)
+                thread.trim(len(thread) - len(indices))
 
 
 class BatchForward(PackedForward):
@@ -143,7 +136,7 @@ class BatchForward(PackedForward):
     def __init__(self, session: Session, plan: ops.Plan | None, step: Step, call: Call) -> None:
         super().__init__(session.spec, session.pools, plan, session.attachment.owner)
         device = session.spec.device
-        self._rows = None if plan is None else step.rows(call, plan).to(device)
+        self._rows = None if plan is None else step.rows(plan).to(device)
         self._copies = step.copies()
         self._real = call.real.to(device)
         self._offset = step.stored.shape[1]

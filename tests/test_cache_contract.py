@@ -1,0 +1,279 @@
+"""`apr.Cache` wherever transformers takes a cache: every way of decoding gives stock's tokens, scores and states."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import apr
+from conftest import built
+from models import CACHED, CLOSE, FAR, build, distance, stock, tokens
+
+QUIET = dict(pad_token_id=0, eos_token_id=None)
+LONG, SHORT = tokens(13), tokens(6, 1)
+IDS = torch.tensor([LONG, [0] * 7 + SHORT])
+MASK = (IDS != 0).long()
+SAMPLE = dict(do_sample=True, top_k=20)
+# What transformers calls generation modes, and what changes the calls that a cache sees.
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "sample": SAMPLE,
+    "samples of each": dict(num_return_sequences=3, **SAMPLE),
+    "beams": dict(num_beams=3, do_sample=False),
+    "beams returned": dict(num_beams=4, num_return_sequences=3, do_sample=False),
+    "beam sample": dict(num_beams=3, **SAMPLE),
+    "prefill chunks": dict(do_sample=False, prefill_chunk_size=5),
+    "chunks of a wide beam": dict(num_beams=2, do_sample=False, prefill_chunk_size=4),
+    "guidance": dict(do_sample=False, guidance_scale=1.7),
+    "penalties": dict(do_sample=False, repetition_penalty=1.4, no_repeat_ngram_size=2),
+}
+
+
+@pytest.fixture(params=CACHED)
+def model(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def cache(model):
+    made = apr.Cache(model, max_tokens=1 << 13)
+    yield made
+    made.close()
+
+
+def both(model, cache, ids, seed=3, **options):
+    """(stock's outputs, the outputs with the cache), under the same random numbers."""
+    options = {
+        "max_new_tokens": 9,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+        "output_hidden_states": True,
+        **QUIET,
+        **options,
+    }
+    torch.manual_seed(seed)
+    want = model.generate(ids, **options)
+    torch.manual_seed(seed)
+    return want, model.generate(ids, past_key_values=cache, **options)
+
+
+def assert_same(want, got):
+    assert torch.equal(want.sequences, got.sequences)
+    for name in ("logits", "scores"):
+        pairs = zip(getattr(want, name), getattr(got, name), strict=True)
+        for a, b in pairs:
+            assert torch.equal(a.isfinite(), b.isfinite())
+            assert distance(a[a.isfinite()], b[b.isfinite()]) < 10 * CLOSE, name
+    for a, b in zip(want.hidden_states, got.hidden_states, strict=True):
+        assert [x.shape for x in a] == [x.shape for x in b]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_decoding(model, cache, way):
+    want, got = both(model, cache, IDS, attention_mask=MASK, **WAYS[way])
+    assert_same(want, got)
+
+
+@pytest.mark.parametrize("options", [dict(), SAMPLE], ids=["greedy", "sample"])
+def test_assisted_generation_and_prompt_lookup(model, cache, options):
+    ids = torch.tensor([LONG + LONG[:8]])
+    drafts = dict(prompt_lookup_num_tokens=3, do_sample=False) | options
+    assert_same(*both(model, cache, ids, **drafts))
+    cache.reset()
+    assistant = build("llama", seed=5)
+    assistant.generation_config.pad_token_id = 0
+    want, got = both(model, cache, ids, assistant_model=assistant, **options)
+    assert torch.equal(want.sequences, got.sequences)
+
+
+def test_embeddings_instead_of_ids(model, cache):
+    embeddings = model.get_input_embeddings()(IDS).detach()
+    options = dict(max_new_tokens=7, do_sample=False, attention_mask=MASK, **QUIET)
+    want = model.generate(inputs_embeds=embeddings, **options)
+    got = model.generate(inputs_embeds=embeddings, past_key_values=cache, **options)
+    assert torch.equal(want, got)
+
+
+def turn(model, cache, ids, new, **options):
+    options = {"max_new_tokens": new, "do_sample": False, **QUIET, **options}
+    return model.generate(ids, past_key_values=cache, **options)
+
+
+def test_several_turns(model, cache):
+    def chat(cache):
+        ids = torch.tensor([LONG])
+        for seed in (4, 5, 6):
+            ids = turn(model, cache, ids, 4)
+            ids = torch.cat([ids, torch.tensor([tokens(5, seed)])], 1)
+        return ids
+
+    assert torch.equal(chat(DynamicCache(config=model.config)), chat(cache))
+    assert len(cache.threads[0]) == 13 + 4 + 2 * (5 + 4) - 1
+    # The new tokens alone under a mask of everything, as generate() takes them too.
+    new, everything = torch.tensor([tokens(3, 9)]), cache.get_seq_length() + 3
+    whole = torch.tensor([[*cache.threads[0].tokens, *tokens(3, 9)]])
+    got = turn(model, cache, new, 4, attention_mask=torch.ones(1, everything, dtype=torch.long))
+    assert torch.equal(got[0, 3:], turn(model, None, whole, 4)[0, everything:])
+
+
+def test_rows_that_end_at_different_lengths_go_on_as_if_alone(model, cache):
+    ids = torch.tensor([tokens(6, 1), tokens(6, 2)])
+    free = turn(model, None, ids, 8)
+    eos = next(int(t) for t in free[0, 7:] if t not in free[1])
+    first = turn(model, cache, ids, 8, eos_token_id=eos)
+    ended = 6 + first[0, 6:].tolist().index(eos) + 1
+    assert ended < first.shape[1] and not first[0, ended:].any()  # stock feeds padding to the ended row
+    second = torch.cat([first, torch.tensor([tokens(3, 7), tokens(3, 8)])], 1)
+    got = turn(model, cache, second, 5, attention_mask=(second != 0).long())[:, second.shape[1] :]
+    for row, new in zip(second.tolist(), got, strict=True):
+        alone = torch.tensor([[t for t in row if t]])
+        assert torch.equal(new, turn(model, None, alone, 5)[0, alone.shape[1] :])
+
+
+def test_the_same_cache_for_other_prompts_keeps_what_is_common(model, cache):
+    prompts = [LONG, LONG, LONG[:9], [*LONG[:9], *SHORT], SHORT, LONG[:1]]
+    used = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        assert torch.equal(turn(model, cache, ids, 5), turn(model, None, ids, 5))
+        used.append(cache.session.stats.threads)
+    assert set(used) == {1}  # nothing of the former prompts is left
+    both_rows = torch.tensor([LONG[:6], SHORT])
+    assert torch.equal(turn(model, cache, both_rows, 5), turn(model, None, both_rows, 5))
+
+
+def test_a_generate_that_failed_can_be_tried_again(model, cache):
+    ids, calls = torch.tensor([LONG]), []
+
+    def fails(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return torch.tensor([False])
+
+    with pytest.raises(ZeroDivisionError):
+        turn(model, cache, ids, 9, stopping_criteria=[fails])
+    assert torch.equal(turn(model, cache, ids, 9), turn(model, None, ids, 9))
+    with pytest.raises((ValueError, TypeError)):
+        turn(model, cache, ids, 9, no_such_option=1)
+    assert torch.equal(turn(model, cache, ids, 9), turn(model, None, ids, 9))
+
+
+def test_a_prefilled_row_is_asked_for_samples(model, cache):
+    with torch.no_grad():
+        model(torch.tensor([LONG[:10]]), past_key_values=cache)
+    want, got = both(model, cache, torch.tensor([LONG]), num_return_sequences=3, **SAMPLE)
+    assert torch.equal(want.sequences, got.sequences)
+    assert len(cache.threads) == 3
+
+
+def test_a_deep_copy_is_a_fork(model, cache):
+    with torch.no_grad():
+        model(torch.tensor([LONG]), past_key_values=cache)
+    pages = cache.session.stats.used_pages
+    copies = [copy.deepcopy(cache) for _ in range(3)]
+    assert cache.session.stats.used_pages == pages
+    for i, other in enumerate(copies):
+        ids = torch.tensor([LONG + tokens(4 + i, i)])
+        assert torch.equal(turn(model, other, ids, 4), turn(model, None, ids, 4))
+        other.close()
+    assert cache.get_seq_length() == 13 and cache.threads[0].tokens == LONG
+    ids = torch.tensor([LONG + [5]])
+    assert torch.equal(turn(model, cache, ids, 4), turn(model, None, ids, 4))
+
+
+def loop(model, cache, ids, mask, steps=6, **more):
+    """A loop of one's own: rows go on from the last column; [rows, steps] tokens."""
+    out = []
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, past_key_values=cache, **more).logits[:, -1]
+        for _ in range(steps):
+            out.append(logits.argmax(-1))
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], 1)
+            logits = model(out[-1][:, None], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("hidden", [[0, 1], [3, 4], [0, 5, 6, 9]], ids=["left", "inside", "both"])
+def test_padding_anywhere_in_a_loop_without_positions(model, cache, hidden):
+    if model.config.model_type.startswith("gemma") and hidden != [0, 1]:
+        pytest.skip("stock counts padded places towards a window; here padding never counts")
+    ids = torch.tensor([LONG, tokens(13, 2)])
+    mask = torch.ones_like(ids)
+    mask[0, hidden] = 0
+    want = loop(model, DynamicCache(config=model.config), ids, mask)
+    assert torch.equal(loop(model, cache, ids, mask), want)
+    # Negative control: the places that are hidden matter.
+    cache.reset()
+    with torch.no_grad():
+        seen = model(ids, past_key_values=cache).logits[0, -1]
+        unseen = model(ids, attention_mask=mask).logits[0, -1]
+    assert distance(seen, unseen) > FAR
+
+
+def test_positions_of_ones_own(model, cache):
+    ids = torch.tensor([LONG, tokens(13, 2)])
+    positions = torch.stack([torch.arange(13) + 4, torch.arange(13) * 3])
+    with torch.no_grad():
+        want = model(ids, position_ids=positions, past_key_values=DynamicCache()).logits
+        got = model(ids, position_ids=positions, past_key_values=cache).logits
+    assert distance(got[0], want[0]) < CLOSE
+    if not model.config.model_type.startswith("gemma"):  # windows count positions, in stock places
+        assert distance(got[1], want[1]) < CLOSE
+
+
+def test_right_padding(model, cache):
+    ids = torch.tensor([LONG, SHORT + [0] * 7])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+    assert distance(got[mask.bool()], want[mask.bool()]) < CLOSE
+    cache.reset()
+    with pytest.raises(apr.InvalidInput, match=r'padding_side = "left"'):
+        turn(model, cache, ids, 3, attention_mask=mask)
+    assert cache.session.stats.used_pages == 0
+
+
+def test_the_end_of_the_past_may_be_hidden_and_no_more(model, cache):
+    with torch.no_grad():
+        model(torch.tensor([LONG]), past_key_values=cache)
+        mask = torch.tensor([[1] * 9 + [0] * 4 + [1]])
+        place = torch.tensor([[9]])
+        more = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
+        got = model(torch.tensor([[5]]), **more).logits[0, -1]
+        assert distance(got, stock(model, [*LONG[:9], 5])[-1]) < CLOSE
+        hole = torch.tensor([[1, 0] + [1] * 13])
+        with pytest.raises(apr.InvalidInput, match="seen ones behind them"):
+            model(torch.tensor([[6]]), attention_mask=hole, past_key_values=cache)
+        got = model(torch.tensor([[6]]), past_key_values=cache).logits[0, -1]
+    assert cache.threads[0].tokens == [*LONG[:9], 5, 6]
+
+
+def test_the_protocol_of_a_cache(model, cache):
+    layers = len(cache.session.spec.layers)
+    assert len(cache) == layers == len(cache.is_sliding) and not any(cache.is_linear)
+    assert not cache.is_initialized and cache.get_seq_length() == 0 and cache.is_croppable
+    with torch.no_grad():
+        model(torch.tensor([LONG, LONG]), past_key_values=cache)
+    assert cache.is_initialized and cache.batch_size == 2 and not cache.is_compileable
+    assert cache.get_mask_sizes(3, 0) == (16, 0) and cache.get_query_offset() == 13
+    assert [x.get_seq_length() for x in cache.layers] == [13] * layers
+    cache.crop(-4)
+    assert cache.get_seq_length() == 9 and [len(t) for t in cache.threads] == [9, 9]
+    cache.threads[1].trim(6)  # the user's own edits count
+    assert cache.get_seq_length() == 9
+    cache.threads[0].trim(6)
+    assert cache.get_seq_length() == 6
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, False, False, True]))
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert [t.tokens for t in cache.threads] == [LONG[:6]] * 3
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.session.stats.used_pages == 0
