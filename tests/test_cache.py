@@ -108,21 +108,27 @@ def test_a_failed_forward_is_taken_back(llama):
 def test_what_is_refused_says_so(llama):
     cache = apr.Cache(llama, max_tokens=256)
     ids = torch.tensor([tokens(11)])
-    with pytest.raises(apr.InvalidInput, match="left padding"):
-        llama(ids, attention_mask=torch.tensor([[1] * 9 + [0] * 2]), past_key_values=cache)
-    with pytest.raises(apr.InvalidInput, match="position_ids"):
-        llama(ids, position_ids=torch.arange(5, 16)[None], past_key_values=cache)
-    with pytest.raises(apr.InvalidInput, match="beam search"):
-        llama.generate(ids, num_beams=2, past_key_values=cache, **GREEDY)
-    cache.reset()
+    with pytest.raises(apr.InvalidInput, match="2-D padding mask"):
+        llama(ids, attention_mask=torch.ones(1, 1, 11, 11).bool(), past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="several positions"):
+        llama(ids, position_ids=torch.arange(11).expand(3, 1, 11), past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="attention matrix"):
+        llama(ids, output_attentions=True, past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="at least one new token"):
+        llama(ids[:, :0], past_key_values=cache)
     with pytest.raises(apr.OutOfPages, match="exhausted"):
         llama(torch.tensor([tokens(300)]), past_key_values=cache)
     assert cache.session.stats.used_pages == 0
     with torch.no_grad():
         logits = llama(ids, past_key_values=cache).logits[0]
     assert distance(logits, stock(llama, ids[0].tolist())) < CLOSE
-    with pytest.raises(apr.InvalidInput, match="rows"):
-        llama(torch.tensor([[1], [2]]), past_key_values=cache)
+    with torch.no_grad():
+        llama(torch.tensor([[1], [2]]), past_key_values=cache)  # samples of the one row
+        with pytest.raises(apr.InvalidInput, match="3 rows; expected 2"):
+            llama(torch.tensor([[1], [2], [3]]), past_key_values=cache)
+        with pytest.raises(apr.InvalidInput, match="1 columns; expected 13"):
+            one = ids[:, :1].repeat(2, 1)
+            llama(one, attention_mask=one, past_key_values=cache)
     cache.close()
 
 
