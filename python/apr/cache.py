@@ -18,6 +18,7 @@ from apr import ops
 from apr.cache_call import Call, common_columns, hide, read_call
 from apr.cache_forward import BatchForward, Step
 from apr.compatibility import cache_of, describe
+from apr.hf import changed
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.probe import counts_padding
 from apr.session import Session
@@ -58,6 +59,46 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
+class _Hook:
+    """A hook on the model that must not keep the cache alive; a copy of the model has one that does nothing.
+
+    torch calls a hook without keyword arguments while another Python thread registers or removes it.
+    """
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class _Before(_Hook):
+    def __init__(self, cache: Cache | None = None, model: Any = None) -> None:
+        super().__init__(cache)
+        parameters = () if model is None else inspect.signature(model.forward).parameters.values()
+        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def __call__(self, module: Any, args: Any, kwargs: Any = None) -> Any:
+        cache = self._cache()
+        if cache is None or kwargs is None:
+            return None
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if cache._step is not None:
+            cache._abandon()
+        if cache_of(arguments) is cache:
+            return (), cache._before(module, arguments)
+        if cache.session.spec.position_limit is not None:
+            cache._check_dropped(arguments)
+        return None
+
+
+class _After(_Hook):
+    def __call__(self, module: Any, args: Any, *rest: Any) -> None:
+        cache = self._cache()
+        if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache and cache._step:
+            cache._after(rest[1] is not None)
+
+
 class Cache(transformers.Cache):  # type: ignore[misc]
     """A cache for `generate()` and for loops that call `model(..., past_key_values=cache)`.
 
@@ -96,35 +137,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._hook(session.attachment.model)
 
     def _hook(self, model: Any) -> None:
-        me = weakref.ref(self)  # the model must not keep the cache alive
-        parameters = [
-            p.name
-            for p in inspect.signature(model.forward).parameters.values()
-            if p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
-
-        # torch calls a hook without `kwargs` while another Python thread is registering or removing it.
-        def before(module: Any, args: Any, kwargs: Any = None) -> Any:
-            cache = me()
-            if cache is None or kwargs is None:
-                return None
-            arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            cache._abandon()
-            if cache_of(arguments) is not cache:
-                cache._check_dropped(arguments)
-                return None
-            return (), cache._before(module, arguments)
-
-        def after(module: Any, args: Any, *rest: Any) -> None:
-            cache = me()
-            if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache and cache._step:
-                cache._after(rest[1] is not None)
-
         self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_Before(self, model), with_kwargs=True),
+            model.register_forward_hook(_After(self), with_kwargs=True, always_call=True),
         ]
 
+    @torch.compiler.disable
     def _abandon(self) -> None:
         """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
         if self._step is not None and self._step.ident == threading.get_ident():
@@ -155,6 +173,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     # ---- around a forward -----------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
         """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
@@ -163,6 +182,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if ids.shape[1] > limit and (self._begun or self._length == limit):
             self.session.spec.check_position(ids.shape[1] - 1)
 
+    @torch.compiler.disable
     def _before(self, module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         session = self.session
         if self._step is not None:
@@ -284,6 +304,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         step.forward = BatchForward(session, plan, step, call)
         step.forward.start()
 
+    @torch.compiler.disable
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
         assert step is not None and step.forward is not None
@@ -292,10 +313,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if not finished or not complete:
             self._undo(step)
         if not complete:
-            raise UnsupportedModel(
-                "apr.Cache: a forward made other attention calls than the probe saw: a module was replaced "
-                "after the cache was made; make a new one"
-            )
+            raise changed(self.session.model, "fewer")
         if not finished:
             return
         if step.core is not None:
@@ -416,6 +434,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         other.threads = [thread.fork(1)[0] for thread in self.threads]
         other._stored, other._embedded = self._stored.clone(), self._embedded
         return other
+
+    def __reduce__(self) -> Any:
+        raise InvalidInput(
+            "apr.Cache: a cache lies in its session's memory; copy.deepcopy(cache) forks it, and "
+            "cache.threads[i].tokens are data"
+        )
 
     def __copy__(self) -> Cache:
         return self.__deepcopy__({})

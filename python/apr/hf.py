@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apr import gpu, ops
-from apr.errors import InvalidInput, NonFiniteLogits
-from apr.interface import Running, members
-from apr.model_state import Watch, known, run_eagerly, unwrap
-from apr.probe import SINKS, LayerSpec, ModelSpec, measure, refuse
+from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
+from apr.interface import Running
+from apr.model_state import Watch, known, undisturbed, unwrap
+from apr.probe import SINKS, LayerSpec, ModelSpec, measure
 from apr.vectors import RowVectors
 
 
@@ -33,6 +33,15 @@ def check_finite(logits: Tensor) -> None:
             "step: the model returned NaN logits; the step was taken back. Check the "
             "model's dtype and weights (float16 overflows where bfloat16 does not)"
         )
+
+
+def changed(model: Any, how_many: str) -> UnsupportedModel:
+    """The exception that says that a model does not do what it did when it was measured."""
+    return UnsupportedModel(
+        f"{type(model).__name__} made {how_many} attention calls than when it was measured: a module was "
+        "replaced, or adapters were added, after it was attached; call session.refresh() (or "
+        "cache.reset()), which releases its threads"
+    )
 
 
 class PackedForward:
@@ -55,7 +64,7 @@ class PackedForward:
 
     def layer(self, model: Any) -> tuple[LayerSpec, ops.Pool]:
         if self._next_layer >= len(self._pools):
-            raise refuse(model, "a forward made more attention calls than the probe saw")
+            raise changed(model, "more")
         self._next_layer += 1
         return self._spec.layers[self._next_layer - 1], self._pools[self._next_layer - 1]
 
@@ -96,7 +105,7 @@ class PackedForward:
 
     def check_complete(self, model: Any) -> None:
         if not self.is_complete:
-            raise refuse(model, "a forward made fewer attention calls than the probe saw")
+            raise changed(model, "fewer")
 
 
 class Attachment:
@@ -109,13 +118,12 @@ class Attachment:
         self.model = unwrap(model)
         if self.model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
-        # A default device or dtype, or autocast, of the moment is not the model's.
-        with run_eagerly(), torch.autocast(self.model.device.type, enabled=False):
+        with undisturbed(self.model.device):
             self._known = known(self.model, measure)
         gpu.backend(self.spec.device)  # refused where there are no kernels
-        self.owner = members(self.model)
-        self.switch = self._known.switch
-        self._watch = Watch(self.model)
+        self.owner, self.switch = self._known.owner, self._known.switch
+        weights = (weight() for weight in self._known.weights)
+        self._watch = Watch(self.model, [w for w in weights if w is not None])
 
     @property
     def spec(self) -> ModelSpec:

@@ -196,7 +196,7 @@ def configurations(model: Any) -> list[Any]:
             add(getattr(config, name, None))
 
     for module in model.modules():
-        add(getattr(module, "config", None))
+        add(vars(module).get("config"))
     return list(found.values())
 
 

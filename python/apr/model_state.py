@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from apr.errors import InvalidInput
-from apr.interface import Switch, configurations
+from apr.interface import Switch, configurations, members
 from apr.probe import ModelSpec
 
 
@@ -51,9 +52,12 @@ def _facts(config: Any) -> tuple[str, ...]:
 
 def structure(model: nn.Module) -> tuple[Any, ...]:
     """Everything of a model that a measurement depends on, but for the values of its weights."""
-    tensors = [*model.parameters(), *model.buffers()]
+    modules = list(model.modules())
+    tensors = [
+        t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    ]
     return (
-        tuple(map(id, model.modules())),
+        tuple(map(id, modules)),
         tuple((id(t), t.dtype, t.device, t.shape) for t in tensors),
         tuple(map(_facts, configurations(model))),
     )
@@ -62,16 +66,19 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
 class Watch:
     """Notices what would make stored keys and values, or the measurement, untrue; cheap enough for each step."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._weights = [p for p in model.parameters() if not p.is_inference()]
+    def __init__(self, model: PreTrainedModel, weights: list[nn.Parameter]) -> None:
+        self._model, self._weights = model, weights
         self._versions = self._sum()
-        self._table = model.get_input_embeddings().weight
-        self._stood = (self._table.dtype, self._table.device)
+        self._stood = self._table()
 
     def _sum(self) -> int:
         """Version counters of all parameters: torch counts the changes made in place."""
         return sum(p._version for p in self._weights)
+
+    def _table(self) -> tuple[list[int], torch.dtype, torch.device]:
+        """Of the embeddings; hooks that offload make them anew for each forward, so no tensor is kept."""
+        table = self._model.get_input_embeddings().weight
+        return list(table.shape), table.dtype, table.device
 
     def check(self, remedy: str) -> None:
         """Raise InvalidInput where the model is not what it was; `remedy` makes things right again."""
@@ -79,11 +86,11 @@ class Watch:
             raise InvalidInput(
                 "the model is in training mode (dropout would make every step differ); call model.eval()"
             )
-        table = self._model.get_input_embeddings().weight
-        if table is not self._table or (table.dtype, table.device) != self._stood:
+        if self._table() != self._stood:
+            (was, dtype, device), (now, now_dtype, now_device) = self._stood, self._table()
             raise InvalidInput(
-                f"the model was changed: its embeddings were {list(self._table.shape)}, {self._stood[0]} on "
-                f"{self._stood[1]}, and are {list(table.shape)}, {table.dtype} on {table.device}; {remedy}"
+                f"the model was changed: its embeddings were {was}, {dtype} on {device}, and are {now}, "
+                f"{now_dtype} on {now_device}; {remedy}"
             )
         if self._sum() != self._versions:
             raise InvalidInput(
@@ -99,11 +106,14 @@ class Known:
     structure: tuple[Any, ...]
     switch: Switch
     spec: ModelSpec
+    owner: frozenset[int]  # ids of its modules and configurations
+    # Parameters whose changes in place torch counts; held weakly, as all that leads to the model.
+    weights: list[weakref.ref[nn.Parameter]]
     tested: bool = False
 
 
 # A memo, so that a second attach of an unchanged model costs no forward; nothing is written on the model.
-_KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -116,10 +126,19 @@ def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -
             same = found is not None and found.structure[0] == now[0]
             switch = found.switch if found is not None and same else Switch(model)
             spec = measure(model, switch)
-            found = _KNOWN[model] = Known(structure(model), switch, spec)
+            weights = [weakref.ref(p) for p in model.parameters() if not p.is_inference()]
+            found = Known(structure(model), switch, spec, members(model), weights)
+            _KNOWN[model] = found
         return found
 
 
-def run_eagerly() -> Any:
-    """Within it compiled models run as they are written: what is measured is the model, not its graphs."""
-    return torch.compiler.set_stance("force_eager")
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Measure a model and not its surroundings: no compiled graphs, no autocast, no default device."""
+    kind = device.type if device.type != "meta" else "cpu"
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast(kind, enabled=False),
+        torch.device(kind if kind == "cpu" else device),
+    ):
+        yield

@@ -150,10 +150,11 @@ def _probe_forward(
     except (UnsupportedModel, MemoryError):
         raise
     except Exception as error:
+        where = f"at positions up to {int(positions.max())}"
+        if model.device.type == "meta":
+            where = "with weights on the meta device, where there are no numbers"
         raise refuse(
-            model,
-            f"a probe forward failed at positions {positions[:, 0].tolist()} "
-            f"({type(error).__name__}: {str(error)[:200]})",
+            model, f"a probe forward failed {where} ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     if not probe.calls:
         raise refuse(model, "no layer dispatched to the registered attention function")
@@ -204,7 +205,9 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
     if "position_ids" not in parameters and not wild:
         raise refuse(model, "its forward takes no position_ids")
     table = model.get_input_embeddings().weight
-    device, vocab_size = model.device, int(table.shape[0])
+    vocab_size = int(table.shape[0])
+    # What is offloaded rests on the meta device, and its hooks bring inputs to where it runs.
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
     token = min(5, vocab_size - 1)
     rows = len(rope.PROBE_POSITIONS)
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
@@ -213,8 +216,6 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
     )
     line = torch.arange(3, device=device)[None]
     masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
-    if masking.calls[0].q.device.type == "meta":
-        raise refuse(model, "its weights are on the meta device, where there are no numbers; load them")
     _check_logits(model, logits, line, vocab_size)
     if len(masking.calls) != len(turning.calls):
         raise refuse(model, "the number of attention calls changes from forward to forward")

@@ -23,6 +23,7 @@ from apr.errors import (
 )
 from apr.graph import step_graphs
 from apr.hf import Attachment
+from apr.model_state import undisturbed
 from apr.probe import ModelSpec
 from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
 from apr.trace import Stats, Trace
@@ -77,7 +78,8 @@ class Session:
         """Measure the model as it is now, and open an empty pool for it."""
         self.attachment = Attachment(self.model)
         if self._self_test and not self.attachment.tested:
-            with Session(self.model, 32 * self.page_size, self.page_size, self_test=False) as small:
+            small = Session(self.model, 32 * self.page_size, self.page_size, self_test=False)
+            with undisturbed(self.spec.device), small:
                 run_self_test(small)
             self.attachment.tested = True
         pages = pages_for(self.spec, self._max_tokens, self.page_size)
@@ -97,6 +99,11 @@ class Session:
     def spec(self) -> ModelSpec:
         """What was measured of the model."""
         return self.attachment.spec
+
+    def __reduce__(self) -> Any:
+        raise InvalidInput(
+            "copy: a session owns memory and threads; open another with apr.Session(model)"
+        )
 
     # ---- opening and closing --------------------------------------------------------------------
 
@@ -127,7 +134,7 @@ class Session:
         before. Raises InvalidInput where the model is another one, which wants a session of its own.
         """
         table = self._edit()
-        attachment = Attachment(self.model)
+        attachment = Attachment(self.model)  # its self-test was passed, or left out, when this was opened
         if attachment.spec.can_rotate != self.spec.can_rotate:
             raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
         for number in list(self._threads):
