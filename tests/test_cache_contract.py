@@ -126,7 +126,9 @@ def test_rows_that_end_at_different_lengths_go_on_as_if_alone(model, cache):
     eos = next(int(t) for t in free[0, 7:] if t not in free[1])
     first = turn(model, cache, ids, 8, eos_token_id=eos)
     ended = 6 + first[0, 6:].tolist().index(eos) + 1
-    assert ended < first.shape[1] and not first[0, ended:].any()  # stock feeds padding to the ended row
+    assert (
+        ended < first.shape[1] and not first[0, ended:].any()
+    )  # stock feeds padding to the ended row
     second = torch.cat([first, torch.tensor([tokens(3, 7), tokens(3, 8)])], 1)
     got = turn(model, cache, second, 5, attention_mask=(second != 0).long())[:, second.shape[1] :]
     for row, new in zip(second.tolist(), got, strict=True):
@@ -194,7 +196,9 @@ def loop(model, cache, ids, mask, steps=6, **more):
         for _ in range(steps):
             out.append(logits.argmax(-1))
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], 1)
-            logits = model(out[-1][:, None], attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = model(out[-1][:, None], attention_mask=mask, past_key_values=cache).logits[
+                :, -1
+            ]
     return torch.stack(out, 1)
 
 

@@ -18,8 +18,8 @@ from apr import ops
 from apr.cache_call import Call, common_columns, hide, read_call
 from apr.cache_forward import BatchForward, Step
 from apr.compatibility import cache_of, describe
-from apr.hf import changed
 from apr.errors import InvalidInput, UnsupportedModel
+from apr.hf import changed
 from apr.probe import counts_padding
 from apr.session import Session
 from apr.thread import Thread
@@ -127,7 +127,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         super().__init__(layers=[_Layer(self, i, w is not None) for i, w in enumerate(windows)])
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
-        self._stored = torch.zeros(0, 0, dtype=torch.bool)  # [batch, length]: places that are no padding
+        self._stored = torch.zeros(
+            0, 0, dtype=torch.bool
+        )  # [batch, length]: places that are no padding
         self._step: Step | None = None
         self._begun = False  # a generate() has begun, and fed nothing yet
         self._embedded = False  # some stored tokens came as embeddings, images or the like
@@ -177,7 +179,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
         """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
-        if limit is None or ids is None or cache_of(arguments) is not None or self._step is not None:
+        if (
+            limit is None
+            or ids is None
+            or cache_of(arguments) is not None
+            or self._step is not None
+        ):
             return
         if ids.shape[1] > limit and (self._begun or self._length == limit):
             self.session.spec.check_position(ids.shape[1] - 1)

@@ -28,7 +28,9 @@ class Step:
         self.threads, self.stored = list(threads), stored
         self.owners = list(range(len(threads)))  # batch row -> index in threads
         self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
-        self.queued: dict[Thread, list[int]] = {}  # flat index of each token that a thread has of this call
+        self.queued: dict[
+            Thread, list[int]
+        ] = {}  # flat index of each token that a thread has of this call
         self.core: _core.Step | None = None
         self.forward: BatchForward | None = None
         self.now = stored
@@ -157,7 +159,9 @@ class BatchForward(PackedForward):
         here = torch.arange(width - 1, device=device)[None] + self._offset
         zero = torch.zeros((), dtype=torch.long, device=device)
         ahead = torch.as_tensor(function(rows, zero, here, here + 1), device=device)
-        ahead = ahead.expand(self._real.shape[0], width - 1) & self._real[:, :-1] & self._real[:, 1:]
+        ahead = (
+            ahead.expand(self._real.shape[0], width - 1) & self._real[:, :-1] & self._real[:, 1:]
+        )
         if bool(ahead.any()):
             raise InvalidInput(
                 "apr.Cache: this call's arguments let tokens see what stands behind them (an image block or "
@@ -175,9 +179,7 @@ class BatchForward(PackedForward):
             return full.view(batch, tokens, heads, -1)
         self._check_copies(q, k, v)
         packed = [x.transpose(1, 2).flatten(0, 1)[self._rows] for x in (q, k, v)]
-        full[self._rows] = self.attend_rows(
-            module, packed[0], packed[1], packed[2], scale, options
-        )
+        full[self._rows] = self.attend_rows(module, packed[0], packed[1], packed[2], scale, options)
         out = full.view(batch, tokens, heads, -1)
         for copy, original in self._copies:
             out[copy] = out[original]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from apr.errors import InvalidInput
-from apr.sampling import Rules, make_rules, resolve, row_warpers
+from apr.errors import InvalidInput, NonFiniteLogits
+from apr.sampling import Processors, Rules, make_rules, resolve, row_warpers
 from apr.session import Session
+from apr.text import written_text
 from apr.thread import Thread
 
+ProcessorsLike = Sequence[LogitsProcessor] | Callable[[Thread], Sequence[LogitsProcessor]]
 Stop = Sequence[str] | Callable[[list[int]], bool] | None
 
 
@@ -31,9 +33,9 @@ class StreamStep:
 
 @dataclass
 class Decoded:
-    """What one thread wrote in a run."""
+    """What one thread wrote in a run; `thread` is None in the Result of a method, which is data alone."""
 
-    thread: Thread
+    thread: Any  # the Thread, or None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""  # "" while it writes; then a reason of StreamStep, or "pruned"
@@ -45,6 +47,10 @@ class Decoded:
         """Sum of the log-probabilities of the written tokens."""
         return sum(self.logprobs)
 
+    def let_go(self) -> None:
+        """Keep what was written, and not the thread."""
+        self.thread = None
+
 
 class Stream:
     """A run over threads that may enter and leave at any step; iterate it, one StreamStep at a time.
@@ -53,8 +59,17 @@ class Stream:
     token of a thread is queued on it, so a later join or step does not lose it.
     """
 
-    def __init__(self, session: Session, config: GenerationConfig, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        config: GenerationConfig,
+        tokenizer: Any = None,
+        processors: Processors | None = None,
+        stopping_criteria: Sequence[Any] = (),
+    ) -> None:
         self.session, self.config, self.tokenizer = session, config, tokenizer
+        self._processors, self._criteria = processors or Processors(), stopping_criteria
+        self._steps = 0
         self._rules: dict[Thread, Rules] = {}
         self._warpers: dict[int, Any] = {}
         # What a thread saw when it entered, and how much of that it had written itself.
@@ -87,7 +102,7 @@ class Stream:
     ) -> None:
         """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens.
 
-        written: the last visible tokens that count as written in this run already, towards limits and stops.
+        logits_processor, stopping_criteria: for this thread alone, after those of the run. written: the last visible tokens that count as written in this run already, towards limits and stops.
         """
         if thread in self._rules:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
@@ -103,8 +118,8 @@ class Stream:
             warpers=self._warpers[id(config)][1],
             tokenizer=self.tokenizer,
             stop=stop,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
+            logits_processor=[*self._processors.of(thread), *logits_processor],
+            stopping_criteria=[*self._criteria, *stopping_criteria],
         )
         self._rules[thread].tokens = list(written)
 
@@ -142,6 +157,28 @@ class Stream:
                 scores[rows] = warpers(None, scores[rows])
         return scores
 
+    def _check_scores(self, threads: list[Thread], logits: Tensor, scores: Tensor) -> None:
+        """Raise where a thread has nothing to choose from: a row without a finite best score."""
+        best = scores.amax(-1)
+        if bool(best.isfinite().all()):
+            return
+        row = int((~best.isfinite()).int().argmax())
+        where = f"{threads[row]!r}, step {self._steps + 1} of this run"
+        if not bool(logits[row].amax().isfinite()):
+            raise NonFiniteLogits(
+                f"{where}: the model's logits hold {float(logits[row].amax())}; nothing was sampled. Check its "
+                "dtype and weights"
+            )
+        if float(best[row]) == float("-inf"):
+            raise InvalidInput(
+                f"{where}: no token is left, all scores are -inf; the logits processors (a grammar, bad words, "
+                "suppressed tokens) forbid everything: let them allow an end token"
+            )
+        raise NonFiniteLogits(
+            f"{where}: a logits processor made scores of {float(best[row])}; expected numbers, or -inf for "
+            "what is forbidden"
+        )
+
     def _sample(self, threads: list[Thread], scores: Tensor) -> list[int]:
         chosen = scores.argmax(-1)
         sampled = [i for i, t in enumerate(threads) if self._rules[t].config.do_sample]
@@ -161,9 +198,11 @@ class Stream:
         states = [t.generator.get_state() for t in sampled]
         noted: list[Rules] = []
         try:
-            tokens = self._sample(threads, self._scores(threads, logits))
+            scores = self._scores(threads, logits)
+            self._check_scores(threads, logits, scores)
+            tokens = self._sample(threads, scores)
             finished = {}
-            for thread, token in zip(threads, tokens, strict=True):
+            for row, (thread, token) in enumerate(zip(threads, tokens, strict=True)):
                 rules = self._rules[thread]
                 rules.tokens.append(token)
                 noted.append(rules)
@@ -171,7 +210,10 @@ class Stream:
                 def all_tokens(thread: Thread = thread, token: int = token) -> Tensor:
                     return torch.tensor([[*self._history(thread), token]], device=logits.device)
 
-                reason = rules.finish_reason(token, all_tokens)
+                def its_scores(row: int = row) -> Tensor:
+                    return scores[row : row + 1]
+
+                reason = rules.finish_reason(token, all_tokens, its_scores)
                 if reason is not None:
                     finished[thread] = reason
         except BaseException:
@@ -186,6 +228,7 @@ class Stream:
         threads = list(self._rules)
         logits = self.session.step(threads)
         tokens, finished = self._choose(threads, logits)
+        self._steps += 1
         chosen = torch.tensor(tokens, device=logits.device)[:, None]
         logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
         for thread, token in zip(threads, tokens, strict=True):
@@ -207,18 +250,26 @@ def stream(
     *,
     tokenizer: Any = None,
     stop: Stop = None,
+    logits_processor: ProcessorsLike = (),
+    stopping_criteria: Sequence[Any] = (),
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None,
+    sample: bool | None = None,
     **options: Any,
 ) -> Stream:
     """A run over `threads`: `with apr.stream(s, threads) as run: for step in run: ...`.
 
-    `options` override fields of the configuration (the model's own by default). Raises InvalidInput for a
-    field that a loop over threads cannot honour.
+    `options` override fields of the configuration (the model's own by default). logits_processor: a list, of
+    which every thread gets copies of its own, or a callable on the thread that returns one. sample: what to
+    do where neither options nor generation_config say; None: as the model's configuration says. Raises
+    InvalidInput for a field that a loop over threads cannot honour.
     """
-    if "logits_processor" in options or "stopping_criteria" in options:
-        raise InvalidInput(
-            "stream: pass logits_processor and stopping_criteria to run.add(thread, ...)"
-        )
-    run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
+    run = Stream(
+        session,
+        resolve(session.model, generation_config, options, sample),
+        tokenizer,
+        Processors(logits_processor, prefix_allowed_tokens_fn),
+        stopping_criteria,
+    )
     for thread in threads:
         run.add(thread, stop=stop)
     return run
@@ -233,8 +284,7 @@ def decode(
     streamer: Callable[[Thread], Any] | None = None,
     progress: bool = False,
     stop: Stop = None,
-    logits_processor: Sequence[LogitsProcessor] = (),
-    stopping_criteria: Sequence[Any] = (),
+    skip_special_tokens: bool = False,
     on_step: Callable[[StreamStep], None] | None = None,
     prune: Callable[[StreamStep, dict[Thread, Decoded]], Iterable[Thread]] | None = None,
     **options: Any,
@@ -243,24 +293,27 @@ def decode(
 
     streamer: called once a thread, returns a transformers streamer (put, end) for it alone.
     progress: show a bar of finished threads. prune: called after each step with what all threads have so
-    far; the threads that it returns end there ("pruned"). Returns one Decoded a thread, in order; with
-    `tokenizer` its text, special tokens left out.
+    far; the threads that it returns end there ("pruned"). Other options are those of `stream`. Returns one
+    Decoded a thread, in order; with `tokenizer` its text, as it was written: special tokens stand in it, but for
+    the end token, unless `skip_special_tokens`.
     """
-    run = Stream(session, resolve(session.model, generation_config, options), tokenizer)
+    threads = list(threads)
     results = {thread: Decoded(thread) for thread in threads}
     if len(results) != len(threads):
         raise InvalidInput("decode: got a thread twice; list each once")
+    run = stream(session, threads, generation_config, tokenizer=tokenizer, stop=stop, **options)
     streamers: dict[Thread, Any] = {}
-    for thread in threads:
-        run.add(
-            thread,
-            stop=stop,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-        )
-        if streamer is not None:
-            streamers[thread] = streamer(thread)
-            streamers[thread].put(torch.tensor([thread.tokens]))
+    for thread in threads if streamer is not None else ():
+        streamers[thread] = streamer(thread)
+        streamers[thread].put(torch.tensor([thread.tokens]))
+
+    def finish(thread: Thread, reason: str) -> None:
+        result = results[thread]
+        result.finish = reason
+        result.text = written_text(tokenizer, result.tokens, reason, skip_special_tokens)
+        label = result.text if len(result.text) <= 60 else result.text[:57] + "..."
+        session.trace.end(thread._id, reason, len(result.tokens), label)
+
     with _bar(len(threads), progress) as bar, run:
         for step in run:
             for thread, token in step.tokens.items():
@@ -270,11 +323,11 @@ def decode(
                     streamers[thread].put(torch.tensor([token]))
             ended = dict(step.finished)
             for thread, reason in ended.items():
-                _finish(session, results[thread], reason, tokenizer)
+                finish(thread, reason)
             for thread in prune(step, results) if prune is not None else ():
                 if not results[thread].finish:
                     run.remove(thread)
-                    _finish(session, results[thread], "pruned", tokenizer)
+                    finish(thread, "pruned")
                     ended[thread] = "pruned"
             for thread in ended:
                 if thread in streamers:
@@ -284,14 +337,6 @@ def decode(
             if on_step is not None:
                 on_step(step)
     return [results[thread] for thread in threads]
-
-
-def _finish(session: Session, result: Decoded, reason: str, tokenizer: Any) -> None:
-    result.finish = reason
-    if tokenizer is not None:
-        result.text = tokenizer.decode(result.tokens, skip_special_tokens=True).strip()
-    label = result.text if len(result.text) <= 60 else result.text[:57] + "..."
-    session.trace.end(result.thread._id, reason, len(result.tokens), label)
 
 
 def _bar(total: int, show: bool) -> Any:

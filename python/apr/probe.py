@@ -165,7 +165,8 @@ def _check_logits(model: Any, logits: Any, ids: Tensor, vocab_size: int) -> None
     """A model of language gives a score for each token of its vocabulary at each place."""
     if logits is None:
         raise refuse(
-            model, "its forward returns no logits: load it with AutoModelForCausalLM (a head is missing)"
+            model,
+            "its forward returns no logits: load it with AutoModelForCausalLM (a head is missing)",
         )
     shape, want = list(logits.shape), [*ids.shape, vocab_size]
     if shape[:2] != want[:2] or len(shape) != 3 or (shape != want and not model.can_generate()):
@@ -211,9 +212,7 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
     token = min(5, vocab_size - 1)
     rows = len(rope.PROBE_POSITIONS)
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
-    turning, _ = _probe_forward(
-        model, switch, torch.full((rows, 1), token, device=device), places
-    )
+    turning, _ = _probe_forward(model, switch, torch.full((rows, 1), token, device=device), places)
     line = torch.arange(3, device=device)[None]
     masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
     _check_logits(model, logits, line, vocab_size)

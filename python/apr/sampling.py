@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
@@ -68,6 +70,8 @@ _OUTPUTS = {
     "return_dict_in_generate",
     "cache_implementation",
 }
+# Fields that mean nothing unless tokens are drawn.
+_WARPING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _INSTEAD = {
     "num_return_sequences": "fork the thread, or use model.generate(past_key_values=apr.Cache(model))",
     "num_beams": "leave it at 1",
@@ -75,28 +79,38 @@ _INSTEAD = {
 
 
 def resolve(
-    model: Any, config: GenerationConfig | None, overrides: dict[str, Any]
+    model: Any,
+    config: GenerationConfig | None,
+    overrides: dict[str, Any],
+    sample: bool | None = None,
 ) -> GenerationConfig:
     """The configuration in force: keyword overrides, then `config`, then the model's own; checked.
 
     As in generate(), a field that is None in `config` is taken from the model's configuration. Unlike
-    there, nothing is put where both are silent (generate() would sample with top_k=50).
+    there, nothing is put where both are silent (generate() would sample with top_k=50). sample: whether to
+    sample where neither overrides nor `config` say; None: as the model's configuration says, and where it is
+    silent too, sampling if a temperature or its like is asked for.
     """
     own = getattr(model, "generation_config", None)
     fields = GenerationConfig().to_dict() | (own.to_dict() if own is not None else {})
-    if config is not None:
-        fields |= {name: value for name, value in config.to_dict().items() if value is not None}
+    asked = {} if config is None else {n: v for n, v in config.to_dict().items() if v is not None}
     known = set(fields) | set(GenerationConfig().to_dict())
     for name in overrides:
         if name not in known:
             raise InvalidInput(
-                f"generation option {name!r} is not a field of GenerationConfig; check its spelling"
+                f"generation option {name!r} is not a field of GenerationConfig; check its spelling "
+                f"(what a chat template takes goes into chat_template_kwargs={{{name!r}: ...}} of a method)"
             )
     for name in _OUTPUTS & {n for n, value in overrides.items() if value}:
         raise InvalidInput(
             f"generation option {name!r} belongs to generate(); here steps return tokens and logprobs"
         )
-    merged = {**fields, **overrides}
+    asked |= overrides
+    merged = {**fields, **asked}
+    if asked.get("do_sample") is None:
+        warms = any(asked.get(name) is not None for name in _WARPING)
+        merged["do_sample"] = sample if sample is not None else warms or bool(merged["do_sample"])
+    merged["eos_token_id"] = _plain_ids(merged.get("eos_token_id"))
     for name, harmless in _UNSUPPORTED.items():
         value = merged.get(name)
         if value is not None and value not in harmless:
@@ -106,8 +120,13 @@ def resolve(
             )
     try:
         return GenerationConfig(**merged)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InvalidInput(f"generation options: {error}") from error
+
+
+def _plain_ids(ids: Any) -> Any:
+    """End tokens in any form (a number, a list, an array, a tensor) as a number or a list of them."""
+    return ids.tolist() if hasattr(ids, "tolist") else ids
 
 
 def eos_tokens(config: GenerationConfig) -> list[int]:
@@ -212,22 +231,71 @@ class Rules:
     def reads_history(self) -> bool:
         return bool(self.history)
 
-    def finish_reason(self, token: int, all_tokens: Callable[[], Tensor]) -> str | None:
-        """Why the thread ends with `token`, or None."""
+    def finish_reason(
+        self, token: int, all_tokens: Callable[[], Tensor], scores: Callable[[], Tensor]
+    ) -> str | None:
+        """Why the thread ends with `token`, or None; scores() [1, vocab] are those it was chosen by."""
         if token in self.eos:
             return "eos"
         if self.stop is not None and self.stop(self.tokens):
             return "stop"
-        if len(self.criteria):
-            ids = all_tokens()
-            scores = torch.zeros(1, 1, device=ids.device)
-            if bool(torch.as_tensor(self.criteria(ids, scores)).any()):
-                return "stop"
+        # transformers' list of criteria answers a tensor, a single one may answer a bool.
+        if self.criteria and bool(torch.as_tensor(self.criteria(all_tokens(), scores())).any()):
+            return "stop"
         if len(self.tokens) >= self.limit:
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:
             return "time"
         return None
+
+
+class Processors:
+    """Processors for each thread of a run, of one list or of a factory: a stateful one (a grammar's matcher)
+    must see the tokens of one thread alone.
+
+    given: a list, of which the first thread gets the members themselves and every other copies; or a callable
+    on the thread that returns a list. allowed: generate()'s prefix_allowed_tokens_fn, on the thread's number in
+    the run and its tokens.
+    """
+
+    def __init__(
+        self, given: Any = (), allowed: Callable[[int, Tensor], Any] | None = None
+    ) -> None:
+        self._factory = None
+        if callable(given) and not isinstance(given, (LogitsProcessor, Sequence)):
+            self._factory, given = given, ()
+        self._first = [given] if isinstance(given, LogitsProcessor) else list(given)
+        self._allowed, self._count = allowed, 0
+        self._kept: list[LogitsProcessor] | Exception = []
+        try:  # before the first use writes into them
+            self._kept = [_copied(processor) for processor in self._first]
+        except Exception as error:
+            self._kept = error
+
+    def of(self, thread: Any) -> list[LogitsProcessor]:
+        """The processors of a thread that enters the run."""
+        number, self._count = self._count, self._count + 1
+        made = self._first if number == 0 else self._copies()
+        if self._factory is not None:
+            made = list(self._factory(thread))
+        if self._allowed is None:
+            return made
+        allowed = self._allowed
+        return [*made, PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(number, ids), 1)]
+
+    def _copies(self) -> list[LogitsProcessor]:
+        if isinstance(self._kept, Exception):
+            raise InvalidInput(
+                f"logits_processor: one of {self._first} cannot be copied for a second thread "
+                f"({self._kept}); give a factory that makes them: logits_processor=lambda thread: [...]"
+            ) from self._kept
+        return [_copied(processor) for processor in self._kept]
+
+
+def _copied(processor: LogitsProcessor) -> LogitsProcessor:
+    """transformers' own keep no state between calls; any other may."""
+    own = type(processor).__module__.startswith("transformers.")
+    return processor if own else copy.deepcopy(processor)
 
 
 def make_rules(

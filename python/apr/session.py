@@ -84,9 +84,7 @@ class Session:
             self.attachment.tested = True
         pages = pages_for(self.spec, self._max_tokens, self.page_size)
         self.pools = make_pools(self.spec, pages, self.page_size)
-        self._graphs = step_graphs(
-            self._cuda_graphs, self.attachment, self.pools, self.invariant
-        )
+        self._graphs = step_graphs(self._cuda_graphs, self.attachment, self.pools, self.invariant)
         self._table = _core.ThreadTable(pages, self.page_size, self.spec.can_rotate)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
@@ -134,7 +132,9 @@ class Session:
         before. Raises InvalidInput where the model is another one, which wants a session of its own.
         """
         table = self._edit()
-        attachment = Attachment(self.model)  # its self-test was passed, or left out, when this was opened
+        attachment = Attachment(
+            self.model
+        )  # its self-test was passed, or left out, when this was opened
         if attachment.spec.can_rotate != self.spec.can_rotate:
             raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
         for number in list(self._threads):

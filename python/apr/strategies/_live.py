@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from apr.decode import Decoded, Stream, StreamStep, decode
 from apr.session import Session
-from apr.strategies._requests import encode_plain
+from apr.strategies._requests import Writing, encode_plain, released
 from apr.thread import ViewLike
 
 
@@ -46,7 +46,7 @@ def take_steps(
 
 def joint_answers(
     session: Session,
-    tokenizer: Any,
+    write: Writing,
     views: Sequence[ViewLike],
     prompt: Any,
     tokens: int,
@@ -58,20 +58,16 @@ def joint_answers(
     """
     if prompt is None:
         return [None] * len(views)
-    ids = encode_plain(tokenizer, prompt)
-    readers = []
-    try:
+    ids = encode_plain(write.tokenizer, prompt)
+    with released([]) as readers:
         for view in views:
             readers.append(session.thread(ids, view=view))
         return decode(
             session,
             readers,
-            tokenizer=tokenizer,
+            tokenizer=write.tokenizer,
+            skip_special_tokens=write.skip_special_tokens,
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=config.eos_token_id,
         )
-    finally:
-        for reader in readers:
-            if reader.alive:
-                reader.release()

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-from apr.decode import Decoded
+from apr.decode import Decoded, Stream, decode, stream
 from apr.errors import InvalidInput
 from apr.session import Session
+from apr.text import written_text
+from apr.thread import Thread
 from apr.trace import Stats, Trace
 
 Message = dict[str, Any]
@@ -37,11 +39,70 @@ class Result:
     critical_path_tokens: int = -1
 
     def __post_init__(self) -> None:
+        for item in self.threads:
+            item.let_go()  # a result is data, and outlives the session
         lengths = [len(item.tokens) for item in self.threads]
         if self.total_tokens < 0:
             self.total_tokens = sum(lengths)
         if self.critical_path_tokens < 0:
             self.critical_path_tokens = max(lengths, default=0)
+
+
+class Writing:
+    """How the threads of a method write and are read: what every method takes and hands on.
+
+    sample: whether they sample where neither options nor generation_config say. Of the options of a call,
+    chat_template_kwargs go to the tokenizer's chat template and skip_special_tokens to the texts; all others
+    are fields of the configuration or arguments of `apr.stream`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, generation_config: Any, options: dict[str, Any], sample: bool = True
+    ) -> None:
+        self.tokenizer, self.config = tokenizer, generation_config
+        self.options = {"sample": sample, **options}
+        self.skip_special_tokens = bool(self.options.pop("skip_special_tokens", False))
+        self._template = dict(self.options.pop("chat_template_kwargs", None) or {})
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt in any form."""
+        return encode(self.tokenizer, prompt, self._template)
+
+    def stream(self, session: Session) -> Stream:
+        """A run without threads so far."""
+        return stream(session, [], self.config, tokenizer=self.tokenizer, **self.options)
+
+    def decode(self, session: Session, threads: Sequence[Thread], **more: Any) -> list[Decoded]:
+        """What `threads` write until they end; `more` goes before the method's options."""
+        options = {**self.options, **more, "skip_special_tokens": self.skip_special_tokens}
+        return decode(session, threads, self.config, tokenizer=self.tokenizer, **options)
+
+    def text(self, tokens: Sequence[int], finish: str = "") -> str:
+        """What a thread wrote, as text."""
+        return written_text(self.tokenizer, tokens, finish, self.skip_special_tokens)
+
+    def read(self, items: Sequence[Decoded]) -> None:
+        """Give each its text."""
+        for item in items:
+            item.text = self.text(item.tokens, item.finish)
+
+    def need_tokenizer(self, who: str) -> None:
+        """Raise InvalidInput where `who` reads text and there is no tokenizer to make it."""
+        if self.tokenizer is None:
+            raise InvalidInput(
+                f"{who} reads text, and tokenizer is None; pass the model's tokenizer"
+            )
+
+
+@contextlib.contextmanager
+def released(threads: list[Thread]) -> Iterator[list[Thread]]:
+    """Threads that a method made are let go when it ends, however it ends."""
+    try:
+        yield threads
+    finally:
+        for thread in threads:
+            if thread.alive:
+                thread.release()
 
 
 def _is_message(item: Any) -> bool:
@@ -59,24 +120,39 @@ def is_batch(prompt: Any) -> bool:
     return not _is_message(prompt[0]) and not isinstance(prompt[0], Integral)
 
 
-def encode(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of one prompt; chat messages go through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt).input_ids
-    elif prompt and _is_message(prompt[0]):
+def encode(tokenizer: Any, prompt: Any, template: dict[str, Any] | None = None) -> list[int]:
+    """Token ids of one prompt; chat messages go through the tokenizer's chat template, with its own options in
+    `template`. A last message of the assistant is a beginning, which is continued."""
+    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and _is_message(prompt[0])
+    if template and not is_chat:
+        raise InvalidInput(
+            f"chat_template_kwargs: got {sorted(template)} for a prompt that is no list of messages; expected "
+            'messages, e.g. [{"role": "user", "content": ...}]'
+        )
+    if is_chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise InvalidInput(
                 "prompt: got chat messages, but the tokenizer has no chat template; pass a string, or "
                 "set tokenizer.chat_template"
             )
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        begun = prompt[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not begun, "continue_final_message": begun}
+        options |= {"tokenize": True, "return_dict": False} | (template or {})
+        ids: list[int] = tokenizer.apply_chat_template(list(prompt), **options)
+    elif isinstance(prompt, str):
+        ids = need(tokenizer, "a prompt of text")(prompt).input_ids
     else:
         ids = list(prompt)
     if not ids:
         raise InvalidInput("prompt: got no tokens; expected at least one")
     return ids
+
+
+def need(tokenizer: Any, what: str) -> Any:
+    """The tokenizer, which `what` needs; raises InvalidInput where there is none."""
+    if tokenizer is None:
+        raise InvalidInput(f"tokenizer: got None; {what} needs one (token ids, everywhere, do not)")
+    return tokenizer
 
 
 def encode_plain(tokenizer: Any, text: Any) -> list[int]:
@@ -85,7 +161,8 @@ def encode_plain(tokenizer: Any, text: Any) -> list[int]:
         return list(text)
     if not text:
         return []
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    made = need(tokenizer, f"the text {text!r:.40}")(text, add_special_tokens=False)
+    ids: list[int] = made.input_ids
     return ids
 
 
@@ -101,7 +178,7 @@ def as_session(model_or_session: Any, seed: int) -> Iterator[Session]:
 
 def run_requests(
     model_or_session: Any,
-    tokenizer: Any,
+    writing: Writing,
     prompt: Any,
     seed: int,
     threads_each: int,
@@ -109,7 +186,7 @@ def run_requests(
 ) -> Any:
     """Call `run(session, prompts, request numbers)` on waves of prompts; a Result, or a list of them."""
     batch = is_batch(prompt)
-    prompts = [encode(tokenizer, p) for p in (prompt if batch else [prompt])]
+    prompts = [writing.encode(p) for p in (prompt if batch else [prompt])]
     return _in_waves(model_or_session, prompts, batch, seed, threads_each, run)
 
 

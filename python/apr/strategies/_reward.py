@@ -10,11 +10,24 @@ import torch
 from apr.errors import InvalidInput
 
 
+def number(who: str, value: Any) -> float:
+    """What a verifier, weight or reward function gave, as a number; None abstains, as NaN does."""
+    if value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"{who}: got {value!r:.60}; expected a number, or None to abstain"
+        ) from error
+
+
 class RewardModel:
     """Scores (prompt, text) pairs with a sequence classifier of its own tokenizer.
 
     One label: its logit is the score. More: the log-probability of the last. render(prompt, text) makes what
-    the classifier reads; by default one after the other.
+    the classifier reads; by default one after the other. The prompt is the text that the model saw: of chat messages
+    with the roles and tags of its chat template; a classifier with a template of its own wants a `render`.
     """
 
     def __init__(

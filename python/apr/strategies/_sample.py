@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from apr.budget import measure_width
-from apr.decode import Decoded, decode
+from apr.decode import Decoded
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._requests import as_session
+from apr.strategies._requests import Writing, as_session, released
 from apr.thread import Thread
 from apr.trace import Stats
 
@@ -30,34 +29,26 @@ def resolve_width(model_or_session: Any, n: int | str, seed: int) -> int:
 
 def sample(
     session: Session,
-    tokenizer: Any,
+    writing: Writing,
     prompts: list[list[int]],
     requests: list[int],
     n: int,
     seed: int,
-    generation_config: Any,
-    options: dict[str, Any],
+    **more: Any,
 ) -> tuple[list[list[Decoded]], Stats]:
     """n samples of each prompt, and the session's figures while all threads still lived.
 
-    The prompt is run and stored once; the threads are released after.
+    The prompt is run and stored once; the threads are released after. more: arguments of `apr.decode`.
     """
-    if generation_config is None:
-        options = {"do_sample": True, **options}
     groups: list[list[Thread]] = []
-    roots = []
-    try:
+    with released([]) as made:
         for prompt, request in zip(prompts, requests, strict=True):
-            root = session.thread(prompt, request=(seed, request))
-            roots.append(root)
-            groups.append(root.fork(n))
+            made.append(session.thread(prompt, request=(seed, request)))
+            groups.append(made[-1].fork(n))
+            made += groups[-1]
         everyone = [thread for group in groups for thread in group]
-        decoded = decode(session, everyone, generation_config, tokenizer=tokenizer, **options)
+        decoded = writing.decode(session, everyone, **more)
         stats = session.stats
-    finally:
-        for thread in (*itertools.chain(*groups), *roots):
-            if thread.alive:
-                thread.release()
     for i, item in enumerate(decoded):
         item.request = requests[i // n]
     return [decoded[i : i + n] for i in range(0, len(decoded), n)], stats

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr.decode import Decoded, decode
+from apr.decode import Decoded
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._requests import encode_plain
+from apr.strategies._requests import Writing, encode_plain
+from apr.strategies._reward import number
 from apr.thread import Thread
 
 
@@ -80,9 +82,19 @@ class ModelValue:
         return [sum(w * v for w, v in zip(row, self._values, strict=True)) for row in weights]
 
 
+def judged(who: str, value: Any) -> float:
+    """A value that a search can compare and add up."""
+    found = number(who, value)
+    if math.isnan(found):
+        raise InvalidInput(
+            f"{who}: got {value!r}; a search cannot go on from a thought without a value: return a number"
+        )
+    return found
+
+
 def per_text(score: Callable[[str], float]) -> Evaluate:
     """An evaluator of a callable on texts."""
-    return lambda nodes: [float(score(node.text)) for node in nodes]
+    return lambda nodes: [judged("evaluate", score(node.text)) for node in nodes]
 
 
 def check_budget(name: str, value: int | None) -> None:
@@ -96,15 +108,11 @@ class Grove:
     def __init__(
         self,
         session: Session,
-        tokenizer: Any,
-        generation_config: Any,
-        options: dict[str, Any],
+        writing: Writing,
         most_nodes: int | None,
         most_tokens: int | None,
     ) -> None:
-        self._session, self._tokenizer = session, tokenizer
-        self._config = generation_config
-        self._options = options if generation_config is not None else {"do_sample": True, **options}
+        self._session, self.writing = session, writing
         self._most_nodes, self._most_tokens = most_nodes, most_tokens
         self.count = self.tokens = self.longest = 0  # longest: tokens one after the other
         self.nodes: list[Node] = []
@@ -134,7 +142,7 @@ class Grove:
             item.thread.release()
             return None
         tokens = [*parent.tokens, *item.tokens]
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        text = self.writing.text(tokens, item.finish)
         logprobs = [*parent.logprobs, *item.logprobs]
         ended = item.finish == "eos"
         child = Node(item.thread, parent, text, tokens, logprobs, parent.depth + 1, ended)
@@ -160,15 +168,9 @@ def _write(
     if not forks:
         return []
     first = groves[0]
-    options = {**first._options, **more}
     try:
-        written = decode(
-            first._session,
-            [thread for _, _, thread in forks],
-            first._config,
-            tokenizer=first._tokenizer,
-            **options,
-        )
+        threads = [thread for _, _, thread in forks]
+        written = first.writing.decode(first._session, threads, **more)
     except BaseException:
         for _, _, thread in forks:
             if thread.alive:
@@ -212,7 +214,7 @@ def roll_all(asked: Sequence[tuple[Grove, Sequence[Node]]], tokens: int) -> list
         for node in nodes:
             text = node.text
             if not node.finished:
-                whole = [*node.tokens, *next(written).tokens]
-                text = grove._tokenizer.decode(whole, skip_special_tokens=True).strip()
+                rest = next(written)
+                text = grove.writing.text([*node.tokens, *rest.tokens], rest.finish)
             texts[-1].append(text)
     return texts

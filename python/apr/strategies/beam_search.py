@@ -7,18 +7,19 @@ common beginning are stored once and no cache is reordered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.sampling import Rules, make_rules, resolve
 from apr.session import Session
-from apr.strategies._requests import Result, run_requests
+from apr.strategies._requests import Result, Writing, run_requests
 from apr.thread import Thread
 
 # What transformers uses for "cannot be chosen"; sums with it stay below every real score.
@@ -59,7 +60,9 @@ class _Search:
         vocab = logits.shape[-1]
         keep = max(2, 1 + len(self.rules.eos)) * self.num_beams
         best, where = total.topk(min(keep, len(total)))
-        reasons = [self._reason(place // vocab, place % vocab) for place in where.tolist()]
+        reasons = [
+            self._reason(place // vocab, place % vocab, logprobs) for place in where.tolist()
+        ]
         ends = [reason is not None for reason in reasons]
         self._collect(best, where, reasons, vocab, logits)
         going = (best + torch.tensor(ends, device=best.device) * _NEVER).topk(
@@ -78,14 +81,14 @@ class _Search:
         renormalized: Tensor = self.rules.warpers(None, logprobs)
         return renormalized
 
-    def _reason(self, beam: int, token: int) -> str | None:
+    def _reason(self, beam: int, token: int, processed: Tensor) -> str | None:
         """Why a beam would end with a token, or None."""
         self.rules.tokens = [*self.texts[beam], token]
 
         def all_tokens() -> Tensor:
             return torch.tensor([[*self.threads[beam].tokens, token]])
 
-        return self.rules.finish_reason(token, all_tokens)
+        return self.rules.finish_reason(token, all_tokens, lambda: processed[beam : beam + 1])
 
     def _collect(
         self, best: Tensor, where: Tensor, reasons: list[str | None], vocab: int, logits: Tensor
@@ -174,14 +177,18 @@ def beam_search(
     early_stopping: bool | str | None = None,
     stop: Any = None,
     on_step: Callable[[StreamStep], None] | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
+    stopping_criteria: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
     """The `num_beams` best texts by log-probability / length ** length_penalty.
 
     Tokens are those of transformers' `generate(num_beams=...)`; length_penalty and early_stopping (False, True,
-    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. prompt, options: as in
+    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. logits_processor: called with one beam's tokens at a time, so none that keeps a state between calls. prompt, options: as in
     `majority_vote`, without sampling.
     """
+    writing = Writing(tokenizer, generation_config, options, sample=False)
+    settings = {name: value for name, value in writing.options.items() if name != "sample"}
     if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
         raise InvalidInput(f"num_beams: got {num_beams!r}; expected a positive number")
     if early_stopping not in (None, True, False, "never"):
@@ -190,8 +197,7 @@ def beam_search(
         )
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
-        chosen = {"do_sample": False, **options} if generation_config is None else options
-        config = resolve(session.model, generation_config, chosen)
+        config = resolve(session.model, generation_config, settings, sample=False)
         penalty = _or(length_penalty, config.length_penalty, 1.0)
         ends_early = _or(early_stopping, config.early_stopping, False)
         if config.do_sample:
@@ -205,7 +211,15 @@ def beam_search(
                 device = session.spec.device
                 searches.append(
                     _Search(
-                        make_rules(config, len(ids), device, tokenizer=tokenizer, stop=stop),
+                        make_rules(
+                            config,
+                            len(ids),
+                            device,
+                            tokenizer=tokenizer,
+                            stop=stop,
+                            logits_processor=logits_processor,
+                            stopping_criteria=stopping_criteria,
+                        ),
                         num_beams,
                         penalty,
                         ends_early,
@@ -231,7 +245,7 @@ def beam_search(
         for search in searches:
             items = [h.item for h in search.finished]
             for item in items:
-                item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
+                item.text = writing.text(item.tokens, item.finish)
             results.append(
                 Result(
                     text=items[0].text,
@@ -246,4 +260,4 @@ def beam_search(
             )
         return results
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, num_beams, run)
+    return run_requests(model_or_session, writing, prompt, seed, num_beams, run)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded, Stream, StreamStep, stream
+from apr.decode import Decoded, Stream, StreamStep
 from apr.errors import InvalidInput
 from apr.sampling import forbid_first
 from apr.session import Session
 from apr.strategies._answers import last_number
-from apr.strategies._requests import Result, run_requests
+from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count, resolve_width
 from apr.strategies.majority_vote import Extract, count_votes, decided
 from apr.thread import Thread
@@ -59,11 +59,13 @@ def branching_vote(
     check_count(n)
     if not entropy >= 0:
         raise InvalidInput(f"branching_vote: entropy={entropy!r}; expected nats, from 0 on")
-    sampling = options if generation_config is not None else {"do_sample": True, **options}
+    write = Writing(tokenizer, generation_config, options)
+    if extract is last_number:
+        write.need_tokenizer("branching_vote: extract=last_number")
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         votes: list[_Vote] = []
-        with stream(session, [], generation_config, tokenizer=tokenizer, **sampling) as writing:
+        with write.stream(session) as writing:
             try:
                 for ids, request in zip(prompts, requests, strict=True):
                     votes.append(_Vote(session, ids, (seed, request), n))
@@ -72,7 +74,7 @@ def branching_vote(
                 while writing.threads:
                     step = next(iter(writing))
                     for i, vote in enumerate(votes):
-                        sampled[i] += _note(vote, step, tokenizer)
+                        sampled[i] += _note(vote, step, write)
                         _branch(vote, step, writing, entropy, stop)
                         _settle(vote, writing, extract)
                     if on_step is not None:
@@ -88,10 +90,10 @@ def branching_vote(
             for vote, total in zip(votes, sampled, strict=True)
         ]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n, run)
+    return run_requests(model_or_session, write, prompt, seed, n, run)
 
 
-def _note(vote: _Vote, step: StreamStep, tokenizer: Any) -> int:
+def _note(vote: _Vote, step: StreamStep, write: Writing) -> int:
     """Write the step's tokens down; how many they were."""
     mine = [thread for thread in step.tokens if thread in vote.items]
     for thread in mine:
@@ -100,7 +102,7 @@ def _note(vote: _Vote, step: StreamStep, tokenizer: Any) -> int:
         item.logprobs.append(step.logprobs[thread])
         if thread in step.finished:
             item.finish = step.finished[thread]
-            item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
+            write.read([item])
     return len(mine)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded, StreamStep, stream
+from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.sampling import new_token_limit
 from apr.session import Session
 from apr.strategies._live import joint_answers, take_steps
-from apr.strategies._requests import Result, encode_plain, run_requests
+from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Segment, Thread, ViewLike
 
@@ -148,11 +148,11 @@ def group_think(
     begins = [encode_plain(tokenizer, start(i)) for i in range(most)]
     if not all(begins):
         raise InvalidInput("start: got no tokens; expected at least one for each thinker")
-    sampling = options if generation_config is not None else {"do_sample": True, **options}
+    write = Writing(tokenizer, generation_config, options)
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         groups: list[Group] = []
-        with stream(session, [], generation_config, tokenizer=tokenizer, **sampling) as writing:
+        with write.stream(session) as writing:
             slot = max(map(len, begins)) + new_token_limit(writing.config, 0)
 
             def places(p: int) -> Callable[[int], tuple[int, int]]:
@@ -178,24 +178,21 @@ def group_think(
                 take_steps(writing, groups, each_step, on_step)
                 views = [group.final_view() for group in groups]
                 answers = joint_answers(
-                    session, tokenizer, views, answer_prompt, answer_tokens, writing.config
+                    session, write, views, answer_prompt, answer_tokens, writing.config
                 )
                 stats = session.stats
             finally:
                 for group in groups:
                     group.release()
-        return [
-            _result(g, a, tokenizer, stats, session) for g, a in zip(groups, answers, strict=True)
-        ]
+        return [_result(g, a, write, stats, session) for g, a in zip(groups, answers, strict=True)]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, most, run)
+    return run_requests(model_or_session, write, prompt, seed, most, run)
 
 
 def _result(
-    group: Group, answer: Decoded | None, tokenizer: Any, stats: Any, session: Session
+    group: Group, answer: Decoded | None, write: Writing, stats: Any, session: Session
 ) -> Result:
-    for item in group.written:
-        item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
+    write.read(group.written)
     text = group.written[0].text if answer is None else answer.text
     answered = 0 if answer is None else len(answer.tokens)
     return Result(

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr.decode import Decoded, StreamStep, stream
+from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._live import joint_answers, take_steps
-from apr.strategies._requests import Result, encode_plain, run_requests
+from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Segment, Thread
 
@@ -248,16 +248,18 @@ def hogwild(
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout: got {layout!r}; expected one of {LAYOUTS}")
     words = board or Board()
-    sampling = options if generation_config is not None else {"do_sample": True, **options}
+    write = Writing(tokenizer, generation_config, options)
 
     def end_where_done(team: Team) -> None:
-        if done is not None and any(_done(done, worker, tokenizer) for worker in team.recent):
+        if done is not None and any(
+            done(write.text(worker.written.tokens)) for worker in team.recent
+        ):
             for worker in list(team.workers):
                 team.leave(worker, "done")
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         teams: list[Team] = []
-        with stream(session, [], generation_config, tokenizer=tokenizer, **sampling) as writing:
+        with write.stream(session) as writing:
             try:
                 for ids, request in zip(prompts, requests, strict=True):
                     team = Team(
@@ -277,29 +279,22 @@ def hogwild(
                 take_steps(writing, teams, each_step, on_step, end_where_done)
                 views = [team.final_view() for team in teams]
                 answers = joint_answers(
-                    session, tokenizer, views, answer_prompt, answer_tokens, writing.config
+                    session, write, views, answer_prompt, answer_tokens, writing.config
                 )
                 stats = session.stats
             finally:
                 for team in teams:
                     team.release()
-        return [
-            _result(t, a, tokenizer, stats, session) for t, a in zip(teams, answers, strict=True)
-        ]
+        return [_result(t, a, write, stats, session) for t, a in zip(teams, answers, strict=True)]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, workers, run)
-
-
-def _done(done: Callable[[str], bool], worker: Worker, tokenizer: Any) -> bool:
-    return done(tokenizer.decode(worker.written.tokens, skip_special_tokens=True))
+    return run_requests(model_or_session, write, prompt, seed, workers, run)
 
 
 def _result(
-    team: Team, answer: Decoded | None, tokenizer: Any, stats: Any, session: Session
+    team: Team, answer: Decoded | None, write: Writing, stats: Any, session: Session
 ) -> Result:
     items = [worker.written for worker in team.everyone]
-    for item in items:
-        item.text = tokenizer.decode(item.tokens, skip_special_tokens=True).strip()
+    write.read(items)
     text = items[0].text if answer is None else answer.text
     answered = 0 if answer is None else len(answer.tokens)
     return Result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,8 @@ from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.session import Session
 from apr.strategies._answers import last_number
-from apr.strategies._requests import Result, run_requests
+from apr.strategies._requests import Result, Writing, run_requests
+from apr.strategies._reward import number
 from apr.strategies._sample import resolve_width, sample
 from apr.thread import Thread
 
@@ -25,9 +27,10 @@ def count_votes(
     first: dict[Any, Decoded] = {}
     for item in group:
         answer = extract(item.text) if item.finish not in ("", "pruned") else None
-        if answer is not None:
+        counts = 1 if weight is None else number("weight", weight(item.text, item))
+        if answer is not None and not math.isnan(counts):
             first.setdefault(answer, item)
-            votes[answer] = votes.get(answer, 0) + (weight(item.text, item) if weight else 1)
+            votes[answer] = votes.get(answer, 0) + counts
     # Sorting is stable, so ties go to the answer that the earliest thread gave.
     return dict(sorted(votes.items(), key=lambda pair: -pair[1])), first
 
@@ -56,12 +59,17 @@ def majority_vote(
     n "auto": as many as this machine steps nearly for free with this model (`apr.measure_width`).
 
     prompt: a string, chat messages, or a list of them (then a list of Results comes back). Samples with
-    the model's own GenerationConfig unless one is given; `options` override its fields, or go to
-    `apr.decode` (streamer, progress, stop). extract: `last_number`, `boxed`, `matching(pattern)` of
-    `apr.strategies`, or a callable of yours. weight(text, thread): what a vote counts, 1 if not given.
+    the model's own GenerationConfig unless one is given, and samples unless do_sample is False; `options` override its fields, or go to
+    `apr.decode` (streamer, progress, stop, logits_processor, skip_special_tokens), or to the chat template
+    (chat_template_kwargs). Texts are what the model wrote, blanks and special tokens too. extract: `last_number`, `boxed`, `matching(pattern)` of
+    `apr.strategies`, or a callable of yours. weight(text, thread): what a vote counts, 1 if not given; a
+    thread of weight None or NaN does not vote.
     stop_early: once threads that still write cannot change the outcome they end ("pruned"); for votes of
     weight 1. `answer` is None where nothing could be extracted.
     """
+    writing = Writing(tokenizer, generation_config, options)
+    if extract is last_number:
+        writing.need_tokenizer("majority_vote: extract=last_number")
     width = resolve_width(model_or_session, n, seed)
     if stop_early and weight is not None:
         raise InvalidInput(
@@ -79,16 +87,7 @@ def majority_vote(
                     yield from still
 
         more = {"prune": prune} if stop_early else {}
-        groups, stats = sample(
-            session,
-            tokenizer,
-            prompts,
-            requests,
-            width,
-            seed,
-            generation_config,
-            {**options, **more},
-        )
+        groups, stats = sample(session, writing, prompts, requests, width, seed, **more)
         results = []
         for group in groups:
             votes, first = count_votes(group, extract, weight)
@@ -106,4 +105,4 @@ def majority_vote(
             )
         return results
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, width, run)
+    return run_requests(model_or_session, writing, prompt, seed, width, run)

@@ -9,9 +9,9 @@ from typing import Any
 
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._requests import Result, run_requests
+from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count
-from apr.strategies._thoughts import Grove, Node, check_budget, grow_all, roll_all
+from apr.strategies._thoughts import Grove, Node, check_budget, grow_all, judged, roll_all
 
 
 def mcts(
@@ -45,6 +45,7 @@ def mcts(
     """
     for name, value in (("iterations", iterations), ("parallel", parallel), ("depth", depth)):
         check_budget(name, value)
+    writing = Writing(tokenizer, generation_config, options)
     check_count(n)
     check_budget("most_nodes", most_nodes)
     check_budget("most_tokens", most_tokens)
@@ -53,7 +54,7 @@ def mcts(
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         budget = (most_nodes, most_tokens)
-        groves = [Grove(session, tokenizer, generation_config, options, *budget) for _ in prompts]
+        groves = [Grove(session, writing, *budget) for _ in prompts]
         try:
             searches = []
             for grove, ids, request in zip(groves, prompts, requests, strict=True):
@@ -84,7 +85,7 @@ def mcts(
             for search, request in zip(searches, requests, strict=True)
         ]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n * parallel, run)
+    return run_requests(model_or_session, writing, prompt, seed, n * parallel, run)
 
 
 def uct(node: Node, exploration: float) -> float:
@@ -158,7 +159,7 @@ class _Search:
     def learn(self, texts: list[str], reward: Callable[[str], float]) -> None:
         """Add the rewards of the rollouts to all nodes above them."""
         for leaf, node, text in zip(self.leaves, self.nodes, texts, strict=True):
-            gained = float(reward(text))
+            gained = judged("reward", reward(text))
             if gained > self.best_reward:
                 self.best_text, self.best_reward = text, gained
             if node is not leaf:  # the visit of the leaf was counted on the way down

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from apr.decode import Decoded, StreamStep, decode
+from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._requests import Result, encode_plain, run_requests
+from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
 from apr.thread import Thread
 from apr.vectors import PathVectors
@@ -54,7 +54,7 @@ def parathinker(
     check_count(n)
     if vectors is not None and len(vectors) < n:
         raise InvalidInput(f"vectors: got {len(vectors)} for {n} paths; expected one each")
-    sampling = options if generation_config is not None else {"do_sample": True, **options}
+    writing = Writing(tokenizer, generation_config, options)
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         begins = [_tag_ids(tokenizer, think, i + 1) for i in range(n)]
@@ -69,17 +69,7 @@ def parathinker(
                     thread.vectors = None if vectors is None else vectors[i]
                     thread.extend(begin)
             everyone = [thread for group in paths for thread in group]
-            thoughts = _think(
-                session,
-                tokenizer,
-                everyone,
-                ends,
-                n,
-                first_finish,
-                generation_config,
-                on_step,
-                sampling,
-            )
+            thoughts = _think(session, writing, everyone, ends, n, first_finish, on_step)
             for i, item in enumerate(thoughts):
                 end = ends[i % n]
                 if item.tokens[-len(end) :] != end:
@@ -88,9 +78,13 @@ def parathinker(
                 root.join(group, positions="max")
                 root.extend(_tag_ids(tokenizer, summary, 0))
             closing = _tag_ids(tokenizer, end_summary, 0)
-            more = {**sampling, "max_new_tokens": summary_tokens, "on_step": on_step}
-            more["stop"] = lambda written: written[-len(closing) :] == closing
-            summaries = decode(session, roots, generation_config, tokenizer=tokenizer, **more)
+            summaries = writing.decode(
+                session,
+                roots,
+                max_new_tokens=summary_tokens,
+                on_step=on_step,
+                stop=lambda written: written[-len(closing) :] == closing,
+            )
             stats = session.stats
         finally:
             for thread in (*(t for group in paths for t in group), *roots):
@@ -100,7 +94,7 @@ def parathinker(
         results = []
         for k, (item, request) in enumerate(zip(summaries, requests, strict=True)):
             parts = [*thoughts[k * n : (k + 1) * n], item]
-            text = _without(tokenizer, item, closing)
+            text = _without(writing, item, closing)
             for part in parts:
                 part.request = request
             results.append(
@@ -115,19 +109,17 @@ def parathinker(
             )
         return results
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n, run)
+    return run_requests(model_or_session, writing, prompt, seed, n, run)
 
 
 def _think(
     session: Session,
-    tokenizer: Any,
+    writing: Writing,
     everyone: list[Thread],
     ends: list[list[int]],
     n: int,
     first_finish: bool,
-    generation_config: Any,
     on_step: Callable[[StreamStep], None] | None,
-    options: dict[str, Any],
 ) -> list[Decoded]:
     """All paths of all prompts, until their end tags."""
     place = {thread: i for i, thread in enumerate(everyone)}
@@ -140,20 +132,11 @@ def _think(
         over = {place[t] // n for t, item in results.items() if first_finish and ended(t, item)}
         return [t for t, item in results.items() if ended(t, item) or place[t] // n in over]
 
-    return decode(
-        session,
-        everyone,
-        generation_config,
-        tokenizer=tokenizer,
-        prune=prune,
-        on_step=on_step,
-        **options,
-    )
+    return writing.decode(session, everyone, prune=prune, on_step=on_step)
 
 
-def _without(tokenizer: Any, item: Decoded, closing: list[int]) -> str:
-    tokens = item.tokens
-    if tokens[-len(closing) :] == closing:
-        tokens = tokens[: -len(closing)]
-    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip()
+def _without(writing: Writing, item: Decoded, closing: list[int]) -> str:
+    """The text of a summary, without its end tag."""
+    if item.tokens[-len(closing) :] == closing:
+        return writing.text(item.tokens[: -len(closing)])
+    return item.text

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apr.decode import Decoded, decode
+from apr.decode import Decoded
 from apr.session import Session
-from apr.strategies._requests import Result, encode, run_texts
+from apr.strategies._requests import Result, Writing, run_texts
 from apr.strategies._sample import check_count
 from apr.thread import Thread
 
@@ -72,9 +72,8 @@ def skeleton(
     """
     check_count(n)
 
-    def write(session: Session, threads: list[Thread]) -> list[Decoded]:
-        chosen = {"do_sample": False, **options} if generation_config is None else options
-        return decode(session, threads, generation_config, tokenizer=tokenizer, **chosen)
+    writing = Writing(tokenizer, generation_config, options, sample=False)
+    writing.need_tokenizer("skeleton")
 
     def run(session: Session, questions: list[str], requests: list[int]) -> list[Result]:
         routed = [route is None or route(question) for question in questions]
@@ -82,10 +81,10 @@ def skeleton(
         try:
             first = []
             for question, request, parallel in zip(questions, requests, routed, strict=True):
-                ids = encode(tokenizer, outline(question) if parallel else question)
+                ids = writing.encode(outline(question) if parallel else question)
                 first.append(session.thread(ids, request=(seed, request)))
                 living.append(first[-1])
-            outlines = write(session, first)
+            outlines = writing.decode(session, first)
             groups = [
                 parse(item.text)[:n] if parallel else []
                 for item, parallel in zip(outlines, routed, strict=True)
@@ -95,11 +94,11 @@ def skeleton(
                 questions, outlines, groups, requests, strict=True
             ):
                 prompts = [
-                    encode(tokenizer, expand(question, item.text, i + 1, point))
+                    writing.encode(expand(question, item.text, i + 1, point))
                     for i, point in enumerate(points)
                 ]
                 asked.append(_ask(session, prompts, (seed, request, 1), living))
-            written = write(session, [t for threads in asked for t in threads])
+            written = writing.decode(session, [t for threads in asked for t in threads])
             stats = session.stats
         finally:
             for thread in living:

@@ -7,7 +7,7 @@ from typing import Any
 
 from apr.errors import InvalidInput
 from apr.session import Session
-from apr.strategies._requests import Result, run_requests
+from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count
 from apr.strategies._thoughts import (
     Evaluate,
@@ -51,6 +51,7 @@ def tree_search(
     text at most; most_nodes, most_tokens: budgets (None: none). `threads` holds the ended and the best open
     texts, best first, `scores` their values. Other arguments: as in `majority_vote`.
     """
+    writing = Writing(tokenizer, generation_config, options)
     check_count(n)
     check_count(width)
     check_count(depth)
@@ -62,7 +63,7 @@ def tree_search(
 
     def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
         budget = (most_nodes, most_tokens)
-        groves = [Grove(session, tokenizer, generation_config, options, *budget) for _ in prompts]
+        groves = [Grove(session, writing, *budget) for _ in prompts]
         ended: dict[int, list[Node]] = {}
         try:
             roots = [
@@ -94,7 +95,7 @@ def tree_search(
             for i, request in enumerate(requests)
         ]
 
-    return run_requests(model_or_session, tokenizer, prompt, seed, n * width, run)
+    return run_requests(model_or_session, writing, prompt, seed, n * width, run)
 
 
 def _result(
