@@ -10,6 +10,7 @@ import torch
 import apr
 from apr import countdown, hf
 from apr.strategies import ModelValue
+from apr.strategies._requests import Writing
 from apr.strategies._thoughts import Grove, Node, grow_all
 from apr.strategies.mcts import _leaves, uct
 from models import CLOSE, build, distance, stock, tokens
@@ -158,9 +159,8 @@ def test_the_model_values_its_own_thoughts():
 def test_old_nodes_are_forked_again_without_a_prefill():
     model = build("llama")
     with apr.Session(model, max_tokens=8192) as s:
-        grove = Grove(
-            s, Words(), None, {k: v for k, v in OPTIONS.items() if k != "stop"}, None, None
-        )
+        options = {k: v for k, v in OPTIONS.items() if k != "stop"}
+        grove = Grove(s, Writing(Words(), None, options), None, None)
         root = grove.plant(PROMPT, (0, 0))
         (level,) = grow_all([(grove, [root])], 3, four)
         old = level[1]

@@ -4,34 +4,64 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 
 from apr.errors import InvalidInput
 
+# Between digits: a comma, or a blank that sets thousands apart (thin, narrow, no-break).
+_THOUSANDS = r"\d{1,3}(?:(?:,|\{,\}|\\,|[\u2009\u202f\u00a0])\d{3})+(?!\d)"
+_DIGITS = rf"(?:{_THOUSANDS}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+# A minus belongs to the number unless something stands right before it, as in 10-20 or x-1.
+_NUMBER = re.compile(
+    rf"(?:(?<![\w.)\]}}])[-\u2212])?(?:{_DIGITS})(?:[eE][-+\u2212]?\d+)?(?![\d])"
+)
+
+
+def _spelled(number: str) -> str:
+    """One spelling for one value: no separators, no exponent, no zeros at the end of a fraction."""
+    plain = re.sub(r"[^\d.eE+-]", "", number.replace("\u2212", "-"))
+    try:
+        value = Decimal(plain)
+    except InvalidOperation:  # an exponent that no machine holds
+        return plain
+    if abs(value.adjusted()) > 64:
+        return str(value.normalize())
+    text = format(value, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text in ("-0", "") else text
+
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, thousands separators and trailing zeros of a fraction left out."""
-    found: list[str] = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return None
-    number = found[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    """The last number of a text, in one spelling: "$1,234.50" is "1234.5", ".5" is "0.5", "1e3" is "1000".
+
+    A minus counts (also \u2212) unless a word or number stands right before it: the last of "10-20" is "20".
+    Commas and thin blanks are left out where they set three digits apart, and part two numbers elsewhere.
+    None where there is no number.
+    """
+    found: list[str] = _NUMBER.findall(text)
+    return _spelled(found[-1]) if found else None
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` of a text, braces counted."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len("\\boxed{")
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[begin:i].strip()
+    r"""What stands in the last `\boxed{...}` that is closed, braces counted; None where there is none, or nothing.
+
+    A number, with a currency or percent sign or not, is given in the spelling of `last_number`; anything else as it
+    stands, without blanks around it.
+    """
+    for begin in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for i in range(begin, len(text)):
+            if text[i] in "{}" and text[i - 1] != "\\":
+                depth += 1 if text[i] == "{" else -1
+            if depth == 0:
+                inside = text[begin:i].strip()
+                bare = re.sub(r"^\\?\$|\\?%$|\$$", "", inside).strip()
+                return _spelled(bare) if _NUMBER.fullmatch(bare) else inside or None
     return None
 
 
 def matching(pattern: str) -> Callable[[str], str | None]:
-    """An extractor: the last match of a regular expression, its first group where it has one."""
+    """An extractor: the last match of a regular expression, its first group where it has one, as it stands."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
