@@ -184,7 +184,7 @@ def test_a_deep_copy_is_a_fork(model, cache):
         assert torch.equal(turn(model, other, ids, 4), turn(model, None, ids, 4))
         other.close()
     assert cache.get_seq_length() == 13 and cache.threads[0].tokens == LONG
-    ids = torch.tensor([LONG + [5]])
+    ids = torch.tensor([[*LONG, 5]])
     assert torch.equal(turn(model, cache, ids, 4), turn(model, None, ids, 4))
 
 

@@ -111,7 +111,7 @@ def test_several_sessions_on_one_model(llama):
     one, two = a.thread(PROMPT), b.thread(PROMPT)
     assert distance(a.step([one]), b.step([two])) == 0.0
     a.close()
-    assert llama.config._attn_implementation == "apr"
+    assert llama.config._attn_implementation == former  # between forwards the model is the user's
     two.extend([5])
     assert distance(b.step([two])[0], stock(llama, [*PROMPT, 5])[-1]) < CLOSE
     b.close()
@@ -186,7 +186,7 @@ def test_a_dropped_session_gives_the_model_back(llama):
     former = llama.config._attn_implementation
     s = apr.Session(llama, max_tokens=256)
     s.step([s.thread(PROMPT)])
-    assert llama.config._attn_implementation == "apr"
+    assert llama.config._attn_implementation == former  # between forwards the model is the user's
     del s
     gc.collect()
     assert llama.config._attn_implementation == former
@@ -249,7 +249,6 @@ def test_models_that_are_refused():
         with pytest.raises(apr.UnsupportedModel, match="cannot be attached: "):
             apr.Session(model)
         assert model.config._attn_implementation == former
-        assert not hasattr(model, "_apr_attachment")
     with pytest.raises(apr.InvalidInput, match="PreTrainedModel"):
         apr.Session(torch.nn.Linear(2, 2))
     with pytest.raises(apr.InvalidInput, match="eval"):

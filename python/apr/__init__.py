@@ -5,6 +5,7 @@ from __future__ import annotations
 from apr import ops, protocols, training
 from apr.budget import Budget, WidthCurve, measure_width
 from apr.cache import Cache
+from apr.compatibility import warn_if_untested
 from apr.decode import Decoded, Stream, StreamStep, decode, stream
 from apr.errors import (
     BudgetExceeded,
@@ -37,6 +38,8 @@ from apr.trace import Stats, Trace
 from apr.vectors import PathVectors
 
 __version__ = "0.1.0"
+
+warn_if_untested()
 
 __all__ = [
     "Budget",

@@ -1,4 +1,4 @@
-"""The command line: python -m apr info | run | bench | train."""
+"""The command line: apr (or python -m apr) info | run | bench | train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMANDS = {"info": info, "run": run, "bench": bench, "train": train}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m apr", description=__doc__)
+    parser = argparse.ArgumentParser(prog="apr", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections import Counter
@@ -12,91 +11,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from apr import ops
 from apr.cache_call import Call, common_columns, hide, read_call
 from apr.cache_forward import BatchForward, Step
+from apr.cache_seam import After, Before, Layer
 from apr.compatibility import cache_of, describe
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf import changed
 from apr.probe import counts_padding
 from apr.session import Session
 from apr.thread import Thread
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """What transformers asks of a layer; keys and values lie in the session's pool."""
-
-    is_croppable = True
-
-    def __init__(self, cache: Cache, index: int, is_sliding: bool) -> None:
-        super().__init__()
-        self.is_sliding = is_sliding
-        self._cache, self._index = weakref.ref(cache), index
-
-    @property
-    def _owner(self) -> Cache:
-        cache = self._cache()
-        assert cache is not None, "a layer without its cache"
-        return cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the pool is there from the start."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._owner.update(key_states, value_states, self._index)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.get_mask_sizes(query_length)
-
-    def get_seq_length(self) -> int:
-        return self._owner.get_seq_length()
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _Hook:
-    """A hook on the model that must not keep the cache alive; a copy of the model has one that does nothing.
-
-    torch calls a hook without keyword arguments while another Python thread registers or removes it.
-    """
-
-    def __init__(self, cache: Cache | None = None) -> None:
-        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-
-class _Before(_Hook):
-    def __init__(self, cache: Cache | None = None, model: Any = None) -> None:
-        super().__init__(cache)
-        parameters = () if model is None else inspect.signature(model.forward).parameters.values()
-        self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-    def __call__(self, module: Any, args: Any, kwargs: Any = None) -> Any:
-        cache = self._cache()
-        if cache is None or kwargs is None:
-            return None
-        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if cache._step is not None:
-            cache._abandon()
-        if cache_of(arguments) is cache:
-            return (), cache._before(module, arguments)
-        if cache.session.spec.position_limit is not None:
-            cache._check_dropped(arguments)
-        return None
-
-
-class _After(_Hook):
-    def __call__(self, module: Any, args: Any, *rest: Any) -> None:
-        cache = self._cache()
-        if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache and cache._step:
-            cache._after(rest[1] is not None)
 
 
 class Cache(transformers.Cache):  # type: ignore[misc]
@@ -124,7 +49,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _open(self, session: Session, sharers: weakref.WeakSet[Cache], share_rows: bool) -> None:
         windows = [layer.window or layer.chunk for layer in session.spec.layers]
-        super().__init__(layers=[_Layer(self, i, w is not None) for i, w in enumerate(windows)])
+        super().__init__(layers=[Layer(self, i, w is not None) for i, w in enumerate(windows)])
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
         self._stored = torch.zeros(
@@ -140,11 +65,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _hook(self, model: Any) -> None:
         self._hooks = [
-            model.register_forward_pre_hook(_Before(self, model), with_kwargs=True),
-            model.register_forward_hook(_After(self), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(Before(self, model), with_kwargs=True),
+            model.register_forward_hook(After(self), with_kwargs=True, always_call=True),
         ]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _abandon(self) -> None:
         """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
         if self._step is not None and self._step.ident == threading.get_ident():
@@ -175,7 +100,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     # ---- around a forward -----------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
         """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
@@ -189,7 +114,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if ids.shape[1] > limit and (self._begun or self._length == limit):
             self.session.spec.check_position(ids.shape[1] - 1)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         session = self.session
         if self._step is not None:
@@ -311,7 +236,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         step.forward = BatchForward(session, plan, step, call)
         step.forward.start()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
         assert step is not None and step.forward is not None

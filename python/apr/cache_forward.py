@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from apr import _core, ops
+from apr import ops
 from apr.cache_call import Call
 from apr.errors import Error, InvalidInput
 from apr.hf import PackedForward
 from apr.interface import Running
 from apr.session import Session
 from apr.thread import Thread
+
+if TYPE_CHECKING:
+    from apr import _core
 
 
 class Step:
@@ -183,7 +186,10 @@ class BatchForward(PackedForward):
         out = full.view(batch, tokens, heads, -1)
         for copy, original in self._copies:
             out[copy] = out[original]
-        return _Inference.apply(out, q, k, v) if torch.is_grad_enabled() else out
+        if not torch.is_grad_enabled():
+            return out
+        passed: Tensor = _Inference.apply(out, q, k, v)  # type: ignore[no-untyped-call]
+        return passed
 
     def _check_copies(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Rows that were given the same must be the same here: an adapter or a hook may tell them apart."""

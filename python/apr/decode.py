@@ -303,15 +303,17 @@ def decode(
         raise InvalidInput("decode: got a thread twice; list each once")
     run = stream(session, threads, generation_config, tokenizer=tokenizer, stop=stop, **options)
     streamers: dict[Thread, Any] = {}
-    for thread in threads if streamer is not None else ():
-        streamers[thread] = streamer(thread)
-        streamers[thread].put(torch.tensor([thread.tokens]))
+    if streamer is not None:
+        streamers = {thread: streamer(thread) for thread in threads}
+    for thread, its in streamers.items():
+        its.put(torch.tensor([thread.tokens]))
 
     def finish(thread: Thread, reason: str) -> None:
         result = results[thread]
         result.finish = reason
         result.text = written_text(tokenizer, result.tokens, reason, skip_special_tokens)
-        label = result.text if len(result.text) <= 60 else result.text[:57] + "..."
+        label = " ".join(result.text.split())  # one line of the trace's tree
+        label = label if len(label) <= 60 else label[:57] + "..."
         session.trace.end(thread._id, reason, len(result.tokens), label)
 
     with _bar(len(threads), progress) as bar, run:

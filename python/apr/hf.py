@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,10 @@ from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
 from apr.interface import Running
 from apr.model_state import Watch, known, undisturbed, unwrap
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure
-from apr.vectors import RowVectors
+from apr.vectors import PathVectors, RowVectors
+
+if TYPE_CHECKING:
+    from apr import _core
 
 
 def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -185,3 +190,42 @@ class Attachment:
         packed.check_complete(self.model)
         logits: Tensor = out.logits[0]
         return logits
+
+
+@dataclass
+class Ran:
+    """What the forwards of a step brought."""
+
+    logits: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # [vocab] of each thread that waits for some
+    rows: int = 0
+    forwards: int = 0
+    forward_seconds: float = 0.0
+
+
+def run_forwards(
+    step: _core.Step,
+    attachment: Attachment,
+    pools: Sequence[ops.Pool],
+    invariant: bool,
+    vectors: Mapping[int, PathVectors],
+) -> Ran:
+    """Run a step's forwards one after the other; it is the caller's to commit or to roll back."""
+    ran = Ran()
+    while step.next():
+        plan = ops.Plan(step.plan, invariant=invariant)
+        attachment.spec.check_position(int(plan.core.positions.max()))
+        for pool in pools if step.plan.num_copies else ():
+            ops.copy_tokens(pool, plan)
+        wanted = step.logits_rows
+        rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
+        began = time.perf_counter()
+        adds = RowVectors(plan, vectors, attachment.spec) if vectors else None
+        logits = attachment.forward(plan, rows, pools, adds or None)
+        index = {row: i for i, row in enumerate(rows)}
+        for number, row in wanted:
+            ran.logits[number] = logits[index[row]]
+        ran.rows, ran.forwards = ran.rows + plan.num_rows, ran.forwards + 1
+        ran.forward_seconds += time.perf_counter() - began
+    return ran

@@ -28,10 +28,12 @@ def unwrap(model: Any) -> PreTrainedModel:
                 f"model: got a {type(model).__name__} that learns a prompt: its virtual tokens are in no "
                 "thread's text; expected adapters of weights (LoRA and its like)"
             )
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-            continue
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        base = getattr(inner, "get_base_model", None)
+        inner = (
+            base()
+            if callable(base)
+            else getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        )
     if not isinstance(inner, PreTrainedModel):
         raise InvalidInput(
             f"model: got {type(model).__name__}; expected a transformers PreTrainedModel, e.g. "

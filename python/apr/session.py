@@ -6,28 +6,31 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apr import _core, ops
+from apr import _core
 from apr._self_test import self_test as run_self_test
 from apr.arena import Arena, make_pools, pages_for
-from apr.errors import (
-    Error,
-    ForeignThread,
-    InvalidInput,
-)
+from apr.errors import Error, ForeignThread, InvalidInput
 from apr.graph import step_graphs
-from apr.hf import Attachment
+from apr.hf import Attachment, run_forwards
 from apr.model_state import undisturbed
 from apr.probe import ModelSpec
-from apr.thread import Segment, Thread, TokenIds, ViewEntry, ViewLike, check_ids, check_position
+from apr.thread import (
+    Segment,
+    Thread,
+    TokenIds,
+    ViewLike,
+    check_ids,
+    check_position,
+    view_entries,
+)
 from apr.trace import Stats, Trace
-from apr.vectors import PathVectors, RowVectors
+from apr.vectors import PathVectors
 
 _EntryTuple = tuple[int, int | None, int | None, int, bool]
 
@@ -171,16 +174,7 @@ class Session:
             table.release_segment(self._dropped_segments.pop())
         return table
 
-    def _drop_thread(self, number: int) -> None:
-        self._dropped_threads.append(number)
-
-    def _drop_segment(self, number: int) -> None:
-        self._dropped_segments.append(number)
-
     # ---- threads and segments -------------------------------------------------------------------
-
-    def _check_ids(self, ids: TokenIds) -> list[int]:
-        return check_ids(ids, self.spec.vocab_size)
 
     def _adopt(self, number: int, seed_path: tuple[int, ...]) -> Thread:
         thread = Thread(self, number, seed_path)
@@ -202,20 +196,10 @@ class Session:
         return segment._id
 
     def _entries(self, view: ViewLike) -> list[_EntryTuple]:
-        entries: list[_EntryTuple] = []
-        for item in view:
-            parts: tuple[Any, ...] = item if isinstance(item, tuple) else (item,)
-            if not 1 <= len(parts) <= 4:
-                raise InvalidInput(
-                    f"view: got {item!r}; expected a segment, (segment, offset) or "
-                    "(segment, offset, hi)"
-                )
-            segment, offset, hi, lo = ViewEntry(*parts)
-            for name, value in (("view: offset", offset), ("view: hi", hi), ("view: lo", lo)):
-                if value is not None:
-                    check_position(name, value)
-            entries.append((self._own_segment(segment), offset, hi, lo, False))
-        return entries
+        return [
+            (self._own_segment(segment), offset, hi, lo, False)
+            for segment, offset, hi, lo in view_entries(view)
+        ]
 
     def thread(
         self,
@@ -232,7 +216,7 @@ class Session:
         request: the index that keys its random generator; by default the number of threads made before
         in this way, so give it where runs with other company must sample the same.
         """
-        tokens = self._check_ids(ids)
+        tokens = check_ids(ids, self.spec.vocab_size)
         table = self._edit()
         if visibility not in ("previous", "current"):
             raise InvalidInput(f'visibility: got {visibility!r}; expected "previous" or "current"')
@@ -252,7 +236,7 @@ class Session:
 
     def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
         """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""
-        tokens = self._check_ids(ids)
+        tokens = check_ids(ids, self.spec.vocab_size)
         check_position("base", base)
         number = self._edit().create_segment(tokens, base, self._entries(after))
         segment = self._segments[number] = Segment(self, number)
@@ -260,7 +244,7 @@ class Session:
 
     def region(self, ids: TokenIds = (), base: int = 0, stride: int = 1) -> Segment:
         """An open segment that one thread at a time may write; token i lies at base + stride * i."""
-        tokens = self._check_ids(ids)
+        tokens = check_ids(ids, self.spec.vocab_size)
         check_position("base", base)
         check_position("stride", stride)
         number = self._edit().create_region(tokens, base, stride)
@@ -304,7 +288,7 @@ class Session:
                     stepped._step_logits, stepped._row = logits, place
                 self.trace.step(numbers, len(numbers), began)
                 return logits.clone()  # the caller's own: samplers write into it
-            fresh, counts = self._run_step(table, numbers, held)
+            fresh, rows_run = self._run_step(table, numbers, held)
         finally:
             self._stop_stepping()
         stepping = set(numbers)
@@ -315,7 +299,7 @@ class Session:
                 waits = number not in stepping and len(fresh) > 1
                 thread._logits = row.clone() if waits else row
         self._stats.steps += 1
-        self.trace.step(numbers, counts[0], began)
+        self.trace.step(numbers, rows_run, began)
         rows = [t._logits for t in threads if t._logits is not None]
         if len(rows) != len(threads):
             raise Error("step: a thread came out without logits; please report this")
@@ -369,42 +353,23 @@ class Session:
 
     def _run_step(
         self, table: _core.ThreadTable, numbers: list[int], held: list[bool]
-    ) -> tuple[dict[int, Tensor], tuple[int, int]]:
-        planned = time.perf_counter()
+    ) -> tuple[dict[int, Tensor], int]:
+        began = time.perf_counter()
         step = _core.Step(table, numbers, held, self.step_tokens)
-        fresh: dict[int, Tensor] = {}
-        rows_run = forwards = 0
-        plan_seconds = forward_seconds = 0.0
         try:
-            while step.next():
-                plan = ops.Plan(step.plan, invariant=self.invariant)
-                self.spec.check_position(int(plan.core.positions.max()))
-                for pool in self.pools if step.plan.num_copies else ():
-                    ops.copy_tokens(pool, plan)
-                wanted = step.logits_rows
-                rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
-                began = time.perf_counter()
-                plan_seconds += began - planned
-                adds = RowVectors(plan, self._vectors, self.spec) if self._vectors else None
-                logits = self.attachment.forward(plan, rows, self.pools, adds or None)
-                index = {row: i for i, row in enumerate(rows)}
-                for number, row in wanted:
-                    fresh[number] = logits[index[row]]
-                rows_run, forwards = rows_run + plan.num_rows, forwards + 1
-                planned = time.perf_counter()
-                forward_seconds += planned - began
+            ran = run_forwards(step, self.attachment, self.pools, self.invariant, self._vectors)
             step.commit()
         except BaseException:
             step.rollback()
             raise
         self._arena.keep_ahead(table.peak_pages, table.num_threads)
         stats = self._stats
-        stats.rows += rows_run
-        stats.forwards += forwards
+        stats.rows += ran.rows
+        stats.forwards += ran.forwards
         stats.copied_tokens += step.copied_tokens
-        stats.plan_seconds += plan_seconds
-        stats.forward_seconds += forward_seconds
-        return fresh, (rows_run, forwards)
+        stats.plan_seconds += time.perf_counter() - began - ran.forward_seconds
+        stats.forward_seconds += ran.forward_seconds
+        return ran.logits, ran.rows
 
     def _replay_step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
         """Logits of an ordinary step by a captured graph; None where this is none."""
@@ -428,15 +393,5 @@ class Session:
         if self._table is None:
             return self._stats
         table = self._table if self._stepping else self._edit()
-        stored, seen, shared, replicated = table.sharing()
-        return replace(
-            self._stats,
-            threads=table.num_threads,
-            used_pages=table.used_pages,
-            peak_pages=table.peak_pages,
-            used_bytes=table.used_pages * self.page_size * self.spec.bytes_per_token,
-            stored_tokens=stored,
-            seen_tokens=seen,
-            shared_pages=shared,
-            replicated_pages=replicated,
-        )
+        page_bytes = self.page_size * self.spec.bytes_per_token
+        return self._stats.with_sharing(table, page_bytes)

@@ -68,6 +68,25 @@ ViewLike = Sequence[
     "Segment | ViewEntry | tuple[Segment, int | None] | tuple[Segment, int | None, int | None]"
 ]
 
+
+def view_entries(view: ViewLike) -> list[ViewEntry]:
+    """The entries of a view given in any form; raises InvalidInput."""
+    entries = []
+    for item in view:
+        parts: tuple[Any, ...] = item if isinstance(item, tuple) else (item,)
+        if not 1 <= len(parts) <= 4:
+            raise InvalidInput(
+                f"view: got {item!r}; expected a segment, (segment, offset) or (segment, offset, hi)"
+            )
+        entry = ViewEntry(*parts)
+        for name in ("offset", "hi", "lo"):
+            value = getattr(entry, name)
+            if value is not None:
+                check_position(f"view: {name}", value)
+        entries.append(entry)
+    return entries
+
+
 # Threads with vectors of their own that a session remembers; they are small, and shared by its paths.
 _MOST_VECTORS = 1 << 12
 
@@ -80,7 +99,7 @@ class Segment:
 
     def __del__(self) -> None:
         if self._id >= 0:
-            self.session._drop_segment(self._id)
+            self.session._dropped_segments.append(self._id)
 
     def _forget(self) -> None:
         """Hold nothing any more: the session lets the segment go."""
@@ -134,7 +153,7 @@ class Thread:
         self._generator: torch.Generator | None = None
 
     def __del__(self) -> None:
-        self.session._drop_thread(self._id)
+        self.session._dropped_threads.append(self._id)
 
     def __reduce__(self) -> Any:
         raise InvalidInput(
@@ -159,7 +178,7 @@ class Thread:
 
     def extend(self, ids: TokenIds) -> None:
         """Queue tokens at the end; the next step that is given this thread runs them."""
-        tokens = self.session._check_ids(ids)
+        tokens = check_ids(ids, self.session.spec.vocab_size)
         self.session._edit().extend(self._id, tokens)
         if tokens:
             self._logits = None

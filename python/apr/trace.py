@@ -6,7 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ class Stats:
     seen_tokens: int = 0  # the same, once for every thread that sees them
     shared_pages: int = 0  # pages that more than one thread reads
     replicated_pages: int = 0  # pages that one copy of the cache per thread would take
+
+    def with_sharing(self, table: Any, page_bytes: int) -> Stats:
+        """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all layers."""
+        stored, seen, shared, replicated = table.sharing()
+        return replace(
+            self,
+            threads=table.num_threads,
+            used_pages=table.used_pages,
+            peak_pages=table.peak_pages,
+            used_bytes=table.used_pages * page_bytes,
+            stored_tokens=stored,
+            seen_tokens=seen,
+            shared_pages=shared,
+            replicated_pages=replicated,
+        )
 
 
 @dataclass

@@ -101,7 +101,7 @@ def main(options: argparse.Namespace) -> None:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected at least 1")
     if options.temperature is not None and options.temperature <= 0:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
-    console = Console()
+    console = Console(markup=False)  # what models write may look like markup
     if options.protocol and not (options.model and options.prompt):
         raise InvalidInput(
             "--protocol: needs --model and --prompt; the Countdown model has words of its own"

@@ -12,9 +12,7 @@ from apr.errors import InvalidInput
 _THOUSANDS = r"\d{1,3}(?:(?:,|\{,\}|\\,|[\u2009\u202f\u00a0])\d{3})+(?!\d)"
 _DIGITS = rf"(?:{_THOUSANDS}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
 # A minus belongs to the number unless something stands right before it, as in 10-20 or x-1.
-_NUMBER = re.compile(
-    rf"(?:(?<![\w.)\]}}])[-\u2212])?(?:{_DIGITS})(?:[eE][-+\u2212]?\d+)?(?![\d])"
-)
+_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-\u2212])?(?:{_DIGITS})(?:[eE][-+\u2212]?\d+)?(?![\d])")
 
 
 def _spelled(number: str) -> str:

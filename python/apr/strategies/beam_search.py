@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
@@ -177,7 +176,7 @@ def beam_search(
     early_stopping: bool | str | None = None,
     stop: Any = None,
     on_step: Callable[[StreamStep], None] | None = None,
-    logits_processor: Sequence[LogitsProcessor] = (),
+    logits_processor: Sequence[Any] = (),
     stopping_criteria: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
