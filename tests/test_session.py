@@ -257,7 +257,7 @@ def test_models_that_are_refused():
 
 def test_a_wrong_device_is_named(llama):
     model = build("llama").to("meta")
-    with pytest.raises(apr.InvalidInput, match="got device meta"):
+    with pytest.raises(apr.UnsupportedModel, match="meta device, where there are no numbers"):
         apr.Session(model)
 
 

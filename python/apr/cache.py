@@ -72,8 +72,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _abandon(self) -> None:
         """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
-        if self._step is not None and self._step.ident == threading.get_ident():
-            self._after(False)
+        self._finish(False)
 
     def close(self) -> None:
         """Free the pages; safe to call twice."""
@@ -237,6 +236,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         step.forward.start()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish(self, finished: bool) -> None:
+        """After a forward; one that another Python thread was refused is not the one that runs."""
+        if self._step is not None and self._step.ident == threading.get_ident():
+            self._after(finished)
+
     def _after(self, finished: bool) -> None:
         step, self._step = self._step, None
         assert step is not None and step.forward is not None

@@ -85,5 +85,5 @@ class Before(_Hook):
 class After(_Hook):
     def __call__(self, module: Any, args: Any, *rest: Any) -> None:
         cache = self._cache()
-        if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache and cache._step:
-            cache._after(rest[1] is not None)
+        if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache:
+            cache._finish(rest[1] is not None)

@@ -123,9 +123,11 @@ class Attachment:
         self.model = unwrap(model)
         if self.model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
+        if self.model.device.type != "meta":  # where offloaded weights rest
+            gpu.backend(self.model.device)  # refused where there are no kernels
         with undisturbed(self.model.device):
             self._known = known(self.model, measure)
-        gpu.backend(self.spec.device)  # refused where there are no kernels
+        gpu.backend(self.spec.device)
         self.owner, self.switch = self._known.owner, self._known.switch
         weights = (weight() for weight in self._known.weights)
         self._watch = Watch(self.model, [w for w in weights if w is not None])

@@ -1,0 +1,563 @@
+"""A session or a cache beside the user's own use of the model: their calls are stock, what changes is noticed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import apr
+from apr import interface
+from models import CLOSE, COMMON, FAR, VOCAB, build, distance, random_weights, stock, tokens
+
+PROMPT = tokens(11)
+IDS = torch.tensor([PROMPT])
+GREEDY = dict(do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+
+
+def gpt_oss():
+    """Attention with sinks and windows, which only its own eager attention computes."""
+    config = GptOssConfig(
+        **COMMON, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+    )
+    return random_weights(GptOssForCausalLM(config))
+
+
+def generated(model, cache=None, ids=IDS, **options):
+    return model.generate(ids, past_key_values=cache, **{**GREEDY, **options})
+
+
+# ---- the user's own calls ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [gpt_oss, lambda: build("gemma2"), lambda: build("llama")])
+def test_own_calls_are_stock_while_a_session_and_a_cache_are_open(make):
+    model = make().requires_grad_(False)
+    model.set_attn_implementation("eager")
+    before = model(IDS, use_cache=False, output_attentions=True)
+    text = generated(model)
+    with apr.Session(model, max_tokens=1024) as s:
+        cache = apr.Cache(model, max_tokens=1024)
+        s.step([s.thread(PROMPT)])
+        after = model(IDS, use_cache=False, output_attentions=True)
+        assert torch.equal(after.logits, before.logits)
+        assert all(map(torch.equal, after.attentions, before.attentions))
+        assert torch.equal(generated(model), text)
+        assert torch.equal(generated(model, cache), text)
+        assert model.config._attn_implementation == "eager"
+        assert distance(s.step([s.thread(PROMPT)])[0], before.logits[0, -1]) < CLOSE
+        cache.close()
+
+
+def test_own_training_step_while_a_session_is_open(llama):
+    def gradients(model):
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model = build("llama")
+    want = gradients(build("llama"))
+    with apr.Session(model, max_tokens=512):
+        cache = apr.Cache(model, max_tokens=512)
+        assert all(map(torch.equal, gradients(model), want))
+        logits = model(IDS, past_key_values=cache).logits
+        with pytest.raises(apr.InvalidInput, match="no gradient"):
+            logits.sum().backward()
+        cache.close()
+
+
+def test_own_ways_of_generating_while_a_cache_is_open():
+    model = build("llama")
+    config = GenerationConfig(**GREEDY, num_blocks=16, block_size=16)
+
+    def every_way():
+        batch = model.generate_batch([PROMPT], generation_config=config)
+        return [
+            generated(model, guidance_scale=1.5),
+            generated(model, cache_implementation="static"),
+            torch.tensor([x.generated_tokens for x in batch.values()]),
+        ]
+
+    want = every_way()
+    cache = apr.Cache(model, max_tokens=512)
+    assert all(map(torch.equal, every_way(), want))
+    cache.close()
+
+
+def test_copies_and_pickles_of_a_model_in_use(tmp_path):
+    model = build("llama")
+    cache = apr.Cache(model, max_tokens=512)
+    generated(model, cache)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    model.save_pretrained(tmp_path)
+    file.seek(0)
+    for other in (twin, torch.load(file, weights_only=False)):
+        assert other.config._attn_implementation == model.config._attn_implementation == "sdpa"
+        assert torch.equal(generated(other), generated(model))
+        with pytest.raises(apr.UnsupportedModel, match=r"no hook of it ran.*transformers \d"):
+            generated(other, cache)
+        with apr.Session(other, max_tokens=256) as s:
+            assert distance(s.step([s.thread(PROMPT)])[0], stock(model, PROMPT)[-1]) < CLOSE
+    assert "apr" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(generated(model, cache), generated(model))
+    cache.close()
+
+
+def test_the_model_is_freed_after_its_sessions():
+    model = build("llama")
+    apr.Session(model, max_tokens=256).close()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_implementations_of_the_parts_come_back_as_they_were(llama):
+    class Part(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+    model = build("llama")
+    other = copy.deepcopy(model.config)
+    other._attn_implementation = "eager"
+    model.extra = Part(other)
+    with apr.Session(model, max_tokens=256) as s:
+        s.step([s.thread(PROMPT)])
+    assert (model.config._attn_implementation, other._attn_implementation) == ("sdpa", "eager")
+
+
+# ---- Python threads ---------------------------------------------------------------------------------
+
+
+def in_threads(count, work):
+    errors = []
+
+    def run(i):
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_python_threads_share_a_model(name):
+    model = build(name)
+    own = model.config._attn_implementation
+    prompts = [torch.tensor([tokens(6 + i, i)]) for i in range(4)]
+    want = [generated(model, ids=p) for p in prompts]
+
+    def work(i):
+        for _ in range(3):
+            if i == 0:  # a stock call beside ours
+                assert torch.equal(generated(model, ids=prompts[i]), want[i])
+            elif i == 1:
+                with apr.Session(model, max_tokens=512) as s:
+                    out = apr.decode(s, [s.thread(prompts[i][0])], **GREEDY)[0].tokens
+                assert out == want[i][0, prompts[i].shape[1] :].tolist()
+            else:
+                cache = apr.Cache(model, max_tokens=512)
+                assert torch.equal(generated(model, cache, prompts[i]), want[i])
+                cache.close()
+
+    in_threads(4, work)
+    assert model.config._attn_implementation == own and not interface._FORMER
+
+
+def test_one_session_or_cache_in_two_python_threads_is_refused_by_name():
+    model = build("llama")
+    want = generated(model)
+    cache, s = apr.Cache(model, max_tokens=512), apr.Session(model, max_tokens=512)
+    thread, said = s.thread(PROMPT), []
+
+    def meanwhile(*_):
+        def call(i):
+            with pytest.raises(apr.InvalidInput) as raised:
+                s.step([thread]) if s._stepping else model(IDS, past_key_values=cache)
+            said.append(str(raised.value))
+
+        in_threads(1, call)
+
+    hook = model.model.layers[0].register_forward_hook(meanwhile)
+    s.step([thread])
+    assert torch.equal(generated(model, cache), want)
+    hook.remove()
+    assert "step is running" in said[0] and "another Python thread" in said[1]
+    assert len(said) == 1 + GREEDY["max_new_tokens"]
+    cache.close()
+    s.close()
+
+
+def test_a_model_called_in_a_hook_of_another():
+    llama, inner = build("llama"), build("qwen2")
+    with apr.Session(llama, max_tokens=512) as s, apr.Session(inner, max_tokens=512) as other:
+        held = other.thread([5, 6])
+
+        def step_the_other(*_):
+            held.extend([7])
+            other.step([held])
+
+        hook = llama.model.layers[0].register_forward_hook(step_the_other)
+        got = s.step([s.thread(PROMPT)])[0]
+        hook.remove()
+    assert distance(got, stock(llama, PROMPT)[-1]) < CLOSE
+
+
+# ---- what makes stored keys untrue is noticed -------------------------------------------------------
+
+
+def changes(model):
+    """(what is done to a model, what undoes it, what the error says)."""
+    return [
+        (model.train, model.eval, "training mode"),
+        (model.half, None, "torch.float16"),
+        (lambda: model.resize_token_embeddings(VOCAB + 8), None, "its embeddings were"),
+        (lambda: model.lm_head.weight.data.add_(0) is None or scale(model), None, "weights were"),
+    ]
+
+
+@torch.no_grad()
+def scale(model):
+    model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_changed_model_is_refused_and_taken_after_refresh(which):
+    model = build("llama")
+    s, cache = apr.Session(model, max_tokens=512), apr.Cache(model, max_tokens=512)
+    thread, segment = s.thread(PROMPT), s.segment([3, 4])
+    s.step([thread])
+    generated(model, cache)
+    change, undo, says = changes(model)[which]
+    change()
+    thread.extend([7])
+    with pytest.raises(apr.InvalidInput, match=says):
+        s.step([thread])
+    with pytest.raises(apr.InvalidInput, match=says):
+        generated(model, cache)
+    assert thread.tokens == [*PROMPT, 7]
+    if undo is not None:
+        undo()
+        assert distance(s.step([thread])[0], stock(model, [*PROMPT, 7])[-1]) < CLOSE
+    s.refresh()
+    cache.reset()
+    assert not thread.alive and s.stats.used_pages == 0
+    with pytest.raises(apr.InvalidInput, match="let go by refresh"):
+        s.thread(view=[segment])
+    del thread, segment
+    fresh, close = s.thread(PROMPT), CLOSE if model.dtype is torch.float32 else FAR
+    assert distance(s.step([fresh])[0], stock(model, PROMPT)[-1]) < close
+    assert torch.equal(generated(model, cache), generated(model))
+    s.close()
+    cache.close()
+
+
+def test_another_dtype_after_refresh():
+    model = build("llama")
+    s = apr.Session(model, max_tokens=512)
+    model.bfloat16()
+    with apr.Session(model, max_tokens=512) as second:
+        assert second.spec.dtype is torch.bfloat16
+    s.refresh()
+    got = s.step([s.thread(PROMPT)])[0]
+    assert s.pools[0].k.dtype is torch.bfloat16
+    want = stock(model, PROMPT)[-1]
+    assert distance(got, want) < 0.1 * float(want.std())
+    s.close()
+
+
+def test_a_module_replaced_is_noticed_and_the_attention_chosen_by_the_user_kept():
+    model = build("llama")
+    s, cache = apr.Session(model, max_tokens=512), apr.Cache(model, max_tokens=512)
+    model.set_attn_implementation("eager")
+    assert distance(s.step([s.thread(PROMPT)])[0], stock(model, PROMPT)[-1]) < CLOSE
+    assert model.config._attn_implementation == "eager"
+    layer = model.model.layers[0]
+    layer.self_attn = copy.deepcopy(layer.self_attn)
+    for call in (lambda: s.step([s.thread(PROMPT)]), lambda: generated(model, cache)):
+        with pytest.raises(apr.UnsupportedModel, match="a module was replaced"):
+            call()
+    cache.reset()
+    assert torch.equal(generated(model, cache), generated(model))
+    s.close()
+    cache.close()
+
+
+def test_switches_of_torch_do_not_reach_a_measurement():
+    model = build("mistral")
+    want = stock(model, PROMPT)[-1]
+    models = [build("mistral") for _ in range(3)]
+    sessions = []
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        sessions.append(apr.Session(models[0], max_tokens=512))
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        sessions.append(apr.Session(models[1], max_tokens=512))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sessions.append(apr.Session(models[2], max_tokens=512))
+        inside = sessions[-1].step([sessions[-1].thread(PROMPT)])[0]
+    assert CLOSE < distance(inside, want) < 0.1 * float(want.std())  # bfloat16 products, as asked
+    for s in sessions:
+        assert distance(s.step([s.thread(PROMPT)])[0], want) < CLOSE
+        assert s.spec.layers == sessions[0].spec.layers
+        # Seen elsewhere than where it was written: turned by angles that know no default dtype.
+        far = s.region([6, 7], base=100)
+        t = s.thread(view=[(s.segment([3, 4, 5]), 0), (far, 3)], writes=far)
+        assert distance(s.step([t])[0], stock(model, [3, 4, 5, 6, 7])[-1]) < CLOSE
+        s.close()
+
+
+# ---- positions that change everything ---------------------------------------------------------------
+
+
+def long_rope(kind, **more):
+    parameters = dict(rope_type=kind, rope_theta=1e4, factor=4.0, **more)
+    config = {**COMMON, "max_position_embeddings": 64 if kind == "dynamic" else 256}
+    if kind == "dynamic":
+        return random_weights(LlamaForCausalLM(LlamaConfig(**config, rope_parameters=parameters)))
+    return random_weights(
+        Phi3ForCausalLM(
+            Phi3Config(**config, original_max_position_embeddings=64, rope_parameters=parameters)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [("dynamic", {}), ("longrope", dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8))],
+)
+def test_frequencies_that_change_with_company_are_refused_before_they_do(kind, more):
+    model, long = long_rope(kind, **more), tokens(70)
+    cache = apr.Cache(model, max_tokens=1024)
+    with apr.Session(model, max_tokens=1024) as s:
+        short = s.thread(PROMPT)
+        with pytest.raises(apr.UnsupportedRope, match="passes 64"):
+            s.step([short, s.thread(long)])
+        assert distance(s.step([short])[0], stock(model, PROMPT)[-1]) < CLOSE
+    with pytest.raises(apr.UnsupportedRope, match="passes 64"):
+        generated(model, cache, torch.tensor([long]))
+    with pytest.raises(apr.UnsupportedRope, match="passes 64"):  # in the midst of a generate()
+        generated(model, cache, torch.tensor([long[:60]]), max_new_tokens=20)
+    assert torch.equal(generated(model, cache), generated(model))
+    cache.close()
+
+
+# ---- rows that only look equal ----------------------------------------------------------------------
+
+
+def test_rows_that_differ_inside_of_the_model_are_not_merged():
+    model = build("llama")
+
+    def second_row(module, args, output):
+        output = output.clone()
+        output[1:] += 0.5
+        return output
+
+    ids = torch.tensor([PROMPT, PROMPT])
+    hook = model.model.embed_tokens.register_forward_hook(second_row)
+    want = generated(model, ids=ids)
+    assert not torch.equal(want[0], want[1])
+    cache = apr.Cache(model, max_tokens=512)
+    with pytest.raises(apr.InvalidInput, match="share_rows=False"):
+        generated(model, cache, ids)
+    assert cache.session.stats.used_pages == 0
+    cache.close()
+    apart = apr.Cache(model, max_tokens=512, share_rows=False)
+    assert torch.equal(generated(model, apart, ids), want)
+    apart.close()
+    hook.remove()
+
+
+def test_rows_with_other_embeddings_or_types_are_not_merged(llama):
+    cache = apr.Cache(llama, max_tokens=512)
+    embeddings = llama.get_input_embeddings()(
+        torch.tensor([PROMPT, PROMPT, tokens(11, 4)])
+    ).detach()
+    with torch.no_grad():
+        want = llama(inputs_embeds=embeddings, past_key_values=DynamicCache()).logits
+        got = llama(inputs_embeds=embeddings, past_key_values=cache).logits
+    assert distance(got, want) < CLOSE
+    assert cache.session.stats.replicated_pages > cache.session.stats.used_pages  # two are one
+    cache.close()
+
+
+def test_a_mask_that_looks_ahead_is_refused():
+    model = build("gemma3")
+    cache = apr.Cache(model, max_tokens=512)
+    block = torch.tensor([[-1] * 3 + [0] * 5 + [-1] * 3])
+    original = interface.AttentionMaskInterface()["apr"]
+
+    def both_ways(*args, mask_function, **kwargs):
+        def function(b, h, q, k):
+            same = (block[0, q.clamp_max(10)] == block[0, k.clamp_max(10)]) & (
+                block[0, q.clamp_max(10)] >= 0
+            )
+            return mask_function(b, h, q, k) | same
+
+        return original(*args, mask_function=function, **kwargs)
+
+    interface.AttentionMaskInterface.register("apr", both_ways)
+    try:
+        with pytest.raises(apr.InvalidInput, match="see what stands behind them"):
+            model(IDS, past_key_values=cache)
+    finally:
+        interface.AttentionMaskInterface.register("apr", original)
+    assert cache.session.stats.used_pages == 0
+    assert torch.equal(generated(model, cache), generated(model))
+    cache.close()
+
+
+# ---- models as people hold them ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["forward", "method", "module", "base"])
+def test_compiled_models(how):
+    torch._dynamo.reset()
+    model = build("llama")
+    want, text = stock(model, [*PROMPT, 7])[-1], generated(model)
+    compiled = compile_(model, how)
+    with apr.Session(compiled, max_tokens=512) as s:
+        thread = s.thread(PROMPT)
+        s.step([thread])
+        kids = thread.fork(3)
+        for kid in kids:
+            kid.extend([7])
+        assert distance(s.step(kids)[2], want) < CLOSE
+    cache = apr.Cache(compiled, max_tokens=512)
+    assert torch.equal(generated(compiled, cache), text)
+    assert len(cache.threads[0]) == len(PROMPT) + 5
+    cache.close()
+    assert torch.equal(generated(compiled), text)
+
+
+def compile_(model, how, **options):
+    options = {"backend": "eager", **options}
+    if how == "forward":
+        model.forward = torch.compile(model.forward, **options)
+    elif how == "method":
+        model.compile(**options)
+    elif how == "base":
+        model.model = torch.compile(model.model, **options)
+    else:
+        return torch.compile(model, **options)
+    return model
+
+
+def test_fullgraph_decodes_and_own_fullgraph_calls_stay_whole():
+    torch._dynamo.reset()
+    model = build("llama")
+    text, want = generated(model), stock(model, PROMPT)
+    s = apr.Session(model, max_tokens=512)
+    cache = apr.Cache(model, max_tokens=512)
+    compile_(model, "forward", fullgraph=True)
+    assert distance(s.step([s.thread(PROMPT)])[0], want[-1]) < CLOSE
+    assert torch.equal(generated(model, cache), text)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert distance(whole(IDS, use_cache=False).logits[0], want) < CLOSE
+    s.close()
+    cache.close()
+
+
+def test_wrapped_models_are_unwrapped_and_others_refused():
+    model = build("llama")
+    want = generated(model)
+    cache = apr.Cache(torch.nn.DataParallel(model), max_tokens=512)
+    assert torch.equal(generated(model, cache), want)
+    cache.close()
+    config = model.config
+    for kind, says in (
+        (AutoModel, "a head is missing"),
+        (AutoModelForSequenceClassification, "classifier"),
+        (AutoModelForTokenClassification, "classifier"),
+    ):
+        other = kind.from_config(config).eval()
+        with pytest.raises(
+            apr.UnsupportedModel, match=f"{says}.*AutoModelForCausalLM|AutoModelForCausalLM.*{says}"
+        ):
+            apr.Session(other)
+        assert other.config._attn_implementation == "sdpa"
+    short = GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=64, vocab_size=VOCAB)
+    )
+    with pytest.raises(apr.UnsupportedModel, match="positions up to 100"):
+        apr.Session(short.eval())
+
+
+def test_a_second_attach_runs_no_forward():
+    llama = build("llama")
+    apr.Session(llama, max_tokens=256).close()
+    calls = []
+    hook = llama.model.register_forward_hook(lambda *_: calls.append(1))
+    apr.Session(llama, max_tokens=256).close()
+    assert not calls
+    llama.model.layers[0].mlp = copy.deepcopy(llama.model.layers[0].mlp)
+    apr.Session(llama, max_tokens=256).close()
+    hook.remove()
+    assert calls  # another structure is measured anew
+
+
+# ---- handles ----------------------------------------------------------------------------------------
+
+
+def test_handles_are_not_copied_by_accident(llama):
+    cache = apr.Cache(llama, max_tokens=512)
+    with apr.Session(llama, max_tokens=512) as s:
+        thread, region = s.thread(PROMPT), s.region([3])
+        for handle, remedy in (
+            (thread, "fork"),
+            (region, "another view"),
+            (s, "apr.Session"),
+            (cache, None),
+        ):
+            for copied in (copy.copy, copy.deepcopy) if remedy else ():
+                with pytest.raises(apr.InvalidInput, match=remedy):
+                    copied(handle)
+        with pytest.raises(apr.InvalidInput, match="deepcopy"):
+            cache.__reduce_ex__(4)
+        assert distance(s.step([thread])[0], stock(llama, PROMPT)[-1]) < CLOSE
+        kids = thread.fork(2)
+        for kid in kids:
+            kid.extend([5])
+        thread.join(kid for kid in kids)  # a generator is taken as it comes
+        assert not any(kid.alive for kid in kids) and len(thread) == len(PROMPT) + 2
+    cache.close()
+
+
+def test_what_a_place_hides_matters(llama):
+    """Negative control of the comparisons above: one wrong token is far away."""
+    assert distance(stock(llama, PROMPT)[-1], stock(llama, [*PROMPT[:5], 9, *PROMPT[6:]])[-1]) > FAR
