@@ -561,3 +561,52 @@ def test_handles_are_not_copied_by_accident(llama):
 def test_what_a_place_hides_matters(llama):
     """Negative control of the comparisons above: one wrong token is far away."""
     assert distance(stock(llama, PROMPT)[-1], stock(llama, [*PROMPT[:5], 9, *PROMPT[6:]])[-1]) > FAR
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.add_adapter("other", config)
+    return adapted.eval()
+
+
+def test_peft_models_and_an_adapter_for_each_row():
+    adapted, base = lora(build("llama")), build("llama")
+    want = adapted.generate(input_ids=IDS, **GREEDY)
+    assert not torch.equal(want, generated(base))
+    cache = apr.Cache(adapted, max_tokens=512)
+    assert torch.equal(adapted.generate(input_ids=IDS, past_key_values=cache, **GREEDY), want)
+    with apr.Session(adapted, max_tokens=512) as s:
+        out = apr.decode(s, [s.thread(PROMPT)], **GREEDY)[0].tokens
+    assert out == want[0, len(PROMPT) :].tolist()
+    rows = dict(input_ids=torch.cat([IDS, IDS]), adapter_names=["default", "other"], **GREEDY)
+    two = adapted.generate(**rows)
+    assert not torch.equal(two[0], two[1])
+    cache.reset()  # as after any change of adapters: what is stored was written by another
+    with pytest.raises(apr.InvalidInput, match="share_rows=False"):
+        adapted.generate(past_key_values=cache, **rows)
+    cache.close()
+    cache = apr.Cache(adapted, max_tokens=512, share_rows=False)
+    assert torch.equal(adapted.generate(past_key_values=cache, **rows), two)
+    cache.close()
+
+
+def test_a_learned_prompt_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(apr.InvalidInput, match="learns a prompt"):
+        apr.Session(peft.get_peft_model(build("llama"), config).eval())
+
+
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
+def test_offloaded_models(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, device = build("llama"), torch.device("cpu")
+    want = generated(model)
+    more = [tmp_path] if where == "disk_offload" else []
+    getattr(accelerate, where)(model, *more, execution_device=device)
+    assert model.lm_head.weight.device.type == "meta"
+    cache = apr.Cache(model, max_tokens=512)
+    assert torch.equal(generated(model, cache), want)
+    cache.close()

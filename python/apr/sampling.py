@@ -91,9 +91,11 @@ def resolve(
     sample where neither overrides nor `config` say; None: as the model's configuration says, and where it is
     silent too, sampling if a temperature or its like is asked for.
     """
+    overrides = _plain(overrides)
     own = getattr(model, "generation_config", None)
     fields = GenerationConfig().to_dict() | (own.to_dict() if own is not None else {})
-    asked = {} if config is None else {n: v for n, v in config.to_dict().items() if v is not None}
+    asked = {} if config is None else _plain(config.to_dict())
+    asked = {name: value for name, value in asked.items() if value is not None}
     known = set(fields) | set(GenerationConfig().to_dict())
     for name in overrides:
         if name not in known:
@@ -110,7 +112,6 @@ def resolve(
     if asked.get("do_sample") is None:
         warms = any(asked.get(name) is not None for name in _WARPING)
         merged["do_sample"] = sample if sample is not None else warms or bool(merged["do_sample"])
-    merged["eos_token_id"] = _plain_ids(merged.get("eos_token_id"))
     for name, harmless in _UNSUPPORTED.items():
         value = merged.get(name)
         if value is not None and value not in harmless:
@@ -124,9 +125,9 @@ def resolve(
         raise InvalidInput(f"generation options: {error}") from error
 
 
-def _plain_ids(ids: Any) -> Any:
-    """End tokens in any form (a number, a list, an array, a tensor) as a number or a list of them."""
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Tensors and arrays (end tokens come as such) as numbers and lists."""
+    return {n: v.tolist() if hasattr(v, "tolist") else v for n, v in fields.items()}
 
 
 def eos_tokens(config: GenerationConfig) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from apr.decode import Decoded, Stream, decode, stream
 from apr.errors import InvalidInput
+from apr.sampling import Processors
 from apr.session import Session
 from apr.text import written_text
 from apr.thread import Thread
@@ -62,6 +63,9 @@ class Writing:
         self.tokenizer, self.config = tokenizer, generation_config
         self.options = {"sample": sample, **options}
         self.skip_special_tokens = bool(self.options.pop("skip_special_tokens", False))
+        if "logits_processor" in self.options:
+            # One source for all runs of the method, so that no thread meets what another left behind.
+            self.options["logits_processor"] = Processors(self.options["logits_processor"]).of
         self._template = dict(self.options.pop("chat_template_kwargs", None) or {})
 
     def encode(self, prompt: Any) -> list[int]:
