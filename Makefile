@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test lint cuda cuda-all cross sanitize format stubs clean
+.PHONY: demo test test-versions lint cuda cuda-all cross sanitize format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+# The border with transformers on the oldest and the newest that pip serves.
+test-versions:
+	tools/versions.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -100,7 +100,9 @@ def build(name: str, seed: int = 1) -> Any:
     config = copy.deepcopy(MORE[name] if name in MORE else FAMILIES[name].config)
     torch.manual_seed(seed)
     model = random_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
-    if name in MORE:  # up to 5.22 transformers' SDPA leaves the softcap out and says nothing
+    if (
+        name in MORE
+    ):  # the SDPA attention of transformers 5.17 leaves the softcap out and says nothing
         model.set_attn_implementation("eager")
     return model
 

@@ -18,12 +18,15 @@ COMMANDS = re.findall(r"^python -m apr (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
 def test_python_blocks():
-    """In order, in one namespace: later blocks use the model that the first one loads."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    """In order, in one namespace: later blocks, those of docs/ too, use the model that the first one loads."""
     namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    found = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found += len(blocks)
+        for block in blocks:
+            exec(compile(block, page.name, "exec"), namespace)
+    assert found >= 7
 
 
 @pytest.mark.parametrize("command", COMMANDS)
