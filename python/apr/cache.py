@@ -103,15 +103,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
         """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
-        if (
-            limit is None
-            or ids is None
-            or cache_of(arguments) is not None
-            or self._step is not None
-        ):
+        if limit is None or ids is None or cache_of(arguments) is not None or self._step is not None:
             return
-        if ids.shape[1] > limit and (self._begun or self._length == limit):
-            self.session.spec.check_position(ids.shape[1] - 1)
+        positions = arguments.get("position_ids")
+        furthest = ids.shape[1] - 1 if positions is None else int(positions.max())
+        if furthest >= limit and (self._begun or self._length == limit):
+            self.session.spec.check_position(furthest)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
