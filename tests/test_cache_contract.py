@@ -82,8 +82,8 @@ def test_every_way_of_decoding(model, cache, way):
 def test_assisted_generation_and_prompt_lookup(model, cache, options):
     ids = torch.tensor([LONG + LONG[:8]])
     drafts = dict(prompt_lookup_num_tokens=3, do_sample=False) | options
-    assert_same(*both(model, cache, ids, **drafts))
-    cache.reset()
+    for _ in range(2):  # again with what is stored of the first
+        assert_same(*both(model, cache, ids, **drafts))
     assistant = build("llama", seed=5)
     assistant.generation_config.pad_token_id = 0
     want, got = both(model, cache, ids, assistant_model=assistant, **options)
@@ -118,6 +118,35 @@ def test_several_turns(model, cache):
     whole = torch.tensor([[*cache.threads[0].tokens, *tokens(3, 9)]])
     got = turn(model, cache, new, 4, attention_mask=torch.ones(1, everything, dtype=torch.long))
     assert torch.equal(got[0, 3:], turn(model, None, whole, 4)[0, everything:])
+    longer = torch.tensor([tokens(9, 8)])
+    whole = torch.tensor([[*cache.threads[0].tokens, *tokens(9, 8)]])
+    mask = torch.ones_like(whole)
+    got = turn(model, cache, longer, 4, attention_mask=mask, prefill_chunk_size=4)
+    assert torch.equal(got[0, 9:], turn(model, None, whole, 4)[0, whole.shape[1] :])
+
+
+def test_a_full_pool_makes_room_for_another_prompt(llama):
+    cache = apr.Cache(llama, max_tokens=256)
+    for seed in (1, 2):
+        ids = torch.tensor([tokens(200, seed)])
+        assert torch.equal(turn(llama, cache, ids, 4), turn(llama, None, ids, 4))
+    cache.close()
+
+
+def test_prompts_are_not_compared_with_embeddings(llama):
+    cache = apr.Cache(llama, max_tokens=2048)
+    embeddings = llama.get_input_embeddings()(torch.tensor([LONG])).detach()
+    options = dict(max_new_tokens=3, do_sample=False, pad_token_id=1, eos_token_id=None)
+    for _ in range(2):
+        llama.generate(inputs_embeds=embeddings, past_key_values=cache, **options)
+    ids = torch.tensor([[0, 0, 0, *LONG[:6]]])  # what embeddings are stored as
+    options |= dict(attention_mask=torch.ones_like(ids))
+    with pytest.raises(apr.InvalidInput, match="images or embeddings"):
+        llama.generate(ids, past_key_values=cache, **options)
+    cache.reset()
+    want = llama.generate(ids, **options)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, **options), want)
+    cache.close()
 
 
 def test_rows_that_end_at_different_lengths_go_on_as_if_alone(model, cache):
@@ -160,8 +189,13 @@ def test_a_generate_that_failed_can_be_tried_again(model, cache):
     with pytest.raises(ZeroDivisionError):
         turn(model, cache, ids, 9, stopping_criteria=[fails])
     assert torch.equal(turn(model, cache, ids, 9), turn(model, None, ids, 9))
-    with pytest.raises((ValueError, TypeError)):
-        turn(model, cache, ids, 9, no_such_option=1)
+    with pytest.raises(ValueError, match="tokenizer"):  # after generate() has taken the cache up
+        turn(model, cache, ids, 9, stop_strings=["x"])
+    stored = cache.threads[0].tokens
+    assert cache.get_seq_length() == len(stored)
+    with torch.no_grad():
+        logits = model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
+    assert distance(logits, stock(model, [*stored, 5])[-1]) < CLOSE
     assert torch.equal(turn(model, cache, ids, 9), turn(model, None, ids, 9))
 
 
@@ -238,8 +272,10 @@ def test_right_padding(model, cache):
         got = model(ids, attention_mask=mask, past_key_values=cache).logits
     assert distance(got[mask.bool()], want[mask.bool()]) < CLOSE
     cache.reset()
-    with pytest.raises(apr.InvalidInput, match=r'padding_side = "left"'):
-        turn(model, cache, ids, 3, attention_mask=mask)
+    for chunk in (None, 6):
+        with pytest.raises(apr.InvalidInput, match=r'padding_side = "left"'):
+            turn(model, cache, ids, 3, attention_mask=mask, prefill_chunk_size=chunk)
+        cache.reset()
     assert cache.session.stats.used_pages == 0
 
 
@@ -251,10 +287,17 @@ def test_the_end_of_the_past_may_be_hidden_and_no_more(model, cache):
         more = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
         got = model(torch.tensor([[5]]), **more).logits[0, -1]
         assert distance(got, stock(model, [*LONG[:9], 5])[-1]) < CLOSE
-        hole = torch.tensor([[1, 0] + [1] * 13])
-        with pytest.raises(apr.InvalidInput, match="seen ones behind them"):
-            model(torch.tensor([[6]]), attention_mask=hole, past_key_values=cache)
-        got = model(torch.tensor([[6]]), past_key_values=cache).logits[0, -1]
+        # As stock, the places stay in the mask, hidden.
+        assert cache.get_seq_length() == 14
+        grown = torch.cat([mask, mask[:, :1]], 1)
+        more |= dict(attention_mask=grown, position_ids=place + 1)
+        got = model(torch.tensor([[6]]), **more).logits[0, -1]
+        assert distance(got, stock(model, [*LONG[:9], 5, 6])[-1]) < CLOSE
+        for hole, says in ((1, "seen ones behind them"), (None, "that were padding")):
+            wrong = torch.cat([grown, grown[:, :1]], 1)
+            wrong[0, slice(9, 13) if hole is None else hole] = int(hole is None)
+            with pytest.raises(apr.InvalidInput, match=says):
+                model(torch.tensor([[6]]), attention_mask=wrong, past_key_values=cache)
     assert cache.threads[0].tokens == [*LONG[:9], 5, 6]
 
 

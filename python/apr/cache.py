@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor
 
 from apr import ops
-from apr.cache_call import Call, common_columns, hide, read_call
+from apr.cache_call import Call, common_columns, follow, hide, read_call
 from apr.cache_forward import BatchForward, Step
 from apr.cache_seam import After, Before, Layer
-from apr.compatibility import cache_of, describe
-from apr.errors import InvalidInput, UnsupportedModel
+from apr.compatibility import asked_by_whole_prefill, cache_of, describe
+from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
 from apr.hf import changed
 from apr.probe import counts_padding
 from apr.session import Session
@@ -103,7 +103,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
         """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
-        if limit is None or ids is None or cache_of(arguments) is not None or self._step is not None:
+        if (
+            limit is None
+            or ids is None
+            or cache_of(arguments) is not None
+            or self._step is not None
+        ):
             return
         positions = arguments.get("position_ids")
         furthest = ids.shape[1] - 1 if positions is None else int(positions.max())
@@ -115,46 +120,53 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         session = self.session
         if self._step is not None:
             raise InvalidInput(
-                "apr.Cache: another Python thread is inside of a forward with this cache; take turns, or "
-                "copy.deepcopy(cache) for each"
+                "apr.Cache: another Python thread is inside of a forward with this cache; take turns, or give "
+                "each Python thread a cache of its own on the same model"
             )
         if module is not session.attachment.model:
             raise InvalidInput(
                 "apr.Cache: got a copy of the model that it was made for; make one with apr.Cache(copy)"
             )
         session.attachment.check_unchanged("call cache.reset() and feed the text again")
+        for name in ("output_attentions", "output_hidden_states"):
+            if arguments.get(name) is None and getattr(module.config, name, False):
+                arguments[name] = True
         self._notice_edits()
         begun, self._begun = self._begun, False
-        call = read_call(arguments, self._length, begun)
+        try:
+            return self._begin(read_call(arguments, self._length, begun))
+        except OutOfPages:
+            if not (begun and self.threads):
+                raise
+        # The whole prompt is here, so what is stored of another text may make room for it.
+        self._forget()
+        return self._begin(read_call(arguments, 0, begun))
+
+    def _begin(self, call: Call) -> dict[str, Any]:
+        """Make the threads of a call's rows and start its forward; its arguments as the model gets them."""
         step = Step(self.threads, self._stored)
         try:
             self._arrange(call, step)
             self._run_from(call, step)
         except BaseException:
-            self._undo(step)
+            step.take_back(self.session)
+            self._step = None
             raise
-        self._step = step
         return call.arguments
 
     def _notice_edits(self) -> None:
         """Follow what the user did to the threads between two calls: trims, and steps of the session."""
+        if not all(thread.alive for thread in self.threads):
+            raise InvalidInput(
+                "apr.Cache: a thread of it was released, by you or by a refresh of its session; call reset() "
+                "and feed the text again"
+            )
         if any(thread.queued for thread in self.threads):
             raise InvalidInput(
                 "apr.Cache: its threads have tokens of yours queued; run them with "
                 "cache.session.step(cache.threads), or trim them, before the next call"
             )
-        lengths = [len(thread) for thread in self.threads]
-        if lengths == self._stored.sum(1).tolist():
-            return
-        rows = []
-        for had, length in zip(self._stored, lengths, strict=True):
-            end = int((had.cumsum(0) <= length).sum())
-            row = had[:end] if length < int(had.sum()) else had
-            # Padding behind the last token that is left tells nothing.
-            row = row[: int(row.nonzero()[-1]) + 1] if bool(row.any()) else row[:0]
-            more = torch.ones(length - int(row.sum()), dtype=torch.bool)
-            rows.append(torch.cat([row, more]))
-        self._stored = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._stored = follow(self._stored, [len(thread) for thread in self.threads])
 
     def _arrange(self, call: Call, step: Step) -> None:
         """Make the threads those of the call's rows, with the past that it sees; nothing is queued yet."""
@@ -172,19 +184,20 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             step.stored = step.stored.repeat_interleave(times, 0)
         if step.threads and not torch.equal(call.past, step.stored):
             step.trim(hide(step.threads, step.stored, call.past))
+            step.stored = call.past
         call.positions = self._positions(call)
         self.session.spec.check_position(int(call.positions.max()))
 
     def _rewind(self, call: Call, step: Step) -> None:
         """Keep what the whole prompt has in common with what is stored."""
         rows, batch = len(step.threads), call.ids.shape[0]
-        extras = call.extras()
-        if batch % rows or extras or call.positions is None:
-            if self._embedded and not extras and not batch % rows:
-                raise InvalidInput(
-                    "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; feed "
-                    "the new tokens alone with the whole attention_mask, or call reset()"
-                )
+        extras = bool(call.extras())
+        if self._embedded and not extras:
+            raise InvalidInput(
+                "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; feed the "
+                "new tokens alone with the whole attention_mask, or call reset()"
+            )
+        if batch % rows or extras or call.positions is None or not call.spare_columns:
             step.replace([])
             step.stored = self._stored[:0, :0]
             return
@@ -199,16 +212,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """[batch, width] positions: those given, or those that the model would give."""
         if call.positions is not None:
             return call.positions
-        places = torch.arange(call.width) + call.past.shape[1]
-        if bool(call.real.all()) and bool(call.past.all()):
-            return places.expand_as(call.ids)
-        if self._counts_padding is None:
+        if self._counts_padding is None and not (call.real.all() and call.past.all()):
             self._counts_padding = counts_padding(self.session.attachment.model)
-        if self._counts_padding:
-            return places.expand_as(call.ids)
-        everything = torch.cat([call.past, call.real], 1).long()
-        counted = (everything.cumsum(1) - 1).clamp_min(0)
-        return counted[:, call.past.shape[1] :]
+        return call.own_positions(self._counts_padding is not False)
 
     def _run_from(self, call: Call, step: Step) -> None:
         """Queue the call's tokens and start the forward that runs them."""
@@ -219,7 +225,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         step.queue(session, call)
         plan = None
         if step.queued:
-            step.core = session._begin(list(step.queued), step_tokens=1 << 40)
+            step.core = session._begin(list(step.queued), 1 << 40, step)
             step.core.next()
             plan = ops.Plan(step.core.plan, invariant=session.invariant)
             for pool in session.pools if step.core.plan.num_copies else ():
@@ -230,6 +236,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
         arguments["use_cache"] = True
         step.forward = BatchForward(session, plan, step, call)
+        self._step = step
         step.forward.start()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -239,26 +246,25 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             self._after(finished)
 
     def _after(self, finished: bool) -> None:
-        step, self._step = self._step, None
-        assert step is not None and step.forward is not None
-        step.forward.stop()
-        complete = not finished or step.forward.is_complete
-        if not finished or not complete:
-            self._undo(step)
-        if not complete:
-            raise changed(self.session.model, "fewer")
-        if not finished:
-            return
-        if step.core is not None:
-            self.session._end(step.core, commit=True)
-        self.threads = step.finish()
-        self._embedded = self._embedded or step.extras
-        self._stored = torch.cat([step.stored, step.now], 1)
-
-    def _undo(self, step: Step) -> None:
-        if step.core is not None:
-            self.session._end(step.core, commit=False)
-        step.undo()
+        step = self._step
+        assert step is not None
+        try:
+            if not finished or step.forward is None:
+                step.take_back(self.session)
+                return
+            step.forward.stop()
+            if not step.forward.is_complete:
+                raise changed(self.session.model, "fewer")
+            self.session._end(step.core, step, commit=True)
+            rows, stored = step.rows_of(), torch.cat([step.stored, step.now], 1)
+            self.threads, self._stored, step.settled = rows, stored, True
+            self._embedded = step.extras or (self._embedded and bool(step.stored.numel()))
+            step.let_go(rows)
+        except BaseException:
+            step.take_back(self.session)
+            raise
+        finally:
+            self._step = None
 
     # ---- transformers' side ---------------------------------------------------------------------
 
@@ -268,8 +274,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
-        """generate() marks a cache that it is given before it asks how much to leave out of the prompt: nothing,
-        so that the whole prompt comes and is compared with what is stored."""
+        """generate() marks a cache that it is given; when it asks then what of its prompt to leave out, the answer
+        is nothing, so that the whole prompt comes and is compared with what is stored."""
         self._begun = value
 
     @property
@@ -288,10 +294,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Places that are stored or padding; 0 from the beginning of a generate() to its first forward."""
+        """Places that are stored or padding; 0 for a generate() that asks what of its prompt to leave out."""
         if self._step is not None:
             return self._step.stored.shape[1]
-        if self._begun:
+        if self._begun and asked_by_whole_prefill():
             return 0
         self._notice_edits()
         return self._length
@@ -318,13 +324,19 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return self.batch_size
 
     def reset(self) -> None:
-        """Forget everything, and take the model as it is now; the next call starts anew."""
+        """Forget everything; the next call starts anew, with the model as it is then.
+
+        Where the model was changed, all threads of the session are released, those of copies too.
+        """
         self._abandon()
+        self._forget()
+        if not self.session.attachment.is_current:
+            self.session.refresh()
+
+    def _forget(self) -> None:
         self._release(self.threads)
         self.threads, self._embedded, self._begun = [], False, False
         self._stored = torch.zeros(0, 0, dtype=torch.bool)
-        if len(self._sharers) == 1:
-            self.session.refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` places of every row; nothing is copied."""

@@ -43,6 +43,13 @@ class Call:
         positions: list[int] = self.positions[row][self.real[row]].tolist()
         return positions
 
+    def own_positions(self, counts_padding: bool) -> Tensor:
+        """[batch, width] positions that a model gives tokens by itself: their places, or real tokens counted."""
+        if counts_padding:
+            return (torch.arange(self.width) + self.past.shape[1]).expand_as(self.ids)
+        everything = torch.cat([self.past, self.real], 1).long()
+        return (everything.cumsum(1) - 1).clamp_min(0)[:, self.past.shape[1] :]
+
     def extras(self) -> dict[str, Tensor]:
         """Tensors beyond token ids and masks: images, token types, embeddings."""
         return {
@@ -50,6 +57,14 @@ class Call:
             for name, value in self.arguments.items()
             if isinstance(value, Tensor) and name not in _KNOWN
         }
+
+    @property
+    def spare_columns(self) -> int:
+        """Columns at the beginning whose output nobody reads; 0 where that is not said."""
+        keep = self.arguments.get("logits_to_keep")
+        if self.arguments.get("output_hidden_states"):
+            return 0
+        return self.width - keep if isinstance(keep, int) and keep > 0 else 0
 
     def keys(self) -> list[Any]:
         """One key a row; rows of equal keys are given the same in every argument."""
@@ -134,6 +149,10 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool) -> Call:
                 "apr.Cache: got position_ids that are not [batch, tokens]; models whose tokens have several "
                 "positions each are not supported"
             )
+        if positions.shape[0] not in (1, batch) or positions.shape[1] < width:
+            raise InvalidInput(
+                f"apr.Cache: got position_ids {list(positions.shape)}; expected [{batch}, {width}], as ids"
+            )
         positions = positions[:, -width:].detach().cpu().expand(batch, width)
     call = Call(arguments, ids, real[:, length:], real[:, :length], positions, whole)
     _check_last(call)
@@ -142,13 +161,28 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool) -> Call:
 
 def _check_last(call: Call) -> None:
     """generate() samples from the last column; a padded one there has no logits of its own."""
-    begun, ended = call.real.any(1), call.real[:, -1]
+    begun, ended = call.real.any(1) | call.past.any(1), call.real[:, -1]
     keep = call.arguments.get("logits_to_keep")
-    if call.width > 1 and bool((begun & ~ended).any()) and isinstance(keep, int) and keep == 1:
+    if bool((begun & ~ended).any()) and isinstance(keep, int) and keep > 0:
         raise InvalidInput(
             "apr.Cache: got padding on the right; generate() goes on from the last column: expected left "
             'padding, set tokenizer.padding_side = "left"'
         )
+
+
+def follow(stored: Tensor, lengths: list[int]) -> Tensor:
+    """The [batch, length] places that are no padding, when rows were trimmed to, or grew to, `lengths`."""
+    if lengths == stored.sum(1).tolist():
+        return stored
+    rows = []
+    for had, length in zip(stored, lengths, strict=True):
+        end = int((had.cumsum(0) <= length).sum())
+        row = had[:end] if length < int(had.sum()) else had
+        # Padding behind the last token that is left tells nothing.
+        row = row[: int(row.nonzero()[-1]) + 1] if bool(row.any()) else row[:0]
+        more = torch.ones(length - int(row.sum()), dtype=torch.bool)
+        rows.append(torch.cat([row, more]))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def hide(threads: list[Thread], stored: Tensor, seen: Tensor) -> list[int]:
@@ -179,9 +213,9 @@ def hide(threads: list[Thread], stored: Tensor, seen: Tensor) -> list[int]:
 def common_columns(call: Call, threads: list[Thread]) -> tuple[int, list[int]]:
     """(columns of the call that every thread has stored, tokens that each thread keeps of them).
 
-    At least one column is left to run, so that there are logits.
+    What is read of the output is left to run.
     """
-    columns = call.width - 1
+    columns = call.spare_columns
     for row, (thread, text) in enumerate(zip(threads, call.texts(), strict=True)):
         same = 0
         if thread.is_line and call.real_positions(row) == list(range(len(text))):

@@ -38,7 +38,8 @@ class Step:
         self.forward: BatchForward | None = None
         self.now = stored
         self.extras = False
-        self._former = list(threads)
+        self._former = {thread: len(thread) for thread in threads}
+        self.settled = False  # the cache has its rows; nothing is to be undone any more
         self._made: list[Thread] = []
 
     def replace(self, threads: list[Thread]) -> None:
@@ -112,27 +113,36 @@ class Step:
         lead = [self.owners.index(owner) for owner in self.owners]
         return [(row, first) for row, first in enumerate(lead) if row != first]
 
-    def finish(self) -> list[Thread]:
-        """The rows' threads; what the step did away with is released."""
-        rows = list(self.threads)
-        if len(self.owners) > len(rows):
-            kids = [
-                thread.fork(self.owners.count(i)) if self.owners.count(i) > 1 else [thread]
-                for i, thread in enumerate(self.threads)
-            ]
-            rows = [kids[owner].pop(0) for owner in self.owners]
+    def rows_of(self) -> list[Thread]:
+        """The thread of each row, when the forward has run."""
+        if len(self.owners) == len(self.threads):
+            return list(self.threads)
+        counts = [self.owners.count(i) for i in range(len(self.threads))]
+        kids: list[list[Thread]] = []
+        for thread, count in zip(self.threads, counts, strict=True):
+            kids.append(thread.fork(count) if count > 1 else [thread])
+            self._made += kids[-1]
+        return [kids[owner].pop(0) for owner in self.owners]
+
+    def let_go(self, rows: list[Thread]) -> None:
+        """Release what is no row any more."""
         for thread in {*self._former, *self._made} - set(rows):
             if thread.alive:
                 thread.release()
-        return rows
 
-    def undo(self) -> None:
+    def take_back(self, session: Session) -> None:
+        """Leave everything as it was; safe to call at any time, and twice."""
+        if self.settled:
+            return
+        if self.forward is not None:
+            self.forward.stop()
+        session._end(self.core, self, commit=False)
         for thread in self._made:
             if thread.alive:
                 thread.release()
-        for thread, indices in self.queued.items():
-            if thread in self._former:
-                thread.trim(len(thread) - len(indices))
+        for thread, length in self._former.items():
+            if thread.alive and len(thread) > length:
+                thread.trim(length)
 
 
 class BatchForward(PackedForward):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from apr.compatibility import cache_of
+from apr.errors import InvalidInput
 
 if TYPE_CHECKING:
     from apr.cache import Cache
@@ -47,6 +48,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise InvalidInput("crop: a layer holds no tokens of its own; crop the cache")
 
 
 class _Hook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -38,3 +39,16 @@ def warn_if_untested(version: str = transformers.__version__) -> None:
 def cache_of(arguments: dict[str, Any]) -> Any:
     """The cache among the keyword arguments of a forward, under either name, or None."""
     return next((c for name in CACHE_ARGUMENTS if (c := arguments.get(name)) is not None), None)
+
+
+def asked_by_whole_prefill() -> bool:
+    """Whether the caller's caller is generate()'s prefill, about to leave out of its prompt what a cache holds.
+
+    It gives the cache no other sign. Chunked, it would cut the mask by the same answer, also where it was
+    given new tokens alone: then the cache says what it holds, as any other does.
+    """
+    frame = sys._getframe(2)
+    config = frame.f_locals.get("generation_config")
+    return (
+        frame.f_code.co_name == "_prefill" and getattr(config, "prefill_chunk_size", None) is None
+    )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from apr import gpu, ops
 from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
 from apr.interface import Running
-from apr.model_state import Watch, known, undisturbed, unwrap
+from apr.model_state import Watch, known, structure, undisturbed, unwrap
 from apr.probe import SINKS, LayerSpec, ModelSpec, measure
 from apr.vectors import PathVectors, RowVectors
 
@@ -149,6 +149,23 @@ class Attachment:
     def check_unchanged(self, remedy: str) -> None:
         """Raise InvalidInput where the model is in training mode, or not the one that was measured."""
         self._watch.check(remedy)
+        if self._watch.configured_anew():
+            with undisturbed(self.model.device):
+                now = known(self.model, measure)
+            if now.spec != self.spec:
+                raise InvalidInput(
+                    "the model's configuration was changed, and with it what its attention sees or how it "
+                    f"turns; {remedy}"
+                )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model is the one that was measured, with the weights of then."""
+        try:
+            self._watch.check("")
+        except InvalidInput:
+            return False
+        return self._known.structure == structure(self.model)
 
     def forward(
         self,

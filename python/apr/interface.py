@@ -126,32 +126,34 @@ class Switch:
 
     def __init__(self, model: Any) -> None:
         self._configs = configurations(model)
-        self._stood: list[str | None] = []
-        self._lock = threading.Lock()
-        self._running = 0
+        self._stood: list[str | None] = []  # what they stood on, while they are switched
+        self._lock = threading.RLock()  # an interrupt as it is let go must not block the next call
+        self._holders: set[int] = set()  # forwards that run
 
-    def on(self) -> None:
+    def on(self, holder: object) -> None:
+        """Switch, until every holder has let go; an interrupt may come anywhere, `off` puts it right."""
         with self._lock:
-            self._running += 1
-            if self._running > 1:
-                return
-            self._stood = [config._attn_implementation for config in self._configs]
-            _FORMER.update(zip(map(id, self._configs), self._stood, strict=True))
+            if not self._stood:
+                self._stood = [config._attn_implementation for config in self._configs]
+                _FORMER.update(zip(map(id, self._configs), self._stood, strict=True))
+            self._holders.add(id(holder))
             for config in self._configs:
                 if config._attn_implementation != IMPLEMENTATION:
                     config._attn_implementation = IMPLEMENTATION
 
-    def off(self) -> None:
+    def off(self, holder: object) -> None:
+        """Let go; safe to call twice."""
         with self._lock:
-            self._running -= 1
-            if self._running:
+            self._holders.discard(id(holder))
+            if self._holders or not self._stood:
                 return
             # Setting one sets those below it too, so the outer ones come first.
             for config, name in zip(self._configs, self._stood, strict=True):
                 if config._attn_implementation != name:
                     config._attn_implementation = name
             for config in self._configs:
-                del _FORMER[id(config)]
+                _FORMER.pop(id(config), None)
+            self._stood = []
 
 
 class Running:
@@ -163,16 +165,21 @@ class Running:
 
     def start(self) -> None:
         self._outer = _RUNNING.get()
-        self._switch.on()
+        self._switch.on(self)
         _RUNNING.set(self._forward)
 
     def stop(self) -> None:
+        """Safe to call twice, and after a start that was interrupted."""
         if _RUNNING.get() is self._forward:
             _RUNNING.set(self._outer)
-        self._switch.off()
+        self._switch.off(self)
 
     def __enter__(self) -> Running:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(

@@ -72,6 +72,17 @@ class Watch:
         self._model, self._weights = model, weights
         self._versions = self._sum()
         self._stood = self._table()
+        self._configurations = configurations(model)
+        self._set = self._settings()
+
+    def _settings(self) -> list[int]:
+        """What the configurations are set to, by identity: quick, and other where anything was set anew."""
+        return [sum(map(id, vars(config).values())) for config in self._configurations]
+
+    def configured_anew(self) -> bool:
+        """Whether a setting of a configuration was changed since this was asked last."""
+        was, self._set = self._set, self._settings()
+        return was != self._set
 
     def _sum(self) -> int:
         """Version counters of all parameters: torch counts the changes made in place."""

@@ -132,7 +132,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 def eos_tokens(config: GenerationConfig) -> list[int]:
     ids = config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
 
 
 def _history_processors(
@@ -294,9 +294,9 @@ class Processors:
 
 
 def _copied(processor: LogitsProcessor) -> LogitsProcessor:
-    """transformers' own keep no state between calls; any other may."""
-    own = type(processor).__module__.startswith("transformers.")
-    return processor if own else copy.deepcopy(processor)
+    """A processor of the same state as now; models that it holds are shared."""
+    shared = {id(x): x for x in vars(processor).values() if isinstance(x, torch.nn.Module)}
+    return copy.deepcopy(processor, shared)
 
 
 def make_rules(

@@ -72,8 +72,8 @@ class Session:
         self.trace = Trace()
         self._max_tokens, self._cuda_graphs, self._self_test = max_tokens, cuda_graphs, self_test
         self._requests = 0
-        self._stepping = False
-        self._turn = threading.Lock()  # of the Python thread that changes or steps the session
+        self._stepping: object = None  # who steps the session
+        self._turn = threading.Lock()
         self._stats = Stats()
         self._attach()
 
@@ -163,7 +163,7 @@ class Session:
     def _edit(self) -> _core.ThreadTable:
         """The table, for a change: what garbage collection dropped meanwhile is given back first."""
         table = self._open_table()
-        if self._stepping:
+        if self._stepping is not None:
             raise InvalidInput("a step is running; change threads between steps")
         while self._dropped_threads:
             number = self._dropped_threads.pop()
@@ -277,10 +277,10 @@ class Session:
             raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
         threads = list(threads)
         numbers = self._check_step(threads)
-        table = self._start_stepping()
-        held = [t._step_logits is not None for t in threads]
-        began = self.trace.clock()
         try:
+            table = self._start_stepping(numbers)
+            held = [t._step_logits is not None for t in threads]
+            began = self.trace.clock()
             logits = None if any(held) else self._replay_step(table, numbers)
             if logits is not None:
                 self._let_rows_go(numbers)
@@ -290,7 +290,7 @@ class Session:
                 return logits.clone()  # the caller's own: samplers write into it
             fresh, rows_run = self._run_step(table, numbers, held)
         finally:
-            self._stop_stepping()
+            self._stop_stepping(numbers)
         stepping = set(numbers)
         for number, row in fresh.items():
             thread = self._threads.get(number)
@@ -316,40 +316,41 @@ class Session:
                 thread._logits = thread.logits
         self._replayed = numbers
 
-    def _start_stepping(self) -> _core.ThreadTable:
-        """The table, for a step; nothing may change threads until `_stop_stepping`."""
+    def _start_stepping(self, who: object) -> _core.ThreadTable:
+        """The table, for a step; nothing may change threads until `_stop_stepping` by the same caller."""
         table = self._edit()
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
-        if not self._turn.acquire(blocking=False):
-            raise InvalidInput(
-                "step: another Python thread is stepping this session; take turns, or give each Python "
-                "thread a session of its own on the same model"
-            )
-        self._stepping = True
+        with self._turn:
+            if self._stepping is not None:
+                raise InvalidInput(
+                    "step: another Python thread is stepping this session; take turns, or give each Python "
+                    "thread a session of its own on the same model"
+                )
+            self._stepping = who
         return table
 
-    def _stop_stepping(self) -> None:
-        self._stepping = False
-        self._turn.release()
+    def _stop_stepping(self, who: object) -> None:
+        """Safe to call twice, and by a caller that was refused."""
+        if self._stepping is who:
+            self._stepping = None
 
-    def _begin(self, threads: Sequence[Thread], step_tokens: int) -> _core.Step:
-        """A step for a caller that runs the forward itself (`apr.Cache`); it must commit or roll back."""
-        table = self._start_stepping()
+    def _begin(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
+        """A step for a caller that runs the forward itself (`apr.Cache`); it must `_end` it, whatever happens."""
+        table = self._start_stepping(who)
+        return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
+
+    def _end(self, step: _core.Step | None, who: object, commit: bool) -> None:
+        """Close a step of `_begin`; rolling back is safe to do twice."""
         try:
-            return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
-        except BaseException:
-            self._stop_stepping()
-            raise
-
-    def _end(self, step: _core.Step, commit: bool) -> None:
-        """Close a step of `_begin`."""
-        self._stop_stepping()
-        if not commit:
-            step.rollback()
-            return
-        step.commit()
-        table = self._open_table()
-        self._arena.keep_ahead(table.peak_pages, table.num_threads)
+            if step is None or not commit:
+                if step is not None:
+                    step.rollback()
+                return
+            step.commit()
+            table = self._open_table()
+            self._arena.keep_ahead(table.peak_pages, table.num_threads)
+        finally:
+            self._stop_stepping(who)
 
     def _run_step(
         self, table: _core.ThreadTable, numbers: list[int], held: list[bool]
@@ -392,6 +393,6 @@ class Session:
         """Counters so far, and the pages in use now."""
         if self._table is None:
             return self._stats
-        table = self._table if self._stepping else self._edit()
+        table = self._table if self._stepping is not None else self._edit()
         page_bytes = self.page_size * self.spec.bytes_per_token
         return self._stats.with_sharing(table, page_bytes)

@@ -71,6 +71,10 @@ def majority_vote(
     if extract is last_number:
         writing.need_tokenizer("majority_vote: extract=last_number")
     width = resolve_width(model_or_session, n, seed)
+    if stop_early and "prune" in options:
+        raise InvalidInput(
+            "majority_vote: got stop_early and prune, which both say who ends; leave one of them out"
+        )
     if stop_early and weight is not None:
         raise InvalidInput(
             "majority_vote: got stop_early with a weight; a vote of unknown weight may always change the "

@@ -52,6 +52,10 @@ def parathinker(
     in `majority_vote`.
     """
     check_count(n)
+    if "prune" in options:
+        raise InvalidInput(
+            "parathinker: got prune; paths end by their tags, `stop` or first_finish"
+        )
     if vectors is not None and len(vectors) < n:
         raise InvalidInput(f"vectors: got {len(vectors)} for {n} paths; expected one each")
     writing = Writing(tokenizer, generation_config, options)
