@@ -341,6 +341,56 @@ def test_switches_of_torch_do_not_reach_a_measurement():
         s.close()
 
 
+def test_a_configuration_set_anew_is_measured_anew():
+    model = build("mistral")
+    long = tokens(30)
+    s, cache = apr.Session(model, max_tokens=512), apr.Cache(model, max_tokens=512)
+    thread = s.thread(long)
+    model.config.use_cache = False  # nothing that is measured
+    assert distance(s.step([thread])[0], stock(model, long)[-1]) < CLOSE
+    model.config.sliding_window = 3
+    thread.extend([5])
+    with pytest.raises(apr.InvalidInput, match="configuration was changed"):
+        s.step([thread])
+    with pytest.raises(apr.InvalidInput, match="configuration was changed"):
+        model(torch.tensor([long]), past_key_values=cache)
+    s.refresh()
+    cache.reset()
+    want = stock(model, long)[-1]
+    assert distance(s.step([s.thread(long)])[0], want) < CLOSE
+    with torch.no_grad():
+        assert (
+            distance(model(torch.tensor([long]), past_key_values=cache).logits[0, -1], want) < CLOSE
+        )
+    model.config._attn_implementation = "eager"
+    model.config.output_attentions = True
+    with pytest.raises(apr.InvalidInput, match="attention matrix"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+    s.close()
+    cache.close()
+
+
+def test_a_reset_after_a_change_lets_copies_go_and_a_plain_one_does_not():
+    model = build("llama")
+    cache = apr.Cache(model, max_tokens=512)
+    generated(model, cache)
+    other, kept = copy.deepcopy(cache), cache.threads[0].fork(1)[0]
+    cache.reset()
+    assert kept.alive and torch.equal(generated(model, other), generated(model))
+    scale(model)
+    with pytest.raises(apr.InvalidInput, match=r"cache.reset\(\)"):
+        generated(model, other)
+    cache.reset()
+    assert torch.equal(generated(model, cache), generated(model))
+    with pytest.raises(apr.InvalidInput, match=r"was released.*reset\(\)"):
+        generated(model, other)
+    other.reset()
+    assert torch.equal(generated(model, other), generated(model))
+    cache.close()
+    assert torch.equal(generated(model, other), generated(model))
+    other.close()
+
+
 # ---- positions that change everything ---------------------------------------------------------------
 
 

@@ -112,6 +112,11 @@ def test_what_is_refused_says_so(llama):
         llama(ids, attention_mask=torch.ones(1, 1, 11, 11).bool(), past_key_values=cache)
     with pytest.raises(apr.InvalidInput, match="several positions"):
         llama(ids, position_ids=torch.arange(11).expand(3, 1, 11), past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match=r"position_ids \[2, 11\]; expected \[3, 11\]"):
+        two = torch.arange(11).repeat(2, 1)
+        llama(ids.repeat(3, 1), position_ids=two, past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="crop the cache"):
+        cache.layers[0].crop(-1)
     with pytest.raises(apr.InvalidInput, match="attention matrix"):
         llama(ids, output_attentions=True, past_key_values=cache)
     with pytest.raises(apr.InvalidInput, match="at least one new token"):

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
 )
 
 import apr
@@ -290,6 +291,30 @@ def test_every_thread_has_processors_of_its_own(tagged):
         assert written[early] == written[late] == [*ids, 2]
 
 
+def test_processors_of_transformers_that_keep_a_state_are_copied_too(tagged):
+    model, _ = tagged
+    prompts = [tokens(5, 1), tokens(7, 2)]
+
+    def run(numbers):
+        mark = SynthIDTextWatermarkLogitsProcessor(
+            3, [1, 2, 3], 64, 0, context_history_size=8, device="cpu"
+        )
+        with apr.Session(model, max_tokens=2048) as s:
+            threads = [s.thread(prompts[i], request=i) for i in numbers]
+            options = dict(max_new_tokens=10, do_sample=True, eos_token_id=[])
+            outs = apr.decode(s, threads, logits_processor=[mark], **options)
+        return [out.tokens for out in outs]
+
+    assert run([0, 1]) == run([0]) + run([1])
+
+
+def test_two_answers_to_who_ends_are_refused(tagged):
+    model, tokenizer = tagged
+    for name, more in (("majority_vote", dict(stop_early=True)), ("parathinker", {})):
+        with pytest.raises(apr.InvalidInput, match="prune"):
+            getattr(apr, name)(model, tokenizer, PROMPT, prune=lambda *_: (), **more)
+
+
 def test_allowed_tokens_and_criteria_that_read_scores(tagged):
     model, _ = tagged
     rows, scores = set(), []
@@ -362,7 +387,16 @@ def test_a_temperature_samples(tagged):
     assert len({tuple(t.tokens) for t in warm}) == 4 and len({tuple(t.tokens) for t in cold}) == 1
 
 
-@pytest.mark.parametrize("make", [int, list, torch.tensor, lambda x: torch.tensor(x).numpy()])
+@pytest.mark.parametrize(
+    "make",
+    [
+        int,
+        list,
+        torch.tensor,
+        lambda ids: torch.tensor(ids).numpy(),
+        lambda ids: [torch.tensor(i) for i in ids],
+    ],
+)
 def test_end_tokens_in_any_form(tagged, make):
     model, _ = tagged
     with apr.Session(model, max_tokens=2048) as s:
