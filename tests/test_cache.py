@@ -115,6 +115,8 @@ def test_what_is_refused_says_so(llama):
     with pytest.raises(apr.InvalidInput, match=r"position_ids \[2, 11\]; expected \[3, 11\]"):
         two = torch.arange(11).repeat(2, 1)
         llama(ids.repeat(3, 1), position_ids=two, past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="use_cache=False"):
+        llama.generate(ids, use_cache=False, past_key_values=cache, **GREEDY)
     with pytest.raises(apr.InvalidInput, match="crop the cache"):
         cache.layers[0].crop(-1)
     with pytest.raises(apr.InvalidInput, match="attention matrix"):

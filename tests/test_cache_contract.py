@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 import apr
@@ -118,6 +121,8 @@ def test_several_turns(model, cache):
     whole = torch.tensor([[*cache.threads[0].tokens, *tokens(3, 9)]])
     got = turn(model, cache, new, 4, attention_mask=torch.ones(1, everything, dtype=torch.long))
     assert torch.equal(got[0, 3:], turn(model, None, whole, 4)[0, everything:])
+    if Version(transformers.__version__) < Version("5.20"):
+        return  # there stock itself begins to count anew where chunks follow a cache that holds text
     longer = torch.tensor([tokens(9, 8)])
     whole = torch.tensor([[*cache.threads[0].tokens, *tokens(9, 8)]])
     mask = torch.ones_like(whole)
@@ -168,13 +173,33 @@ def test_rows_that_end_at_different_lengths_go_on_as_if_alone(model, cache):
 def test_the_same_cache_for_other_prompts_keeps_what_is_common(model, cache):
     prompts = [LONG, LONG, LONG[:9], [*LONG[:9], *SHORT], SHORT, LONG[:1]]
     used = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        assert torch.equal(turn(model, cache, ids, 5), turn(model, None, ids, 5))
+    for i, prompt in enumerate([*prompts, *prompts]):
+        ids, chunk = torch.tensor([prompt]), 4 if i >= len(prompts) else None
+        got = turn(model, cache, ids, 5, prefill_chunk_size=chunk)
+        assert torch.equal(got, turn(model, None, ids, 5))
         used.append(cache.session.stats.threads)
     assert set(used) == {1}  # nothing of the former prompts is left
     both_rows = torch.tensor([LONG[:6], SHORT])
     assert torch.equal(turn(model, cache, both_rows, 5), turn(model, None, both_rows, 5))
+
+
+def test_many_batches_on_one_cache(llama):
+    cache, draw = apr.Cache(llama, max_tokens=1 << 13), random.Random(0)
+    for _ in range(12):
+        texts = [
+            LONG[: draw.randint(3, 13)] + tokens(draw.randint(0, 4), i)
+            for i in range(draw.randint(1, 4))
+        ]
+        width = max(map(len, texts)) + draw.randint(0, 5)
+        ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+        more = dict(attention_mask=(ids != 0).long(), **WAYS[draw.choice(list(WAYS))])
+        torch.manual_seed(1)
+        want = llama.generate(ids, max_new_tokens=6, **QUIET, **more)
+        torch.manual_seed(1)
+        got = llama.generate(ids, past_key_values=cache, max_new_tokens=6, **QUIET, **more)
+        assert torch.equal(got, want)
+        assert cache.session.stats.threads == len(cache.threads)
+    cache.close()
 
 
 def test_a_generate_that_failed_can_be_tried_again(model, cache):

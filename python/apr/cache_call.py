@@ -112,6 +112,11 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool) -> Call:
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeddings is None):
         raise InvalidInput("apr.Cache: expected input_ids, or inputs_embeds, and not both")
+    if arguments.get("use_cache") is False:
+        raise InvalidInput(
+            "apr.Cache: got use_cache=False and a cache; stock would feed the whole text again behind what is "
+            "stored: leave one of them out"
+        )
     if arguments.get("output_attentions"):
         raise InvalidInput(
             "apr.Cache: got output_attentions; no attention matrix is ever made here: leave it out, or use "

@@ -42,13 +42,16 @@ def cache_of(arguments: dict[str, Any]) -> Any:
 
 
 def asked_by_whole_prefill() -> bool:
-    """Whether the caller's caller is generate()'s prefill, about to leave out of its prompt what a cache holds.
-
-    It gives the cache no other sign. Chunked, it would cut the mask by the same answer, also where it was
-    given new tokens alone: then the cache says what it holds, as any other does.
-    """
+    """Whether the caller's caller is generate()'s prefill with a whole prompt, about to leave out of it what a cache
+    holds. It gives the cache no other sign, and may hold new tokens alone, under a mask of everything."""
     frame = sys._getframe(2)
-    config = frame.f_locals.get("generation_config")
-    return (
-        frame.f_code.co_name == "_prefill" and getattr(config, "prefill_chunk_size", None) is None
-    )
+    if frame.f_code.co_name != "_prefill":
+        return False
+    names = frame.f_locals
+    ids, config = names.get("input_ids"), names.get("generation_config")
+    if getattr(config, "prefill_chunk_size", None) is None:
+        return True  # it cuts nothing else by the answer
+    mask = names.get("model_kwargs", {}).get("attention_mask")
+    mask = names.get("attention_mask") if mask is None else mask  # taken out for the chunks
+    width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    return ids is not None and width == ids.shape[1]
