@@ -52,9 +52,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         super().__init__(layers=[Layer(self, i, w is not None) for i, w in enumerate(windows)])
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
-        self._stored = torch.zeros(
-            0, 0, dtype=torch.bool
-        )  # [batch, length]: places that are no padding
+        # [batch, length]: which places are no padding.
+        self._stored = torch.zeros(0, 0, dtype=torch.bool)
         self._step: Step | None = None
         self._begun = False  # a generate() has begun, and fed nothing yet
         self._embedded = False  # some stored tokens came as embeddings, images or the like
@@ -133,10 +132,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 arguments[name] = True
         self._notice_edits()
         begun, self._begun = self._begun, False
+        call = read_call(dict(arguments), self._length, begun)
         try:
-            return self._begin(read_call(arguments, self._length, begun))
+            return self._begin(call)
         except OutOfPages:
-            if not (begun and self.threads):
+            if not (call.whole and self.threads):
                 raise
         # The whole prompt is here, so what is stored of another text may make room for it.
         self._forget()

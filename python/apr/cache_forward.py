@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The threads of one call, on their way: `undo` leaves the former as they were, `finish` lets them go.
+    """The threads of one call, on their way: `take_back` leaves the former as they were, until it is settled.
 
     Tokens are appended to a former thread where that is all that happens to it; any other change is made on a
     fork of it.
@@ -31,13 +31,12 @@ class Step:
         self.threads, self.stored = list(threads), stored
         self.owners = list(range(len(threads)))  # batch row -> index in threads
         self.ident = threading.get_ident()  # a forward of another Python thread is not ours to end
-        self.queued: dict[
-            Thread, list[int]
-        ] = {}  # flat index of each token that a thread has of this call
+        # Tokens of this call that a thread has, by their flat index batch * width + column.
+        self.queued: dict[Thread, list[int]] = {}
         self.core: _core.Step | None = None
         self.forward: BatchForward | None = None
-        self.now = stored
-        self.extras = False
+        self.now = stored  # which tokens of the call are real
+        self.extras = False  # the call brings more than token ids
         self._former = {thread: len(thread) for thread in threads}
         self.settled = False  # the cache has its rows; nothing is to be undone any more
         self._made: list[Thread] = []
@@ -101,7 +100,7 @@ class Step:
         child.writes = region
 
     def rows(self, plan: ops.Plan) -> Tensor:
-        """[plan rows] flat index batch * width + column of each row of the plan."""
+        """[plan rows] flat index of each row of the plan."""
         ahead = {thread._id: iter(indices) for thread, indices in self.queued.items()}
         found = [next(ahead[writer], -1) for writer in plan.core.writers.tolist()]
         if min(found) < 0 or len(found) != sum(map(len, self.queued.values())):
