@@ -57,7 +57,7 @@ def test_a_child_that_ends_the_whole_answer_ends_itself(grammar, session, tok, n
     script = SCRIPTS[grammar][0] | {kid(1): " gone"}
     outcome, logits = scripted.play(session, tok, "Q", protocols.PRESETS[grammar], script)
     first = outcome.root.children[0]
-    assert (first.finish, first.text) == ("eos", "gone")
+    assert (first.finish, first.text) == ("eos", " gone")
     assert f" gone{protocols.PRESETS[grammar].end}" in outcome.text and "<eos>" not in outcome.text
     assert outcome.finish == "eos"
     scripted.check(net, outcome, logits)

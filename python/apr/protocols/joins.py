@@ -70,7 +70,7 @@ def close_text(words: Words, grammar: Grammar, worker: Worker, reason: str) -> s
     text = words.plain(worker.written())
     if worker.end is not None and reason == "end":
         whole = words.decode(worker.written())  # the EOS, if it is the end word, is not plain text
-        return whole[: whole.rindex(worker.end)].strip()
+        return whole[: whole.rindex(worker.end)]
     if worker.parent is None or grammar.returns in ("message", "nothing"):
         return text
     if reason == "eos":

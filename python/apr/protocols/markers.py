@@ -69,7 +69,7 @@ class Words:
         """Text without the tokens that begin, end and pad sequences; control words stay."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         framing = {getattr(self.tokenizer, name, None) for name in names}
-        return self.decode([i for i in ids if i not in framing]).strip()
+        return self.decode([i for i in ids if i not in framing])
 
 
 class Watcher:
