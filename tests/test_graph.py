@@ -135,7 +135,7 @@ def test_a_thousand_steps_without_the_host(model):
         # The host's way to the same state: all 1,000 tokens in one step; the last rows see the same.
         for worker in workers:
             worker.extend([1] * 999)
-        core_step = s._begin(workers, step_tokens=1 << 30)
+        core_step = s._begin(workers, 1 << 30, workers)
         assert core_step.next()
         host = ops.Plan(core_step.plan)
         assert plan.slots[:3].tolist() == host.core.slots.tolist()[999::1000]
