@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache
+from transformers import DynamicCache, WhisperConfig, WhisperForCausalLM
 
 import apr
 from conftest import built
-from models import CACHED, CLOSE, FAR, build, distance, stock, tokens
+from models import CACHED, CLOSE, FAR, VOCAB, build, distance, random_weights, stock, tokens
 
 QUIET = dict(pad_token_id=0, eos_token_id=None)
 LONG, SHORT = tokens(13), tokens(6, 1)
@@ -186,6 +186,29 @@ def test_the_same_cache_for_other_prompts_keeps_what_is_common(model, cache):
     assert set(used) == {1}  # nothing of the former prompts is left
     both_rows = torch.tensor([LONG[:6], SHORT])
     assert torch.equal(turn(model, cache, both_rows, 5), turn(model, None, both_rows, 5))
+
+
+def test_a_model_that_generate_gives_no_positions():
+    config = WhisperConfig(
+        vocab_size=VOCAB,
+        d_model=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        max_target_positions=256,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = random_weights(WhisperForCausalLM(config))
+    cache, ids = apr.Cache(model, max_tokens=2048), torch.tensor([LONG])
+    for seed in (4, 5):
+        want = turn(model, None, ids, 5)
+        assert torch.equal(turn(model, cache, ids, 5), want)
+        ids = torch.cat([want, torch.tensor([tokens(4, seed)])], 1)
+    cache.close()
 
 
 def test_many_batches_on_one_cache(llama):

@@ -16,7 +16,7 @@ from apr import ops
 from apr.cache_call import Call, common_columns, follow, hide, read_call
 from apr.cache_forward import BatchForward, Step
 from apr.cache_seam import After, Before, Layer
-from apr.compatibility import asked_by_whole_prefill, cache_of, describe
+from apr.compatibility import asked_by_whole_prefill, cache_of, describe, in_prefill
 from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
 from apr.hf import changed
 from apr.probe import counts_padding
@@ -56,6 +56,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._stored = torch.zeros(0, 0, dtype=torch.bool)
         self._step: Step | None = None
         self._begun = False  # a generate() has begun, and fed nothing yet
+        self._answered = False  # its prefill was told to leave nothing out
         self._embedded = False  # some stored tokens came as embeddings, images or the like
         self._counts_padding: bool | None = None
         self._sharers = sharers  # caches on the same session; the last one to close closes it
@@ -131,8 +132,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             if arguments.get(name) is None and getattr(module.config, name, False):
                 arguments[name] = True
         self._notice_edits()
-        begun, self._begun = self._begun, False
-        call = read_call(dict(arguments), self._length, begun)
+        begun, whole = self._begun, self._answered and in_prefill()
+        self._begun = self._answered = False
+        call = read_call(dict(arguments), self._length, begun, whole)
         try:
             return self._begin(call)
         except OutOfPages:
@@ -140,7 +142,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 raise
         # The whole prompt is here, so what is stored of another text may make room for it.
         self._forget()
-        return self._begin(read_call(arguments, 0, begun))
+        return self._begin(read_call(arguments, 0, begun, whole))
 
     def _begin(self, call: Call) -> dict[str, Any]:
         """Make the threads of a call's rows and start its forward; its arguments as the model gets them."""
@@ -276,7 +278,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _is_user_defined(self, value: bool) -> None:
         """generate() marks a cache that it is given; when it asks then what of its prompt to leave out, the answer
         is nothing, so that the whole prompt comes and is compared with what is stored."""
-        self._begun = value
+        self._begun, self._answered = value, False
 
     @property
     def _length(self) -> int:
@@ -298,6 +300,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if self._step is not None:
             return self._step.stored.shape[1]
         if self._begun and asked_by_whole_prefill():
+            self._answered = True
             return 0
         self._notice_edits()
         return self._length
@@ -335,7 +338,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._release(self.threads)
-        self.threads, self._embedded, self._begun = [], False, False
+        self.threads, self._embedded = [], False
+        self._begun = self._answered = False
         self._stored = torch.zeros(0, 0, dtype=torch.bool)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -95,7 +95,7 @@ class Call:
 
 
 def _is_whole(mask: Any, positions: Any, width: int) -> bool:
-    """Whether a first call of generate() brings its text from the first token on, not only what is new.
+    """Whether a first call of generate() that had no prefill (drafts) brings its text from the first token on.
 
     The mask spans everything; where it hides nothing it may be left out, and the positions tell.
     """
@@ -104,8 +104,9 @@ def _is_whole(mask: Any, positions: Any, width: int) -> bool:
     return isinstance(positions, Tensor) and positions.ndim == 2 and int(positions[0, 0]) == 0
 
 
-def read_call(arguments: dict[str, Any], length: int, begun: bool) -> Call:
-    """What the arguments say, for a cache of `length` places; `begun`: this is the first call of a generate().
+def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool = False) -> Call:
+    """What the arguments say, for a cache of `length` places; `begun`: this is the first call of a generate(),
+    `whole`: it is known to bring its text from the first token on.
 
     Raises InvalidInput for what a row of threads cannot mean.
     """
@@ -133,7 +134,7 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool) -> Call:
     ids = ids.detach().cpu()
     batch, width = ids.shape
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    whole = begun and _is_whole(mask, positions, width)
+    whole = whole or (begun and _is_whole(mask, positions, width))
     length = 0 if whole else length
     real = torch.ones(batch, length + width, dtype=torch.bool)
     if mask is not None:

@@ -48,10 +48,25 @@ def asked_by_whole_prefill() -> bool:
     if frame.f_code.co_name != "_prefill":
         return False
     names = frame.f_locals
-    ids, config = names.get("input_ids"), names.get("generation_config")
-    if getattr(config, "prefill_chunk_size", None) is None:
-        return True  # it cuts nothing else by the answer
-    mask = names.get("model_kwargs", {}).get("attention_mask")
-    mask = names.get("attention_mask") if mask is None else mask  # taken out for the chunks
-    width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    arguments = names.get("model_kwargs", {})
+    text = arguments.get("inputs_embeds")
+    if text is not None:
+        return True  # embeddings are whole at all times
+    mask = arguments.get("attention_mask")
+    mask = names.get("attention_mask") if mask is None else mask  # taken out for chunks
+    width = getattr(
+        names.get("generation_config"), "_mask_length", -1
+    )  # of a mask that hid nothing
+    width = width if mask is None else mask.shape[1]
+    ids = names.get("input_ids")
     return ids is not None and width == ids.shape[1]
+
+
+def in_prefill() -> bool:
+    """Whether generate()'s prefill is among the callers: one that failed before its forward is not."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name != "_prefill":
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return True
