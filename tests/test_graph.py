@@ -143,7 +143,7 @@ def test_a_thousand_steps_without_the_host(model):
         host_q = torch.zeros(3000, 4, 32).bfloat16()
         host_q[999::1000] = q[:3]
         want = ops.attention(host_q, s.pools[0], host, 0.2, rotation)[0][999::1000]
-        s._end(core_step, commit=True)
+        s._end(core_step, workers, commit=True)
     # Outputs of order 0.1 (means of a thousand values), rounded to bfloat16 after other orders of sums.
     assert (got.float() - want.float()).abs().max().item() < 4e-3
     assert want.float().abs().max().item() > 0.1
