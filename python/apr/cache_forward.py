@@ -80,6 +80,7 @@ class Step:
             begin = 0
             while begin < len(columns):
                 if positions[begin] != self.threads[i].position:
+                    self._check_jump(session, call, i, columns[: begin + 1], positions[begin])
                     self._jump(session, i, positions[begin])
                 end = begin + 1
                 while end < len(columns) and positions[end] == positions[end - 1] + 1:
@@ -88,6 +89,22 @@ class Step:
                 thread.extend(call.ids[row][part])
                 self.queued[thread] = [row * call.width + column for column in part]
                 begin = end
+
+    def _check_jump(
+        self, session: Session, call: Call, index: int, columns: list[int], position: int
+    ) -> None:
+        """A window counts positions here and places in stock: refuse a jump that makes them differ."""
+        thread, row = self.threads[index], self.owners.index(index)
+        if not len(thread) or not any(x.window or x.chunk for x in session.spec.layers):
+            return
+        places = self.stored.shape[1] + columns[-1]
+        before = columns[:-1] or self.stored[row].nonzero()[-1:, 0].tolist()
+        last = before[-1] + (self.stored.shape[1] if columns[:-1] else 0)
+        if position - thread.position != places - last - 1:
+            raise InvalidInput(
+                f"apr.Cache: the positions of row {row} jump from {thread.position - 1} to {position}, and its "
+                "places do not; this model's windows count places: give positions that go on by one"
+            )
 
     def _jump(self, session: Session, index: int, position: int) -> None:
         """Let a thread go on at `position`: a fork of it, which writes a segment that begins there."""
