@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import apr
+from apr import compatibility
 from apr.__main__ import main
 from apr.strategies import RewardModel, boxed, last_number, matching
 from conftest import built
@@ -470,3 +471,9 @@ def test_model_output_is_printed_as_it_is(tagged, tmp_path, capsys):
     arguments = ["run", "--model", str(tmp_path), "--prompt", markup, "--n", "2"]
     assert main([*arguments, "--max-new-tokens", "4", "--method", "best_of_n"]) == 0
     assert "answer" in capsys.readouterr().out
+
+
+def test_a_newer_transformers_warns_and_names_the_range():
+    compatibility.warn_if_untested(f"{compatibility.NEWEST}.3")
+    with pytest.warns(UserWarning, match=rf"{compatibility.OLDEST} to {compatibility.NEWEST}"):
+        compatibility.warn_if_untested("99.0.0")
