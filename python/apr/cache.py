@@ -69,11 +69,6 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             model.register_forward_hook(After(self), with_kwargs=True, always_call=True),
         ]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _abandon(self) -> None:
-        """Take back a forward that was interrupted: torch calls no hook after a KeyboardInterrupt."""
-        self._finish(False)
-
     def close(self) -> None:
         """Free the pages; safe to call twice."""
         if self._step is not None:
@@ -243,7 +238,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, finished: bool) -> None:
-        """After a forward; one that another Python thread was refused is not the one that runs."""
+        """End this Python thread's forward, or take it back; another's is not ours to end.
+
+        torch calls no hook after a KeyboardInterrupt: then whoever uses the cache next takes back what is left.
+        """
         if self._step is not None and self._step.ident == threading.get_ident():
             self._after(finished)
 
@@ -331,7 +329,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
         Where the model was changed, all threads of the session are released, those of copies too.
         """
-        self._abandon()
+        self._finish(False)
         self._forget()
         if not self.session.attachment.is_current:
             self.session.refresh()

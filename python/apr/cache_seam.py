@@ -78,7 +78,7 @@ class Before(_Hook):
             return None
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if cache._step is not None:
-            cache._abandon()
+            cache._finish(False)
         if cache_of(arguments) is cache:
             return (), cache._before(module, arguments)
         if cache.session.spec.position_limit is not None:

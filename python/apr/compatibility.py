@@ -54,9 +54,8 @@ def asked_by_whole_prefill() -> bool:
         return True  # embeddings are whole at all times
     mask = arguments.get("attention_mask")
     mask = names.get("attention_mask") if mask is None else mask  # taken out for chunks
-    width = getattr(
-        names.get("generation_config"), "_mask_length", -1
-    )  # of a mask that hid nothing
+    # Of a mask that hid nothing, and was left out.
+    width = getattr(names.get("generation_config"), "_mask_length", -1)
     width = width if mask is None else mask.shape[1]
     ids = names.get("input_ids")
     return ids is not None and width == ids.shape[1]

@@ -102,7 +102,8 @@ class Stream:
     ) -> None:
         """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens.
 
-        logits_processor, stopping_criteria: for this thread alone, after those of the run. written: the last visible tokens that count as written in this run already, towards limits and stops.
+        logits_processor, stopping_criteria: for this thread alone, after those of the run. written: the last
+        visible tokens that count as written in this run already, towards limits and stops.
         """
         if thread in self._rules:
             raise InvalidInput(f"stream: {thread!r} is already in this run")

@@ -183,7 +183,10 @@ def beam_search(
     """The `num_beams` best texts by log-probability / length ** length_penalty.
 
     Tokens are those of transformers' `generate(num_beams=...)`; length_penalty and early_stopping (False, True,
-    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores. logits_processor: called with one beam's tokens at a time, so none that keeps a state between calls. prompt, options: as in
+    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the
+    tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores.
+    logits_processor: called with one beam's tokens at a time, so none that keeps a state between calls. prompt,
+    options: as in
     `majority_vote`, without sampling.
     """
     writing = Writing(tokenizer, generation_config, options, sample=False)
