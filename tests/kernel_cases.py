@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from apr import _core, ops, reference
-from apr.ops import Rotation, View
+from apr import _core, ops
+from apr.ops import Rotation, View, reference
 
 # Relative rounding of one stored number. Inputs are exact in the pool's dtype for both sides, so what
 # differs is the output rounding (half a unit) and float32 arithmetic over the visible tokens.

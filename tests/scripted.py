@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import models as families
-from apr.protocols.replay import replay
+from apr.protocols.replays import replay
 from apr.training import flatten
 
 WORDS = [

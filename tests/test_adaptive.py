@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import apr
 from apr import countdown, hf
-from apr.countdown import adaptive, search
+from apr.countdown import search, train_adaptive
 from apr.countdown.lessons import (
     EASY,
     HARD,
@@ -29,7 +29,7 @@ from apr.countdown.practice import lesson_of_tries, sample_tries
 from apr.countdown.problems import Problem, Range, apply, format_chain, is_held_out, verify
 from apr.countdown.solve import GRAMMAR, answer_of, solve
 from apr.countdown.tokenizer import WORDS, build_tokenizer
-from apr.protocols.replay import replay
+from apr.protocols.replays import replay
 from apr.training import flatten
 from models import random_weights
 
@@ -97,9 +97,9 @@ def test_strata_and_split_are_fixed():
     for _ in range(50):
         assert not is_held_out(draw_problem(rng, 4, Range(20, 100)).numbers)
         assert is_held_out(draw_problem(rng, 4, Range(9, 50), held_out=True).numbers)
-    recipe = adaptive.Lessons(trees=3, deep_trees=1, lines=3, guesses=3)
+    recipe = train_adaptive.Lessons(trees=3, deep_trees=1, lines=3, guesses=3)
     for step in range(5):
-        for flat in adaptive.draw_lessons(recipe, step):
+        for flat in train_adaptive.draw_lessons(recipe, step):
             words = [WORDS[i] for i in flat.ids.tolist()]
             first = words[words.index(":") + 1 :]
             given_numbers = tuple(int(w) for w in itertools.takewhile(str.isdigit, first))
@@ -109,7 +109,7 @@ def test_strata_and_split_are_fixed():
 @pytest.fixture(scope="module")
 def tiny():
     """An untrained model over the Countdown words: what it says is scripted."""
-    model = adaptive.build_model(dataclasses.replace(adaptive.SMOKE, layers=2))
+    model = train_adaptive.build_model(dataclasses.replace(train_adaptive.SMOKE, layers=2))
     return random_weights(model), build_tokenizer()
 
 
@@ -282,13 +282,13 @@ def test_tries_are_drawn_from_the_model(tiny):
 
 
 def test_training_resumes_to_the_same_model(tmp_path):
-    recipe = dataclasses.replace(adaptive.SMOKE, steps=4)
-    list(adaptive.train(recipe, tmp_path / "whole", report_every=2))
-    run = adaptive.train(recipe, tmp_path / "parts", report_every=2)
+    recipe = dataclasses.replace(train_adaptive.SMOKE, steps=4)
+    list(train_adaptive.train(recipe, tmp_path / "whole", report_every=2))
+    run = train_adaptive.train(recipe, tmp_path / "parts", report_every=2)
     next(run)
     next(run)
     run.close()  # interrupted where practice begins
-    list(adaptive.train(recipe, tmp_path / "parts", report_every=2))
+    list(train_adaptive.train(recipe, tmp_path / "parts", report_every=2))
     one, _ = hf.load(str(tmp_path / "whole"))
     two, _ = hf.load(str(tmp_path / "parts"))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

@@ -11,7 +11,7 @@ import torch
 
 import apr
 from apr import ops
-from apr.arena import Arena
+from apr.ops.arena import Arena
 
 
 def present(pool: ops.Pool, page: int) -> bool:

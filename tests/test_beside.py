@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import apr
-from apr import interface
+from apr.hf import interface
 from models import CLOSE, COMMON, FAR, VOCAB, build, distance, random_weights, stock, tokens
 
 PROMPT = tokens(11)
@@ -203,7 +203,7 @@ def test_one_session_or_cache_in_two_python_threads_is_refused_by_name():
     def meanwhile(*_):
         def call(i):
             with pytest.raises(apr.InvalidInput) as raised:
-                s.step([thread]) if s._stepping else model(IDS, past_key_values=cache)
+                s.step([thread]) if s.table.stepping else model(IDS, past_key_values=cache)
             said.append(str(raised.value))
 
         in_threads(1, call)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 
 import pytest
 
 import apr
 import scripted
 from apr import Budget, WidthCurve, protocols
+from apr.protocols import runtime
 from protocol_scripts import SCRIPTS
 
 
@@ -49,20 +49,19 @@ def test_measured_width(tmp_path):
 
 
 def test_a_run_takes_its_width_from_the_machine(monkeypatch):
-    module = sys.modules["apr.protocols.run"]  # its name in the package is the function's
     tok = scripted.tokenizer()
     with apr.Session(scripted.model(tok), max_tokens=1 << 14, page_size=16) as session:
         script, text, _, _ = SCRIPTS["multiverse"]
         widths = {}
         for name, times in (("narrow", (1.0, 2.0)), ("wide", (1.0, 1.0))):
-            monkeypatch.setattr(module, "measure_width", lambda _, t=times: curve(*t))
+            monkeypatch.setattr(runtime, "measure_width", lambda _, t=times: curve(*t))
             outcome, _ = scripted.play(
                 session, tok, "Q", protocols.multiverse, script, Budget(threads="auto")
             )
             assert outcome.text == text
             widths[name] = outcome.critical_path_tokens / outcome.total_tokens
         assert widths["narrow"] == 1.0 > widths["wide"]
-        monkeypatch.setattr(module, "measure_width", lambda _: curve(1.0, 1.1, 1.1))
+        monkeypatch.setattr(runtime, "measure_width", lambda _: curve(1.0, 1.1, 1.1))
         outcome = apr.run(
             session,
             session.thread(tok("Q").input_ids),

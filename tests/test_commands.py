@@ -17,7 +17,7 @@ from apr.__main__ import main
 from apr.commands import bench
 from apr.countdown.problems import Problem, Range, apply, chains, format_chain, solved, verify
 from apr.countdown.tokenizer import WORDS, build_tokenizer
-from apr.countdown.train import SMOKE, train
+from apr.countdown.train_guess import SMOKE, train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from plot import draw

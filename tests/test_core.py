@@ -89,10 +89,10 @@ def test_nested_joins_and_regrafted_grandchildren():
     table.extend(b, [20])
     grandchild = table.fork(a, 1)[0]
     table.extend(grandchild, [30])
-    table.join(root, [b, a], "sum", False)
+    table.join(root, [b, a], _core.JoinPositions.sum, False)
     assert table.tokens(root) == [1, 2, 20, 10, 11, 12] and table.position(root) == 6
     table.extend(root, [3])
-    table.join(root, [grandchild], "max", False)
+    table.join(root, [grandchild], _core.JoinPositions.max, False)
     # Forked after a's three tokens, which the root reads at 3 to 5: its own stands at 6.
     offsets = [entry[1] for entry in table.view(root)]
     assert table.tokens(root)[-1] == 30 and offsets[-2] == 6
@@ -105,7 +105,7 @@ def test_join_keeps_reserved_positions():
     a, b = table.fork(root, 2)
     table.extend(a, [10, 11])
     table.extend(b, [20])
-    table.join(root, [a, b], "keep", False)
+    table.join(root, [a, b], _core.JoinPositions.keep, False)
     assert [e[1] for e in table.view(root)] == [0, 2, 2, 4]
 
 
@@ -120,7 +120,7 @@ def test_trim_below_a_pinned_length_opens_a_new_tail():
     table.extend(root, [99])
     assert table.tokens(root) == [0, 1, 2, 3, 99] and table.position(root) == 5
     with pytest.raises(ForeignThread, match="trimmed"):
-        table.join(root, [kid], "max", False)
+        table.join(root, [kid], _core.JoinPositions.max, False)
 
 
 def test_trim_in_a_live_region_is_refused():
@@ -176,10 +176,10 @@ def test_a_trim_of_a_regrafted_part_is_noticed():
     table.extend(one, [11] * 5)
     table.extend(two, [12] * 5)
     grandchild = table.fork(two, 1)[0]
-    table.join(parent, [one, two], "max", False)
+    table.join(parent, [one, two], _core.JoinPositions.max, False)
     table.trim(parent, 16)
     with pytest.raises(ForeignThread, match="trimmed"):
-        table.join(parent, [grandchild], "max", False)
+        table.join(parent, [grandchild], _core.JoinPositions.max, False)
 
 
 def test_queued_tokens_of_a_region_left_behind_still_count():
@@ -237,9 +237,9 @@ def test_joins_over_a_growing_prefix_are_refused():
     table.extend(writer, [4])
     step(table, [writer])
     with pytest.raises(InvalidInput, match="live"):
-        table.join(parent, [child], "sum", False)
+        table.join(parent, [child], _core.JoinPositions.sum, False)
     table.release(writer)
-    table.join(parent, [child], "sum", False)
+    table.join(parent, [child], _core.JoinPositions.sum, False)
     assert table.tokens(parent) == [1, 2, 3, 4, 5, 6]
     assert table.position(parent) == 6
 
@@ -337,12 +337,12 @@ def test_messages_name_the_fault():
         table.trim(root, 4)
     other = table.create([1])
     with pytest.raises(ForeignThread, match="not forked"):
-        table.join(root, [other], "max", False)
+        table.join(root, [other], _core.JoinPositions.max, False)
     table.release(other)
     with pytest.raises(ThreadReleased, match="was released"):
         table.extend(other, [1])
     kid = table.fork(root, 1)[0]
-    table.join(root, [kid], "max", False)
+    table.join(root, [kid], _core.JoinPositions.max, False)
     with pytest.raises(InvalidInput, match="nothing queued"):
         _core.Step(table, [root], [False], 10)
     with pytest.raises(InvalidInput, match="step_tokens"):

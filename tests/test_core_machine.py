@@ -131,7 +131,8 @@ class Machine(RuleBasedStateMachine):
             st.lists(st.sampled_from(families[parent_number]), min_size=1, unique=True)
         )
         parent = self.models[parent_number]
-        self.table.join(parent_number, children, positions, reencode)
+        how = _core.JoinPositions.__members__[positions]
+        self.table.join(parent_number, children, how, reencode)
         if reencode:
             shifts, ends = [], []
             for child in children:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import apr
-from apr import _core, ops, reference
+from apr import _core, ops
 from apr.bench.sessions import small_llama
-from apr.ops import View
+from apr.ops import View, reference
 from kernel_cases import check, make, rope, tree
 
 pytestmark = [

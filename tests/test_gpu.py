@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apr import _core, gpu, ops
+from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.ops import View
+from apr.ops import device as gpu
 from kernel_cases import check, emulate, make, rope, run, tree
 
 if _core.gpu(True) is None:

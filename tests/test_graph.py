@@ -13,7 +13,7 @@ import apr
 from apr import _core, ops
 from apr.bench.sessions import small_llama
 from apr.errors import InvalidInput, NonFiniteLogits, OutOfPages
-from apr.graph import ViewPlan, capacity_of
+from apr.hf.graph import ViewPlan, capacity_of
 from kernel_cases import emulate
 
 if _core.gpu(True) is None:
@@ -123,7 +123,7 @@ def test_a_thousand_steps_without_the_host(model):
         for worker in workers:
             worker.extend([1])
         views = _core.ViewTables()
-        assert views.refresh(s._table, [w._id for w in workers])
+        assert views.refresh(s.table.ask(), [w._id for w in workers])
         capacity = capacity_of(views.sizes)
         plan = ViewPlan(_core.gpu(True), s.attachment, s.pools, views, capacity, False)
         plan.upload(views)
@@ -135,7 +135,7 @@ def test_a_thousand_steps_without_the_host(model):
         # The host's way to the same state: all 1,000 tokens in one step; the last rows see the same.
         for worker in workers:
             worker.extend([1] * 999)
-        core_step = s._begin(workers, 1 << 30, workers)
+        core_step = s.begin_step(workers, 1 << 30, workers)
         assert core_step.next()
         host = ops.Plan(core_step.plan)
         assert plan.slots[:3].tolist() == host.core.slots.tolist()[999::1000]
@@ -143,7 +143,7 @@ def test_a_thousand_steps_without_the_host(model):
         host_q = torch.zeros(3000, 4, 32).bfloat16()
         host_q[999::1000] = q[:3]
         want = ops.attention(host_q, s.pools[0], host, 0.2, rotation)[0][999::1000]
-        s._end(core_step, workers, commit=True)
+        s.end_step(core_step, workers, commit=True)
     # Outputs of order 0.1 (means of a thousand values), rounded to bfloat16 after other orders of sums.
     assert (got.float() - want.float()).abs().max().item() < 4e-3
     assert want.float().abs().max().item() > 0.1
@@ -366,7 +366,7 @@ def test_bounds_of_a_step_hold_for_replays(model):
 
 
 def test_steps_that_would_take_too_much_memory_are_planned(model, monkeypatch):
-    monkeypatch.setattr("apr.graph._MOST_PART_BYTES", 1000)
+    monkeypatch.setattr("apr.hf.graph._MOST_PART_BYTES", 1000)
     with apr.Session(model, 2048, cuda_graphs=True, self_test=False) as s:
         threads = s.thread(list(range(9))).fork(2)
         for t in range(3):

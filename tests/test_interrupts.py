@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import apr
-from apr import interface
+from apr.hf import interface
 from models import CLOSE, build, distance, stock, tokens
 
-WATCHED = ("cache.py", "cache_call.py", "cache_forward.py", "interface.py")
+WATCHED = ("cache/cache.py", "cache/call.py", "cache/forward.py", "hf/interface.py")
 PACKAGE = str(Path(apr.__file__).parent)
 PROMPT = tokens(9)
 
@@ -27,7 +27,7 @@ class Interrupt:
 
     def __call__(self, frame, event, _):
         path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or Path(path).name not in WATCHED:
+        if not path.startswith(PACKAGE) or not path.endswith(WATCHED):
             return None
         # What puts things right is not interrupted again, and a lock's own lines are not ours.
         if frame.f_code.co_name in ("take_back", "__exit__", "off", "stop", "_end", "__del__"):

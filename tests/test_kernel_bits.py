@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from apr import machine, ops
-from apr.ops import View
+from apr import ops
+from apr.ops import View, machine
 from kernel_cases import UNIT, make, tree
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apr import ops, reference
-from apr.ops import View
+from apr import ops
+from apr.ops import View, reference
 from kernel_cases import PAIRED, UNIT, check, dtypes, make, rounds_weights, run
 
 

@@ -79,7 +79,7 @@ def test_a_thousand_runs_leave_nothing():
                 assert result.total_tokens >= result.critical_path_tokens >= 0
                 stats = s.stats
                 assert (stats.used_pages, stats.threads) == (0, 0), (name, run)
-        assert s._table.num_segments == 0
+        assert s.table.ask().num_segments == 0
         del result
         gc.collect()
-        assert not s._threads and not s._segments
+        assert not s.table._threads and not s.table._segments

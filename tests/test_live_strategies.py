@@ -191,7 +191,7 @@ def test_a_kept_exception_keeps_no_pages(method):
             )
         except KeyboardInterrupt as error:
             kept.append(error)
-        assert kept and s.stats.used_pages == 0 and s._table.num_segments == 0
+        assert kept and s.stats.used_pages == 0 and s.table.ask().num_segments == 0
 
 
 def test_models_without_rotation_think_in_slots():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apr import ops, reference
+from apr import ops
 from apr.errors import InvalidInput
-from apr.ops import Rotation, View
+from apr.ops import Rotation, View, reference
 from kernel_cases import UNIT, check, dtypes, make, rope, rounds_weights, run, tolerance, tree
 
 

@@ -20,7 +20,9 @@ def without_rotation(monkeypatch):
 
     def off():
         monkeypatch.setattr(ops.Plan, "rotation_table", lambda self, rotation, device: None)
-        monkeypatch.setattr(apr.session, "run_self_test", lambda session: None)  # it would refuse
+        monkeypatch.setattr(
+            "apr.hf.attachment.self_test", lambda attachment: None
+        )  # it would refuse
 
     return off
 

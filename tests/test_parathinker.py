@@ -91,7 +91,7 @@ def test_path_vectors_are_added_before_rotation():
     ]
     with apr.Session(model, max_tokens=4096) as s:
         result = apr.parathinker(s, Words(), PROMPT, n=3, vectors=vectors, **OPTIONS)
-        assert s.stats.used_pages == 0 and not s._vectors
+        assert s.stats.used_pages == 0 and not s.table.vectors
     texts, _ = flattened(result)
     rows, at = {}, len(PROMPT)
     for i, text in enumerate(texts):

@@ -182,7 +182,7 @@ def test_many_requests_are_each_alone(session, tok):
     forced = {}
 
     def processors(worker):
-        from apr.protocols.replay import _Forced
+        from apr.protocols.replays import _Forced
 
         number = roots.index(worker.request.root.thread if worker.parent else worker.thread)
         key = (number, worker.path)

@@ -299,7 +299,7 @@ def test_bad_input_is_named_and_harmless(llama, session):
             (lambda: session.region(stride=0), apr.InvalidInput, "stride"),
             (lambda: session.thread(view=[other.region()]), apr.InvalidInput, "of this session"),
             (
-                lambda: session.thread(tokens(5000)).session.step([session.thread(tokens(5000))]),
+                lambda: session.step([session.thread(tokens(5000))]),
                 apr.OutOfPages,
                 "exhausted",
             ),

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import apr
-from apr import compatibility
 from apr.__main__ import main
+from apr.hf import compatibility
 from apr.strategies import RewardModel, boxed, last_number, matching
 from conftest import built
 from models import COMMON, random_weights, tokens

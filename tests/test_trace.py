@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import apr
-from apr import trace
+from apr.threads import trace
 from models import tokens
 
 

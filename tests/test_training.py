@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import apr
 import scripted
 from apr import protocols
-from apr.record import Record, Seen
+from apr.protocols.record import Record, Seen
 from apr.training import collate, flatten, microbatches
 from models import CLOSE, FAR, distance, stock
 from protocol_scripts import SCRIPTS

@@ -239,14 +239,14 @@ def test_prompts_side_by_side_find_what_they_find_alone(method):
 
 
 def test_uct_and_virtual_losses():
-    root = Node(None)  # type: ignore[arg-type]
+    root = Node(None, None)  # type: ignore[arg-type]
     root.visits = 10
     for visits, total in ((5, 4.0), (4, 1.0), (1, 0.5)):
-        child = Node(None, root)  # type: ignore[arg-type]
+        child = Node(None, None, root)  # type: ignore[arg-type]
         child.visits, child.total = visits, total
         root.children.append(child)
     assert uct(root.children[0], 1.0) == 4 / 5 + math.sqrt(math.log(10) / 5)
-    assert uct(Node(None, root), 1.0) == math.inf  # type: ignore[arg-type]
+    assert uct(Node(None, None, root), 1.0) == math.inf  # type: ignore[arg-type]
     # Descents without rewards in between go elsewhere.
     found = _leaves(root, 8, math.sqrt(2))
     assert len({id(leaf) for leaf in found}) == 3

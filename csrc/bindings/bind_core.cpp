@@ -109,6 +109,10 @@ void bind_segments(py::class_<ThreadTable>& table) {
 }
 
 void bind_table(py::module_& module) {
+  py::enum_<JoinPositions>(module, "JoinPositions", "Where joined parts stand.")
+      .value("max", JoinPositions::kMax)
+      .value("sum", JoinPositions::kSum)
+      .value("keep", JoinPositions::kKeep);
   py::class_<ThreadTable> table(module, "ThreadTable",
                                 "Threads, views and segments over a pool of pages.");
   table
@@ -125,16 +129,8 @@ void bind_table(py::module_& module) {
           py::arg("view"), py::arg("writes"), py::arg("current"))
       .def("extend", &ThreadTable::extend)
       .def("fork", &ThreadTable::fork)
-      .def(
-          "join",
-          [](ThreadTable& t, ThreadId parent, const std::vector<ThreadId>& children,
-             const std::string& positions, bool reencode) {
-            const JoinPositions p = positions == "sum"    ? JoinPositions::kSum
-                                    : positions == "keep" ? JoinPositions::kKeep
-                                                          : JoinPositions::kMax;
-            t.join(parent, children, p, reencode);
-          },
-          py::arg("parent"), py::arg("children"), py::arg("positions"), py::arg("reencode"))
+      .def("join", &ThreadTable::join, py::arg("parent"), py::arg("children"), py::arg("positions"),
+           py::arg("reencode"))
       .def("trim", &ThreadTable::trim)
       .def("release", &ThreadTable::release)
       .def("alive", &ThreadTable::alive)

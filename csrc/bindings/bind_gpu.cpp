@@ -7,10 +7,8 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "bindings/arrays.h"
 #include "bindings/tensor.h"
 #include "kernels/gpu.h"
 
@@ -32,41 +30,6 @@ std::string run_broken_kernel(const std::string&) {
 namespace apr::bindings {
 namespace {
 
-// (dtype, q_heads, kv_heads, head_dim of k, of v, page_size, window, chunk, invariant)
-using KindTuple =
-    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
-
-AttentionKind kind_of(const KindTuple& t) {
-  const auto& [dtype, q_heads, kv_heads, dim_k, dim_v, page_size, window, chunk, invariant] = t;
-  return {static_cast<DType>(dtype),
-          q_heads,
-          kv_heads,
-          dim_k,
-          dim_v,
-          page_size,
-          window,
-          chunk,
-          invariant};
-}
-
-void attention(const GpuPlan& plan, int64_t tables, int64_t parts, const RowsTuple& q,
-               const RowsTuple& out, int64_t lse, const PoolTuple& pool_tuple, int64_t q_heads,
-               double scale, double softcap, int64_t sinks, const RotationTuple& rotation,
-               int64_t rotations, int64_t stream) {
-  AttentionParams params{};
-  params.q = rows(q);
-  params.out = rows(out);
-  params.lse = static_cast<float*>(pointer(lse));
-  params.q_heads = q_heads;
-  params.scale = static_cast<float>(scale);
-  params.softcap = static_cast<float>(softcap);
-  params.sinks = static_cast<const float*>(pointer(sinks));
-  params.rotation = rotation_table(rotation);
-  const py::gil_scoped_release release;
-  plan.attention(pointer(tables), pointer(parts), params, pool(pool_tuple), rotations,
-                 pointer(stream));
-}
-
 void bind_plan(py::module_& module) {
   py::class_<GpuPlan>(module, "GpuPlan", "One pass over the rows of a plan, for device memory.")
       .def_property_readonly("upload",
@@ -86,10 +49,14 @@ void bind_plan(py::module_& module) {
             plan.prepare(pointer(tables), pointer(stream));
           },
           py::arg("tables"), py::arg("stream"))
-      .def("attention", &attention, py::arg("tables"), py::arg("parts"), py::arg("q"),
-           py::arg("out"), py::arg("lse"), py::arg("pool"), py::arg("q_heads"), py::arg("scale"),
-           py::arg("softcap"), py::arg("sinks"), py::arg("rotation"), py::arg("rotations"),
-           py::arg("stream"));
+      .def(
+          "attention",
+          [](const GpuPlan& plan, int64_t tables, int64_t parts, const Pool& pool,
+             const AttentionCall& call, int64_t stream) {
+            const py::gil_scoped_release release;
+            plan.attention(pointer(tables), pointer(parts), call, pool, pointer(stream));
+          },
+          py::arg("tables"), py::arg("parts"), py::arg("pool"), py::arg("call"), py::arg("stream"));
 }
 
 // (rows, entries, segments, pages)
@@ -106,8 +73,8 @@ void bind_views(py::module_& module) {
           [](const GpuViews& views, int64_t tables, int64_t slots, int64_t positions,
              int64_t stream) {
             const py::gil_scoped_release release;
-            views.step(pointer(tables), static_cast<int64_t*>(pointer(slots)),
-                       static_cast<int64_t*>(pointer(positions)), pointer(stream));
+            views.step(pointer(tables), pointer<int64_t>(slots), pointer<int64_t>(positions),
+                       pointer(stream));
           },
           py::arg("tables"), py::arg("slots"), py::arg("positions"), py::arg("stream"))
       .def(
@@ -115,8 +82,8 @@ void bind_views(py::module_& module) {
           [](const GpuViews& views, int64_t tables, int64_t inv_freq, int64_t pairs,
              int64_t cos_sin, int64_t stream) {
             const py::gil_scoped_release release;
-            views.turn(pointer(tables), static_cast<const double*>(pointer(inv_freq)), pairs,
-                       static_cast<float*>(pointer(cos_sin)), pointer(stream));
+            views.turn(pointer(tables), pointer<const double>(inv_freq), pairs,
+                       pointer<float>(cos_sin), pointer(stream));
           },
           py::arg("tables"), py::arg("inv_freq"), py::arg("pairs"), py::arg("cos_sin"),
           py::arg("stream"));
@@ -144,33 +111,31 @@ void bind_gpu(py::module_& module) {
           py::arg("device"))
       .def(
           "plan",
-          [](const GpuBackend& gpu, const Plan& plan, const KindTuple& kind, int device) {
-            return gpu.plan(arrays_of(plan), kind_of(kind), device);
+          [](const GpuBackend& gpu, const Plan& plan, const AttentionKind& kind, int device) {
+            return gpu.plan(arrays_of(plan), kind, device);
           },
           py::arg("plan"), py::arg("kind"), py::arg("device"))
       .def(
           "views",
-          [](const GpuBackend& gpu, const ViewTables& views, const KindTuple& kind,
+          [](const GpuBackend& gpu, const ViewTables& views, const AttentionKind& kind,
              const CapacityTuple& c, int device) {
-            return gpu.views(arrays_of(views), kind_of(kind), {c[0], c[1], c[2], c[3]}, device);
+            return gpu.views(arrays_of(views), kind, {c[0], c[1], c[2], c[3]}, device);
           },
           py::arg("views"), py::arg("kind"), py::arg("capacity"), py::arg("device"))
       .def(
           "append",
-          [](const GpuBackend& gpu, const RowsTuple& k, const RowsTuple& v, const PoolTuple& p,
-             int64_t slots, int64_t num_rows, int64_t stream) {
+          [](const GpuBackend& gpu, const Rows& k, const Rows& v, const Pool& pool, int64_t slots,
+             int64_t rows, int64_t stream) {
             const py::gil_scoped_release release;
-            gpu.append(rows(k), rows(v), pool(p), static_cast<const int64_t*>(pointer(slots)),
-                       num_rows, pointer(stream));
+            gpu.append(k, v, pool, pointer<const int64_t>(slots), rows, pointer(stream));
           },
           py::arg("k"), py::arg("v"), py::arg("pool"), py::arg("slots"), py::arg("rows"),
           py::arg("stream"))
       .def(
           "copy_tokens",
-          [](const GpuBackend& gpu, const PoolTuple& p, int64_t copies, int64_t count,
+          [](const GpuBackend& gpu, const Pool& pool, int64_t copies, int64_t count,
              int64_t stream) {
-            gpu.copy_tokens(pool(p), static_cast<const PlanCopy*>(pointer(copies)), count,
-                            pointer(stream));
+            gpu.copy_tokens(pool, pointer<const PlanCopy>(copies), count, pointer(stream));
           },
           py::arg("pool"), py::arg("copies"), py::arg("count"), py::arg("stream"));
   module.def(

@@ -11,6 +11,7 @@ void bind_core(py::module_& module);
 void bind_gpu(py::module_& module);
 void bind_machine(py::module_& module);
 void bind_ops(py::module_& module);
+void bind_tensors(py::module_& module);
 
 namespace {
 
@@ -45,6 +46,7 @@ void translate(std::exception_ptr pointer) {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of apr: threads and views, and the kernels.";
   pybind11::register_exception_translator(apr::bindings::translate);
+  apr::bindings::bind_tensors(module);
   apr::bindings::bind_core(module);
   apr::bindings::bind_gpu(module);
   apr::bindings::bind_machine(module);

@@ -1,29 +1,41 @@
-// How Python hands tensors over: a pointer, strides in elements and a dtype code. No torch header.
+// Addresses and the flat arrays of plans, as Python hands them over. No torch header.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdint>
 
+#include "core/plan.h"
+#include "core/view_tables.h"
 #include "kernels/params.h"
 
 namespace apr::bindings {
 
 namespace py = pybind11;
 
-// (pointer, row stride, head stride)
-using RowsTuple = std::array<int64_t, 3>;
+template <typename T = void>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
-inline void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
+inline PlanArrays arrays_of(const Plan& plan) {
+  return {plan.runs.data(),
+          plan.pairs.data(),
+          plan.segment_pairs.data(),
+          plan.segment_pages.data(),
+          plan.page_table.data(),
+          plan.slots.data(),
+          static_cast<int64_t>(plan.runs.size()),
+          plan.num_segments(),
+          plan.num_rows(),
+          plan.page_size};
+}
 
-inline Rows rows(const RowsTuple& t) { return {pointer(t[0]), t[1], t[2]}; }
-
-// (k pointer, v pointer, pages, kv heads, page size, head_dim of k, head_dim of v, dtype code)
-using PoolTuple = std::array<int64_t, 8>;
-
-inline Pool pool(const PoolTuple& t) {
-  return {pointer(t[0]), pointer(t[1]), t[2], t[3], t[4], t[5], t[6], static_cast<DType>(t[7])};
+inline ViewArrays arrays_of(const ViewTables& views) {
+  const auto count = [](const auto& values) { return static_cast<int64_t>(values.size()); };
+  return {views.rows().data(),       views.entries().data(),   views.segments().data(),
+          views.page_table().data(), count(views.rows()),      count(views.entries()),
+          count(views.segments()),   count(views.page_table())};
 }
 
 }  // namespace apr::bindings

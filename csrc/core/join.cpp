@@ -4,34 +4,32 @@
 
 #include "core/error.h"
 #include "core/thread_table.h"
+#include "core/view.h"
 
 namespace apr {
 
 std::vector<Entry> ThreadTable::own_part(const Thread& child) const {
-  const std::vector<int64_t> start = offsets(child.view, child.tail);
   std::vector<Entry> part;
-  for (size_t i = 0; i < child.view.size(); ++i) {
-    Entry entry = child.view[i];
-    if (entry.inherited) continue;
-    entry.offset = start[i];
-    entry.hi = visible_end(entry, child.tail);
-    entry.lo = std::max<int64_t>(entry.lo, 0);
-    if (entry.hi > entry.lo) part.push_back(entry);
-  }
+  walk_view(segments_, child.view, IdleReader{child.tail},
+            [&](Entry entry, const Segment&, int64_t offset, int64_t end) {
+              if (entry.inherited) return;
+              entry.offset = offset;
+              entry.hi = end;
+              entry.lo = std::max<int64_t>(entry.lo, 0);
+              if (entry.hi > entry.lo) part.push_back(entry);
+            });
   return part;
 }
 
 // Where the child's own part begins, in the child's coordinates now.
 int64_t ThreadTable::fork_position(const Thread& child) const {
   if (child.view[child.tail_entry()].offset != kMoving) return child.fork_position;
-  const std::vector<int64_t> start = offsets(child.view, child.tail);
-  int64_t end = 0;
-  for (size_t i = 0; i < child.view.size(); ++i) {
-    if (!child.view[i].inherited) continue;
-    const Segment& segment = segments_.at(child.view[i].segment);
-    end = std::max(end, start[i] + segment.stride * visible_end(child.view[i], child.tail));
-  }
-  return end;
+  int64_t after = 0;
+  walk_view(segments_, child.view, IdleReader{child.tail},
+            [&](const Entry& entry, const Segment& segment, int64_t offset, int64_t end) {
+              if (entry.inherited) after = std::max(after, offset + segment.stride * end);
+            });
+  return after;
 }
 
 void ThreadTable::check_joinable(ThreadId parent, const std::vector<ThreadId>& children) const {
@@ -132,8 +130,7 @@ void ThreadTable::join(ThreadId parent_id, const std::vector<ThreadId>& children
   Thread& parent = at(parent_id);
   check_still(parent, segments_);
   const Entry old_tail = parent.view[parent.tail_entry()];
-  const int64_t old_offset = offsets(parent.view, parent.tail)[parent.tail_entry()];
-  const int64_t difference = old_offset - segments_.at(parent.tail).base;
+  const int64_t difference = tail_offset(parent) - segments_.at(parent.tail).base;
   const bool forked = segments_.at(parent.tail).forked_tail;
   int64_t cursor = position(parent_id);
   std::vector<Entry> joined;

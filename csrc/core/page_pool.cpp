@@ -1,4 +1,4 @@
-// Owns page numbers: which are free, and how many owners each of the others has.
+// Owns page numbers: which are free, and which a segment has.
 #include "core/page_pool.h"
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 
 namespace apr {
 
-PagePool::PagePool(int64_t num_pages, int64_t page_size) : page_size_(page_size) {
+PagePool::PagePool(int64_t num_pages, int64_t page_size)
+    : num_pages_(num_pages), page_size_(page_size) {
   if (num_pages < 1 || page_size < 1 || num_pages * page_size > INT32_MAX) {
     throw Error(ErrorKind::kInvalidInput,
                 "page pool: got " + std::to_string(num_pages) + " pages of " +
                     std::to_string(page_size) +
                     " tokens; expected at least one of each and fewer than 2^31 tokens in all");
   }
-  owners_.assign(num_pages, 0);
   free_.reserve(num_pages);
   for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<PageId>(page));
 }
@@ -32,15 +32,8 @@ PageId PagePool::allocate() {
   require(1);
   const PageId page = free_.back();
   free_.pop_back();
-  owners_[page] = 1;
   peak_used_ = std::max(peak_used_, num_used());
   return page;
-}
-
-void PagePool::retain(PageId page) { ++owners_[page]; }
-
-void PagePool::release(PageId page) {
-  if (--owners_[page] == 0) free_.push_back(page);
 }
 
 }  // namespace apr

@@ -25,6 +25,34 @@ int32_t Plan::add_segment(const std::vector<PageId>& pages) {
   return static_cast<int32_t>(segment_pages.size()) - 2;
 }
 
+int32_t Plan::add_run(int64_t rows) {
+  runs.push_back({static_cast<int32_t>(num_rows()), static_cast<int32_t>(rows), 0, 1});
+  return static_cast<int32_t>(runs.size()) - 1;
+}
+
+void Plan::add_pairs(int32_t run, const std::vector<SeenSlots>& seen) {
+  // A query is written for its own segment's positions; elsewhere it turns by the difference.
+  int64_t own_difference = 0;
+  for (const SeenSlots& s : seen) {
+    if (s.first_own == kNone) continue;
+    own_difference = s.offset - s.base;
+    runs[run].stride = static_cast<int32_t>(s.stride);
+    runs[run].view_position = static_cast<int32_t>(s.offset + s.stride * s.first_own);
+  }
+  for (const SeenSlots& s : seen) {
+    PlanPair pair{};
+    pair.run = run;
+    pair.segment = s.segment;
+    pair.lo = static_cast<int32_t>(s.lo);
+    pair.hi = static_cast<int32_t>(s.hi);
+    pair.view_offset = static_cast<int32_t>(s.offset);
+    pair.stride = static_cast<int32_t>(s.stride);
+    pair.rotation = static_cast<int32_t>(own_difference - (s.offset - s.base));
+    pair.first_own = static_cast<int32_t>(s.first_own);
+    pairs.push_back(pair);
+  }
+}
+
 void Plan::finish() {
   // Counting sort: stable, so a segment's readers stay in the order of the step.
   segment_pairs.assign(num_segments() + 1, 0);

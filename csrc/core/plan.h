@@ -9,6 +9,19 @@
 
 namespace apr {
 
+// What a run sees of a segment: slots [lo, hi) of its pages. Slot 0 stands at view position
+// `offset` and was written at `base`.
+struct SeenSlots {
+  int32_t segment;  // of the plan
+  int64_t lo, hi, offset, base, stride;
+  int64_t first_own;  // slot that the run's first row writes, or kNone: not its own segment
+};
+
+// Where slot `slot` of a segment lies: page * page_size + slot of the page.
+inline int64_t slot_of(const std::vector<PageId>& pages, int64_t slot, int64_t page_size) {
+  return pages[slot / page_size] * page_size + slot % page_size;
+}
+
 struct Plan {
   int64_t page_size = 0;
   std::vector<PlanRun> runs;
@@ -25,6 +38,9 @@ struct Plan {
 
   void clear(int64_t page_size_in_tokens);
   int32_t add_segment(const std::vector<PageId>& pages);
+  int32_t add_run(int64_t rows);  // of the next rows; their slots and positions are the caller's
+  // What a run sees, in the order of its view, its own segment among it.
+  void add_pairs(int32_t run, const std::vector<SeenSlots>& seen);
   void finish();  // sorts pairs by segment and numbers the rotations
 
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "core/error.h"
+#include "core/view.h"
 
 namespace apr {
 namespace {
@@ -177,8 +178,7 @@ void Step::copy_short_inheritance(ThreadId id) {
   const int64_t page_size = table_.pool().page_size();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = source.head + before.lo + i;
-    copies_.push_back({source.pages[from / page_size] * page_size + from % page_size,
-                       tail.pages[i / page_size] * page_size + i % page_size});
+    copies_.push_back({slot_of(source.pages, from, page_size), slot_of(tail.pages, i, page_size)});
   }
   const auto first = source.tokens.begin() + source.head + before.lo;
   tail.tokens.insert(tail.tokens.begin(), first, first + count);
@@ -232,78 +232,47 @@ void Step::add_rows(const Run& run) {
     segment.run_to = run.to;
     segment.run_row = plan_.num_rows();
   }
-  PlanRun flat{};
-  flat.row_begin = static_cast<int32_t>(plan_.num_rows());
-  flat.row_count = static_cast<int32_t>(run.to - run.from);
-  flat.stride = static_cast<int32_t>(segment.stride);
-  plan_.runs.push_back(flat);
+  plan_.add_run(run.to - run.from);
   for (int64_t i = run.from; i < run.to; ++i) {
     const int64_t slot = segment.head + i;
-    plan_.slots.push_back(appends ? segment.pages[slot / page_size] * page_size + slot % page_size
-                                  : -1);
+    plan_.slots.push_back(appends ? slot_of(segment.pages, slot, page_size) : -1);
     plan_.ids.push_back(segment.tokens[slot]);
     plan_.positions.push_back(segment.written_position(i));
     plan_.writers.push_back(segment.writer != kNone ? segment.writer : segment.origin);
   }
 }
 
-int64_t Step::visible_end(const Entry& entry, const Segment& segment, const Run& run) const {
-  if (entry.segment == run.segment) return run.to;
-  if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
-  if (segment.settled() || run.visibility == Visibility::kCurrent) return segment.encoded;
-  return segment.stamp == stamp_ ? segment.encoded_before : segment.encoded;
-}
-
 void Step::add_pairs(const Run& run, int32_t run_index) {
-  SegmentStore& segments = table_.segments();
-  const std::vector<Entry>& view = *run.view;
-  const size_t first_pair = plan_.pairs.size();
-  int64_t end = 0, own_difference = 0;
-  bool own_seen = false;
-  const auto add = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t hi) {
+  const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
+    if (end <= entry.lo) return;
     if (segment.chunk_stamp != chunk_) {
       segment.chunk_stamp = chunk_;
       segment.local = plan_.add_segment(segment.pages);
     }
-    PlanPair pair{};
-    pair.run = run_index;
-    pair.segment = segment.local;
-    pair.lo = static_cast<int32_t>(segment.head + entry.lo);
-    pair.hi = static_cast<int32_t>(segment.head + hi);
-    pair.view_offset = static_cast<int32_t>(offset - segment.stride * segment.head);
-    pair.stride = static_cast<int32_t>(segment.stride);
-    pair.rotation = static_cast<int32_t>(-(offset - segment.base));
-    pair.first_own = -1;
-    if (entry.segment == run.segment) {
-      own_seen = true;
-      own_difference = offset - segment.base;
-      pair.first_own = static_cast<int32_t>(segment.head + run.from);
-      plan_.runs[run_index].view_position =
-          static_cast<int32_t>(offset + segment.stride * run.from);
-    }
-    plan_.pairs.push_back(pair);
+    const int64_t head = segment.head, behind = segment.stride * head;
+    const bool own = entry.segment == run.segment;
+    seen_.push_back({segment.local, head + entry.lo, head + end, offset - behind,
+                     segment.base - behind, segment.stride, own ? head + run.from : kNone});
   };
-  for (const Entry& entry : view) {
-    Segment& segment = segments.at(entry.segment);
-    const int64_t hi = visible_end(entry, segment, run);
-    const int64_t offset = entry.offset == kMoving ? end : entry.offset;
-    end = std::max(end, offset + segment.stride * hi);
-    if (hi > entry.lo) add(entry, segment, offset, hi);
-  }
-  if (!own_seen) {  // a region pinned by a reader before any thread wrote it
+  seen_.clear();
+  SegmentStore& segments = table_.segments();
+  walk_view(segments, *run.view, StepReader{run.segment, run.to, run.visibility, stamp_}, see);
+  const bool listed =
+      std::any_of(seen_.begin(), seen_.end(), [](const auto& s) { return s.first_own != kNone; });
+  if (!listed) {  // a region pinned by a reader before any thread wrote it
     Entry own;
     own.segment = run.segment;
     Segment& segment = segments.at(run.segment);
-    add(own, segment, segment.base, run.to);
+    see(own, segment, segment.base, run.to);
   }
-  for (size_t i = first_pair; i < plan_.pairs.size(); ++i) {
-    plan_.pairs[i].rotation += static_cast<int32_t>(own_difference);
-    if (plan_.pairs[i].rotation != 0 && !table_.can_rotate()) {
-      throw Error(ErrorKind::kUnsupportedRope,
-                  "step: a segment would be read " + std::to_string(plan_.pairs[i].rotation) +
-                      " positions from where it was written, and this model's positions cannot "
-                      "be re-rotated; keep every segment at its written position");
-    }
+  const size_t first_pair = plan_.pairs.size();
+  plan_.add_pairs(run_index, seen_);
+  for (size_t i = first_pair; i < plan_.pairs.size() && !table_.can_rotate(); ++i) {
+    if (plan_.pairs[i].rotation == 0) continue;
+    throw Error(ErrorKind::kUnsupportedRope,
+                "step: a segment would be read " + std::to_string(plan_.pairs[i].rotation) +
+                    " positions from where it was written, and this model's positions cannot "
+                    "be re-rotated; keep every segment at its written position");
   }
 }
 

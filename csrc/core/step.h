@@ -58,7 +58,6 @@ class Step {
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);
   void collect_logits_rows();
-  int64_t visible_end(const Entry& entry, const Segment& segment, const Run& run) const;
 
   ThreadTable& table_;
   int64_t step_tokens_;
@@ -69,6 +68,7 @@ class Step {
   size_t next_run_ = 0;
   int64_t next_from_ = 0;
   std::vector<Run> chunk_runs_;
+  std::vector<SeenSlots> seen_;  // by the run at hand
   std::vector<SegmentId> touched_;
   std::vector<HeadCopy> head_copies_;
   std::vector<PlanCopy> copies_;

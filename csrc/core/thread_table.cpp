@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/view.h"
 
 namespace apr {
 
@@ -121,7 +122,9 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
   thread.view = std::move(view);
   retain_view(thread.view);
   if (writes == kNone) {
-    open_tail(thread, id, kMoving, view_end(thread.view, kNone), false);
+    const int64_t end = walk_view(segments_, thread.view, IdleReader{},
+                                  [](const Entry&, const Segment&, int64_t, int64_t) {});
+    open_tail(thread, id, kMoving, end, false);
   } else {
     thread.tail = writes;
     Segment& segment = segments_.at(writes);
@@ -223,7 +226,7 @@ std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
     }
     retain_view(child.view);
     for (const Entry& entry : child.view) {
-      const int64_t end = visible_end(entry, kNone);
+      const int64_t end = visible_end(entry, segments_.at(entry.segment), IdleReader{});
       if (end <= entry.lo) continue;
       child.fork_segment = entry.segment;
       child.fork_index = end - 1;

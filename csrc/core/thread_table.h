@@ -90,15 +90,12 @@ class ThreadTable {
   const SegmentStore& segments() const { return segments_; }
   bool can_rotate() const { return can_rotate_; }
 
-  // Number of tokens that a reader sees of a live entry when no step is running.
-  int64_t visible_end(const Entry& entry, SegmentId own) const;
-  // View positions of the entries' token 0, given how much of each the reader sees.
-  std::vector<int64_t> offsets(const std::vector<Entry>& view, SegmentId own) const;
+  // View position of token 0 of the thread's own tail.
+  int64_t tail_offset(const Thread& thread) const;
 
  private:
   friend class Step;
 
-  int64_t view_end(const std::vector<Entry>& view, SegmentId own) const;
   void check_view(const std::vector<Entry>& view, SegmentId own) const;
   void check_writable(SegmentId id, ThreadId writer) const;
   void check_rotation(const std::vector<Entry>& view, SegmentId own) const;

@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "core/thread_table.h"
+#include "core/view.h"
 
 namespace apr {
 
@@ -20,27 +21,23 @@ struct ThreadTable::Cut {
 
 ThreadTable::Cut ThreadTable::plan_cut(const Thread& thread, ThreadId id,
                                        int64_t length_kept) const {
-  const std::vector<int64_t> start = offsets(thread.view, thread.tail);
-  const size_t own = thread.tail_entry();
   Cut cut;
   int64_t left = length_kept;
-  for (size_t i = 0; i < thread.view.size(); ++i) {
-    Entry entry = thread.view[i];
-    const Segment& segment = segments_.at(entry.segment);
-    const int64_t count = std::max<int64_t>(visible_end(entry, thread.tail) - entry.lo, 0);
+  const auto cut_entry = [&](Entry entry, const Segment& segment, int64_t offset, int64_t end) {
+    const int64_t count = std::max<int64_t>(end - entry.lo, 0);
     const int64_t keep = std::min(count, left);
     left -= keep;
     if (keep > 0) {
       cut.last = entry.segment;
       cut.last_index = entry.lo + keep - 1;
-      cut.end = std::max(cut.end, start[i] + segment.stride * (entry.lo + keep));
+      cut.end = std::max(cut.end, offset + segment.stride * (entry.lo + keep));
     }
-    if (i == own) {
+    if (entry.segment == thread.tail) {
       cut.own_kept = entry.lo + keep;
       cut.own_removed += segment.length() - std::max<int64_t>(cut.own_kept, 0);
       cut.inherited |= cut.own_kept < 0;
       cut.kept.push_back(entry);
-      continue;
+      return;
     }
     if (keep < count) {
       cut.elsewhere = true;
@@ -55,7 +52,8 @@ ThreadTable::Cut ThreadTable::plan_cut(const Thread& thread, ThreadId id,
     }
     const bool empty_and_live = count == 0 && entry.hi == kLive;
     if (keep > 0 || empty_and_live) cut.kept.push_back(entry);
-  }
+  };
+  walk_view(segments_, thread.view, IdleReader{thread.tail}, cut_entry);
   return cut;
 }
 
@@ -78,7 +76,8 @@ int64_t ThreadTable::pinned_length(SegmentId id, ThreadId except) const {
 
 bool ThreadTable::sees(const Thread& thread, SegmentId segment, int64_t index) const {
   return std::any_of(thread.view.begin(), thread.view.end(), [&](const Entry& entry) {
-    return entry.segment == segment && index >= entry.lo && index < visible_end(entry, thread.tail);
+    return entry.segment == segment && index >= entry.lo &&
+           index < visible_end(entry, segments_.at(segment), IdleReader{thread.tail});
   });
 }
 
@@ -94,7 +93,7 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   const Cut cut = plan_cut(thread, id, length_kept);
   Segment& tail = segments_.at(thread.tail);
   const Entry old_tail = thread.view[thread.tail_entry()];
-  const int64_t difference = offsets(thread.view, thread.tail)[thread.tail_entry()] - tail.base;
+  const int64_t difference = tail_offset(thread) - tail.base;
   const bool forked = tail.forked_tail;
   const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && cut.elsewhere) ||
                         pinned_length(thread.tail, id) > cut.own_kept;

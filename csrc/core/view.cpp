@@ -1,4 +1,6 @@
-// Views of threads: where their entries stand, what they may list, and what they add up to.
+// Views of threads: what they may list, and what they add up to.
+#include "core/view.h"
+
 #include <algorithm>
 #include <unordered_map>
 #include <unordered_set>
@@ -9,32 +11,13 @@
 
 namespace apr {
 
-int64_t ThreadTable::visible_end(const Entry& entry, SegmentId own) const {
-  const Segment& segment = segments_.at(entry.segment);
-  if (entry.hi != kLive) return std::min(entry.hi, segment.length());
-  // A living writer's queued tokens are not there before the step that encodes them.
-  return entry.segment == own || segment.settled() ? segment.length() : segment.encoded;
-}
-
-std::vector<int64_t> ThreadTable::offsets(const std::vector<Entry>& view, SegmentId own) const {
-  std::vector<int64_t> result(view.size());
-  int64_t end = 0;
-  for (size_t i = 0; i < view.size(); ++i) {
-    const Segment& segment = segments_.at(view[i].segment);
-    result[i] = view[i].offset == kMoving ? end : view[i].offset;
-    end = std::max(end, result[i] + segment.stride * visible_end(view[i], own));
-  }
-  return result;
-}
-
-int64_t ThreadTable::view_end(const std::vector<Entry>& view, SegmentId own) const {
-  const std::vector<int64_t> start = offsets(view, own);
-  int64_t end = 0;
-  for (size_t i = 0; i < view.size(); ++i) {
-    const Segment& segment = segments_.at(view[i].segment);
-    end = std::max(end, start[i] + segment.stride * visible_end(view[i], own));
-  }
-  return end;
+int64_t ThreadTable::tail_offset(const Thread& thread) const {
+  int64_t found = 0;
+  walk_view(segments_, thread.view, IdleReader{thread.tail},
+            [&](const Entry& entry, const Segment&, int64_t offset, int64_t) {
+              if (entry.segment == thread.tail) found = offset;
+            });
+  return found;
 }
 
 void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) const {
@@ -62,23 +45,22 @@ void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) cons
 
 void ThreadTable::check_rotation(const std::vector<Entry>& view, SegmentId own) const {
   if (can_rotate_) return;
-  const std::vector<int64_t> start = offsets(view, own);
   int64_t own_difference = 0;
-  for (size_t i = 0; i < view.size(); ++i) {
-    if (view[i].segment == own) own_difference = start[i] - segments_.at(own).base;
-  }
-  for (size_t i = 0; i < view.size(); ++i) {
-    const Segment& segment = segments_.at(view[i].segment);
-    if (visible_end(view[i], own) <= view[i].lo) continue;
-    if (start[i] - segment.base != own_difference) {
-      throw Error(ErrorKind::kUnsupportedRope,
-                  "this model's positions cannot be re-rotated: a segment written at position " +
-                      std::to_string(segment.base) + " would be read at " +
-                      std::to_string(start[i] - own_difference) +
-                      "; keep keys where they were written (fork, or join with positions=\"max\" "
-                      "or reencode=True)");
-    }
-  }
+  walk_view(segments_, view, IdleReader{own},
+            [&](const Entry& entry, const Segment& segment, int64_t offset, int64_t) {
+              if (entry.segment == own) own_difference = offset - segment.base;
+            });
+  walk_view(segments_, view, IdleReader{own},
+            [&](const Entry& entry, const Segment& segment, int64_t offset, int64_t end) {
+              if (end <= entry.lo || offset - segment.base == own_difference) return;
+              throw Error(ErrorKind::kUnsupportedRope,
+                          "this model's positions cannot be re-rotated: a segment written at "
+                          "position " +
+                              std::to_string(segment.base) + " would be read at " +
+                              std::to_string(offset - own_difference) +
+                              "; keep keys where they were written (fork, or join with "
+                              "positions=\"max\" or reencode=True)");
+            });
 }
 
 void ThreadTable::retain_view(const std::vector<Entry>& view) {
@@ -93,7 +75,8 @@ int64_t ThreadTable::length(ThreadId id) const {
   const Thread& thread = at(id);
   int64_t total = 0;
   for (const Entry& entry : thread.view) {
-    total += std::max<int64_t>(visible_end(entry, thread.tail) - entry.lo, 0);
+    const Segment& segment = segments_.at(entry.segment);
+    total += std::max<int64_t>(visible_end(entry, segment, IdleReader{thread.tail}) - entry.lo, 0);
   }
   return total;
 }
@@ -101,7 +84,7 @@ int64_t ThreadTable::length(ThreadId id) const {
 int64_t ThreadTable::position(ThreadId id) const {
   const Thread& thread = at(id);
   const Segment& tail = segments_.at(thread.tail);
-  return offsets(thread.view, thread.tail)[thread.tail_entry()] + tail.stride * tail.length();
+  return tail_offset(thread) + tail.stride * tail.length();
 }
 
 Sharing ThreadTable::sharing() {
@@ -112,7 +95,8 @@ Sharing ThreadTable::sharing() {
     int64_t seen = 0;
     for (const Entry& entry : thread.view) {
       const Segment& segment = segments_.at(entry.segment);
-      const int64_t hi = std::min(visible_end(entry, thread.tail), segment.encoded);
+      const int64_t hi =
+          std::min(visible_end(entry, segment, IdleReader{thread.tail}), segment.encoded);
       if (hi <= entry.lo) continue;
       seen += hi - entry.lo;
       auto& [count, furthest] = readers[entry.segment];
@@ -139,7 +123,7 @@ std::vector<int32_t> ThreadTable::tokens(ThreadId id) const {
   std::vector<int32_t> result;
   for (const Entry& entry : thread.view) {
     const Segment& segment = segments_.at(entry.segment);
-    const int64_t hi = visible_end(entry, thread.tail);
+    const int64_t hi = visible_end(entry, segment, IdleReader{thread.tail});
     if (hi > entry.lo) {
       result.insert(result.end(), segment.tokens.begin() + segment.head + entry.lo,
                     segment.tokens.begin() + segment.head + hi);

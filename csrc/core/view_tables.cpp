@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/step.h"
+#include "core/view.h"
 
 namespace apr {
 namespace {
@@ -136,7 +137,7 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
       flat.own = static_cast<int32_t>(entries_.size()) - flat.first_entry;
       segments_[static_cast<size_t>(line.segment)].writer = row;
     } else if (entry.hi != kLive || segment.settled()) {
-      const int64_t upto = std::min(entry.hi, segment.length());
+      const int64_t upto = visible_end(entry, segment, IdleReader{});
       if (upto > segment.encoded) return false;  // it has to run first
       line.hi = static_cast<int32_t>(upto);
     }
@@ -160,15 +161,14 @@ int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id) {
 
 // Whether some entry would be read elsewhere than where it was written, now or as lengths grow.
 bool ViewTables::turns(const ThreadTable& table, const Thread& thread) const {
-  const size_t own = thread.tail_entry();
-  const std::vector<int64_t> start = table.offsets(thread.view, thread.tail);
-  const int64_t mine = start[own] - table.segments().at(thread.tail).base;
-  for (size_t i = 0; i < thread.view.size(); ++i) {
-    const Entry& entry = thread.view[i];
-    if (entry.offset == kMoving && i > 0) return true;
-    if (start[i] - table.segments().at(entry.segment).base != mine) return true;
-  }
-  return false;
+  const int64_t own = table.tail_offset(thread) - table.segments().at(thread.tail).base;
+  bool first = true, found = false;
+  walk_view(table.segments(), thread.view, IdleReader{thread.tail},
+            [&](const Entry& entry, const Segment& segment, int64_t offset, int64_t) {
+              found |= (entry.offset == kMoving && !first) || offset - segment.base != own;
+              first = false;
+            });
+  return found;
 }
 
 }  // namespace apr

@@ -44,9 +44,8 @@ class GpuPlan {
   virtual const char* kernel() const = 0;
   // The device planner: once, after the tables were copied.
   virtual void prepare(void* tables, void* stream) const = 0;
-  // `rotations`: rows of the rotation table.
-  virtual void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
-                         int64_t rotations, void* stream) const = 0;
+  virtual void attention(void* tables, void* parts, const AttentionCall& call, const Pool& pool,
+                         void* stream) const = 0;
 };
 
 // What the views that share one captured graph may come to.

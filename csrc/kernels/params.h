@@ -57,14 +57,16 @@ struct Rows {
 // `first + pairs + i` (half layout) or the neighbours turn together (interleaved).
 struct RotationTable {
   const float* cos_sin;  // nullptr: no pair of the plan turns, or the model has no positions
+  int64_t rotations;
   int64_t first;
   int64_t pairs;
   bool interleaved;
 };
 
-struct AttentionParams {
-  Rows q;
-  Rows out;
+// Attention of one layer.
+struct AttentionCall {
+  Rows q;      // [rows, q_heads, head_dim_k]
+  Rows out;    // [rows, q_heads, head_dim_v]
   float* lse;  // [rows, q_heads] natural logarithm, or nullptr
   int64_t q_heads;
   float scale;

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from apr import ops, protocols, training
-from apr.budget import Budget, WidthCurve, measure_width
-from apr.cache import Cache
-from apr.compatibility import warn_if_untested
-from apr.decode import Decoded, Stream, StreamStep, decode, stream
+from apr.cache.cache import Cache
 from apr.errors import (
     BudgetExceeded,
     Error,
@@ -18,24 +15,27 @@ from apr.errors import (
     UnsupportedModel,
     UnsupportedRope,
 )
+from apr.hf.compatibility import warn_if_untested
+from apr.hf.vectors import PathVectors
+from apr.loop.decode import Decoded, decode
+from apr.loop.stream import Stream, StreamStep, stream
+from apr.loop.width import WidthCurve, measure_width
 from apr.protocols import Grammar, Outcome, compare_joins, run
-from apr.session import Session
-from apr.strategies import (
-    Result,
-    beam_search,
-    best_of_n,
-    branching_vote,
-    group_think,
-    hogwild,
-    majority_vote,
-    mcts,
-    parathinker,
-    skeleton,
-    tree_search,
-)
-from apr.thread import Segment, Thread, ViewEntry
-from apr.trace import Stats, Trace
-from apr.vectors import PathVectors
+from apr.protocols.budget import Budget
+from apr.strategies import Result
+from apr.strategies.beam_search import beam_search
+from apr.strategies.best_of_n import best_of_n
+from apr.strategies.branching_vote import branching_vote
+from apr.strategies.group_think import group_think
+from apr.strategies.hogwild import hogwild
+from apr.strategies.majority_vote import majority_vote
+from apr.strategies.mcts import mcts
+from apr.strategies.parathinker import parathinker
+from apr.strategies.skeleton import skeleton
+from apr.strategies.tree_search import tree_search
+from apr.threads.session import Session
+from apr.threads.thread import Segment, Thread, ViewEntry
+from apr.threads.trace import Stats, Trace
 
 __version__ = "0.1.0"
 

@@ -9,11 +9,20 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "AttentionCall",
+    "AttentionKind",
+    "DType",
     "GpuBackend",
     "GpuKernel",
     "GpuPlan",
     "GpuViews",
+    "JoinPositions",
     "Plan",
+    "Pool",
+    "RotationTable",
+    "RowSet",
+    "Rows",
+    "SeenPages",
     "Step",
     "ThreadTable",
     "ViewTables",
@@ -27,14 +36,131 @@ __all__: list[str] = [
     "instruction_set",
     "instruction_sets",
     "merge",
-    "operate",
     "plan",
     "populate",
-    "read",
     "run_broken_kernel",
     "set_emulated_device",
     "use_huge_pages",
 ]
+
+class DType:
+    """
+    Element types that pools and kernels take.
+
+    Members:
+
+      float32
+
+      bfloat16
+
+      float16
+    """
+
+    __members__: typing.ClassVar[dict[str, DType]]
+    bfloat16: typing.ClassVar[DType]
+    float16: typing.ClassVar[DType]
+    float32: typing.ClassVar[DType]
+    @typing.overload
+    def __eq__(self, other: DType) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: DType) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Rows:
+    """
+    [rows, heads, dim], the last dimension contiguous.
+    """
+    def __init__(
+        self,
+        data: typing.SupportsInt | typing.SupportsIndex,
+        row_stride: typing.SupportsInt | typing.SupportsIndex,
+        head_stride: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class Pool:
+    """
+    Keys and values of one layer.
+    """
+    def __init__(
+        self,
+        *,
+        k: typing.SupportsInt | typing.SupportsIndex,
+        v: typing.SupportsInt | typing.SupportsIndex,
+        num_pages: typing.SupportsInt | typing.SupportsIndex,
+        kv_heads: typing.SupportsInt | typing.SupportsIndex,
+        page_size: typing.SupportsInt | typing.SupportsIndex,
+        head_dim_k: typing.SupportsInt | typing.SupportsIndex,
+        head_dim_v: typing.SupportsInt | typing.SupportsIndex,
+        dtype: DType,
+    ) -> None: ...
+
+class RotationTable:
+    """
+    cos and sin [rotations, pairs, 2].
+    """
+    def __init__(
+        self,
+        *,
+        cos_sin: typing.SupportsInt | typing.SupportsIndex,
+        rotations: typing.SupportsInt | typing.SupportsIndex,
+        first: typing.SupportsInt | typing.SupportsIndex,
+        pairs: typing.SupportsInt | typing.SupportsIndex,
+        interleaved: bool,
+    ) -> None: ...
+
+class AttentionCall:
+    """
+    Attention of one layer; 0: none.
+    """
+    def __init__(
+        self,
+        *,
+        q: Rows,
+        out: Rows,
+        lse: typing.SupportsInt | typing.SupportsIndex,
+        q_heads: typing.SupportsInt | typing.SupportsIndex,
+        scale: typing.SupportsFloat | typing.SupportsIndex,
+        softcap: typing.SupportsFloat | typing.SupportsIndex,
+        window: typing.SupportsInt | typing.SupportsIndex,
+        chunk: typing.SupportsInt | typing.SupportsIndex,
+        sinks: typing.SupportsInt | typing.SupportsIndex,
+        rotation: RotationTable | None,
+        invariant: bool,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class AttentionKind:
+    """
+    What a layer's attention on a GPU is, apart from its tensors.
+    """
+    def __init__(
+        self,
+        *,
+        dtype: DType,
+        q_heads: typing.SupportsInt | typing.SupportsIndex,
+        kv_heads: typing.SupportsInt | typing.SupportsIndex,
+        head_dim_k: typing.SupportsInt | typing.SupportsIndex,
+        head_dim_v: typing.SupportsInt | typing.SupportsIndex,
+        page_size: typing.SupportsInt | typing.SupportsIndex,
+        window: typing.SupportsInt | typing.SupportsIndex,
+        chunk: typing.SupportsInt | typing.SupportsIndex,
+        invariant: bool,
+    ) -> None: ...
 
 class Plan:
     """
@@ -60,6 +186,44 @@ class Plan:
     def slots(self) -> numpy.typing.NDArray[numpy.int64]: ...
     @property
     def writers(self) -> numpy.typing.NDArray[numpy.int64]: ...
+
+class JoinPositions:
+    """
+    Where joined parts stand.
+
+    Members:
+
+      max
+
+      sum
+
+      keep
+    """
+
+    __members__: typing.ClassVar[dict[str, JoinPositions]]
+    keep: typing.ClassVar[JoinPositions]
+    max: typing.ClassVar[JoinPositions]
+    sum: typing.ClassVar[JoinPositions]
+    @typing.overload
+    def __eq__(self, other: JoinPositions) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: JoinPositions) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
 
 class ThreadTable:
     """
@@ -124,7 +288,7 @@ class ThreadTable:
         self,
         parent: typing.SupportsInt | typing.SupportsIndex,
         children: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-        positions: str,
+        positions: JoinPositions,
         reencode: bool,
     ) -> None: ...
     def length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
@@ -234,27 +398,8 @@ class GpuPlan:
         self,
         tables: typing.SupportsInt | typing.SupportsIndex,
         parts: typing.SupportsInt | typing.SupportsIndex,
-        q: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-        ],
-        out: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-        ],
-        lse: typing.SupportsInt | typing.SupportsIndex,
-        pool: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-        ],
-        q_heads: typing.SupportsInt | typing.SupportsIndex,
-        scale: typing.SupportsFloat | typing.SupportsIndex,
-        softcap: typing.SupportsFloat | typing.SupportsIndex,
-        sinks: typing.SupportsInt | typing.SupportsIndex,
-        rotation: tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            bool,
-        ],
-        rotations: typing.SupportsInt | typing.SupportsIndex,
+        pool: Pool,
+        call: AttentionCall,
         stream: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def prepare(
@@ -317,15 +462,9 @@ class GpuBackend:
     """
     def append(
         self,
-        k: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-        ],
-        v: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-        ],
-        pool: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-        ],
+        k: Rows,
+        v: Rows,
+        pool: Pool,
         slots: typing.SupportsInt | typing.SupportsIndex,
         rows: typing.SupportsInt | typing.SupportsIndex,
         stream: typing.SupportsInt | typing.SupportsIndex,
@@ -333,43 +472,18 @@ class GpuBackend:
     def capability(self, device: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     def copy_tokens(
         self,
-        pool: typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-        ],
+        pool: Pool,
         copies: typing.SupportsInt | typing.SupportsIndex,
         count: typing.SupportsInt | typing.SupportsIndex,
         stream: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def plan(
-        self,
-        plan: Plan,
-        kind: tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            bool,
-        ],
-        device: typing.SupportsInt | typing.SupportsIndex,
+        self, plan: Plan, kind: AttentionKind, device: typing.SupportsInt | typing.SupportsIndex
     ) -> list[GpuPlan]: ...
     def views(
         self,
         views: ViewTables,
-        kind: tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            typing.SupportsInt | typing.SupportsIndex,
-            bool,
-        ],
+        kind: AttentionKind,
         capacity: typing.Annotated[
             collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(4)"
         ],
@@ -380,52 +494,36 @@ class GpuBackend:
     @property
     def kernels(self) -> list[GpuKernel]: ...
 
+class SeenPages:
+    """
+    What one row set sees of one segment.
+    """
+    def __init__(
+        self,
+        pages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        lo: typing.SupportsInt | typing.SupportsIndex,
+        hi: typing.SupportsInt | typing.SupportsIndex,
+        offset: typing.SupportsInt | typing.SupportsIndex,
+        base: typing.SupportsInt | typing.SupportsIndex,
+        stride: typing.SupportsInt | typing.SupportsIndex,
+        own: bool,
+    ) -> None: ...
+
+class RowSet:
+    """
+    Query rows that see the same.
+    """
+    def __init__(
+        self,
+        query_len: typing.SupportsInt | typing.SupportsIndex,
+        seen: collections.abc.Sequence[SeenPages],
+    ) -> None: ...
+
 def append(
-    plan: Plan,
-    k: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-    ],
-    v: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-    ],
-    pool: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-    ],
-    threads: typing.SupportsInt | typing.SupportsIndex,
+    plan: Plan, k: Rows, v: Rows, pool: Pool, threads: typing.SupportsInt | typing.SupportsIndex
 ) -> None: ...
-def attention(
-    plan: Plan,
-    q: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-    ],
-    out: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-    ],
-    lse: typing.SupportsInt | typing.SupportsIndex,
-    pool: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-    ],
-    q_heads: typing.SupportsInt | typing.SupportsIndex,
-    scale: typing.SupportsFloat | typing.SupportsIndex,
-    softcap: typing.SupportsFloat | typing.SupportsIndex,
-    window: typing.SupportsInt | typing.SupportsIndex,
-    chunk: typing.SupportsInt | typing.SupportsIndex,
-    sinks: typing.SupportsInt | typing.SupportsIndex,
-    rotation: tuple[
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        typing.SupportsInt | typing.SupportsIndex,
-        bool,
-    ],
-    invariant: bool,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> None: ...
-def copy_tokens(
-    plan: Plan,
-    pool: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(8)"
-    ],
-) -> None: ...
+def attention(plan: Plan, pool: Pool, call: AttentionCall) -> None: ...
+def copy_tokens(plan: Plan, pool: Pool) -> None: ...
 def force_instruction_set(name: str) -> None: ...
 def force_own_workers(own: bool) -> None: ...
 def gpu(emulated: bool) -> GpuBackend: ...
@@ -433,55 +531,24 @@ def has_openmp() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def merge(
-    parts: collections.abc.Sequence[
-        typing.Annotated[
-            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-        ]
-    ],
+    *,
+    parts: collections.abc.Sequence[Rows],
     part_lse: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    out: typing.Annotated[
-        collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"
-    ],
+    out: Rows,
     lse: typing.SupportsInt | typing.SupportsIndex,
     rows: typing.SupportsInt | typing.SupportsIndex,
     heads: typing.SupportsInt | typing.SupportsIndex,
     dim: typing.SupportsInt | typing.SupportsIndex,
-    dtype: typing.SupportsInt | typing.SupportsIndex,
+    dtype: DType,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
-def operate(
-    dtype: typing.SupportsInt | typing.SupportsIndex,
-    rounds: typing.SupportsInt | typing.SupportsIndex,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> int: ...
 def plan(
-    row_sets: collections.abc.Sequence[
-        tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            collections.abc.Sequence[
-                tuple[
-                    collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-                    typing.SupportsInt | typing.SupportsIndex,
-                    typing.SupportsInt | typing.SupportsIndex,
-                    typing.SupportsInt | typing.SupportsIndex,
-                    typing.SupportsInt | typing.SupportsIndex,
-                    typing.SupportsInt | typing.SupportsIndex,
-                    bool,
-                ]
-            ],
-        ]
-    ],
-    page_size: typing.SupportsInt | typing.SupportsIndex,
+    row_sets: collections.abc.Sequence[RowSet], page_size: typing.SupportsInt | typing.SupportsIndex
 ) -> Plan: ...
 def populate(
     data: typing.SupportsInt | typing.SupportsIndex,
     bytes: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
-def read(
-    data: typing.SupportsInt | typing.SupportsIndex,
-    count: typing.SupportsInt | typing.SupportsIndex,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> float: ...
 def run_broken_kernel(name: str) -> str: ...
 def set_emulated_device(
     capability: typing.SupportsInt | typing.SupportsIndex,

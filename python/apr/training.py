@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apr.errors import InvalidInput
-from apr.record import Record
+from apr.protocols.record import Record
 
 _BLOCK = 128  # of a FlexAttention block mask
 

@@ -47,12 +47,12 @@ struct Parts {
 };
 
 // One lane's query, turned by the pair's rotation: to [head_dim].
-void gather_query(const AttentionParams& params, const Pool& pool, const Visit& visit, int64_t head,
+void gather_query(const AttentionCall& call, const Pool& pool, const Visit& visit, int64_t head,
                   float* to) {
-  const int64_t at = visit.row * params.q.row_stride + head * params.q.head_stride;
-  const char* q = static_cast<const char*>(params.q.data) + at * element_size(pool.dtype);
+  const int64_t at = visit.row * call.q.row_stride + head * call.q.head_stride;
+  const char* q = static_cast<const char*>(call.q.data) + at * element_size(pool.dtype);
   instruction_set().load_row[static_cast<int>(pool.dtype)](q, pool.head_dim_k, to);
-  const RotationTable& table = params.rotation;
+  const RotationTable& table = call.rotation;
   if (visit.rotation_row < 0 || table.cos_sin == nullptr) return;
   const float* cs = table.cos_sin + visit.rotation_row * table.pairs * 2;
   for (int64_t i = 0; i < table.pairs; ++i) {
@@ -66,40 +66,40 @@ void gather_query(const AttentionParams& params, const Pool& pool, const Visit& 
 }
 
 struct Output {
-  const AttentionParams& params;
+  const AttentionCall& call;
   const Pool& pool;
 
   // Writes one row of one head from an unnormalised sum, its maximum (base 2) and its weight.
   void write(int64_t row, int64_t head, const float* o, float max, float sum) const {
     float weight = 1.f;
-    if (params.sinks != nullptr) {
-      const float sink = params.sinks[head] * kLog2e, top = std::max(max, sink);
+    if (call.sinks != nullptr) {
+      const float sink = call.sinks[head] * kLog2e, top = std::max(max, sink);
       weight = std::exp2(max - top);
       sum = sum * weight + std::exp2(sink - top);
       max = top;
     }
     const float inverse = sum > 0.f ? weight / sum : (sum == sum ? 0.f : sum);
-    const int64_t at = row * params.out.row_stride + head * params.out.head_stride;
-    char* out = static_cast<char*>(params.out.data) + at * element_size(pool.dtype);
+    const int64_t at = row * call.out.row_stride + head * call.out.head_stride;
+    char* out = static_cast<char*>(call.out.data) + at * element_size(pool.dtype);
     instruction_set().store_row[static_cast<int>(pool.dtype)](o, inverse, pool.head_dim_v, out);
-    if (params.lse != nullptr) {
-      params.lse[row * params.q_heads + head] =
+    if (call.lse != nullptr) {
+      call.lse[row * call.q_heads + head] =
           sum > 0.f ? (max + std::log2(sum)) * kLn2 : (sum == sum ? -INFINITY : sum);
     }
   }
 };
 
 // What a task needs of the rows of its block: queries [lanes, head_dim_k] and what they see.
-void gather_lanes(const AttentionParams& params, const Pool& pool, const Schedule& schedule,
+void gather_lanes(const AttentionCall& call, const Pool& pool, const Schedule& schedule,
                   const Block& block, int64_t kv_head, float* q, int32_t* lo, int32_t* hi) {
-  const int64_t group = params.q_heads / pool.kv_heads;
+  const int64_t group = call.q_heads / pool.kv_heads;
   int64_t lane = 0;
   for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
     const Visit& visit = schedule.visits[v];
     for (int64_t g = 0; g < group; ++g, ++lane) {
       lo[lane] = visit.lo;
       hi[lane] = visit.hi;
-      gather_query(params, pool, visit, kv_head * group + g, q + lane * pool.head_dim_k);
+      gather_query(call, pool, visit, kv_head * group + g, q + lane * pool.head_dim_k);
     }
   }
   for (; lane % kLaneAlign != 0; ++lane) {
@@ -109,11 +109,11 @@ void gather_lanes(const AttentionParams& params, const Pool& pool, const Schedul
   }
 }
 
-void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
               const Schedule& schedule, const Parts& parts, int64_t block_index, int64_t chunk,
               int64_t kv_head) {
   const Block& block = schedule.blocks[block_index];
-  const int64_t group = params.q_heads / pool.kv_heads;
+  const int64_t group = call.q_heads / pool.kv_heads;
   const int64_t lanes = (block.end_visit - block.first_visit) * group;
   const int64_t padded = (lanes + kLaneAlign - 1) / kLaneAlign * kLaneAlign;
   const int64_t floats = scratch_floats(padded, pool.head_dim_k, pool.head_dim_v);
@@ -127,7 +127,7 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   job.sum = job.max + padded;
   auto* lane_lo = reinterpret_cast<int32_t*>(job.sum + padded);
   int32_t* lane_hi = lane_lo + padded;
-  gather_lanes(params, pool, schedule, block, kv_head, q, lane_lo, lane_hi);
+  gather_lanes(call, pool, schedule, block, kv_head, q, lane_lo, lane_hi);
 
   const int64_t size = element_size(pool.dtype);
   const int64_t first_chunk = block.lo / block.chunk;
@@ -143,9 +143,9 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   job.head_dim_k = pool.head_dim_k;
   job.head_dim_v = pool.head_dim_v;
   job.lanes = lanes;
-  job.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
-  job.softcap = params.softcap;
-  job.pinned = params.invariant;
+  job.factor = call.softcap != 0.f ? call.scale / call.softcap : call.scale * kLog2e;
+  job.softcap = call.softcap;
+  job.pinned = call.invariant;
   job.page_size = pool.page_size;
   job.pages = plan.page_table + plan.segment_pages[block.segment];
   job.page_bytes_k = pool.kv_heads * pool.page_size * pool.head_dim_k * size;
@@ -154,7 +154,7 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
   job.v = static_cast<const char*>(pool.v) + kv_head * pool.page_size * pool.head_dim_v * size;
   instruction_set().attend[static_cast<int>(pool.dtype)](job);
 
-  const Output output{params, pool};
+  const Output output{call, pool};
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const Visit& visit = schedule.visits[block.first_visit + lane / group];
     const int64_t head = kv_head * group + lane % group;
@@ -163,27 +163,27 @@ void run_task(const AttentionParams& params, const Pool& pool, const PlanArrays&
       output.write(visit.row, head, out, job.max[lane], job.sum[lane]);
       continue;
     }
-    const int64_t part = (visit.first_part + chunk) * params.q_heads + head;
+    const int64_t part = (visit.first_part + chunk) * call.q_heads + head;
     std::copy(out, out + pool.head_dim_v, parts.out + part * pool.head_dim_v);
     parts.max[part] = job.max[lane];
     parts.sum[part] = job.sum[lane];
   }
 }
 
-void merge_row(const AttentionParams& params, const Pool& pool, const Schedule& schedule,
+void merge_row(const AttentionCall& call, const Pool& pool, const Schedule& schedule,
                const Parts& parts, int64_t row, int64_t head) {
   const int64_t first = schedule.row_parts[row], count = schedule.row_parts[row + 1] - first;
   thread_local Scratch scratch;
   MergeJob job{};
   job.parts = count;
-  job.stride = params.q_heads;
+  job.stride = call.q_heads;
   job.dim = pool.head_dim_v;
-  job.out = parts.out + (first * params.q_heads + head) * pool.head_dim_v;
-  job.max = parts.max + first * params.q_heads + head;
-  job.sum = parts.sum + first * params.q_heads + head;
+  job.out = parts.out + (first * call.q_heads + head) * pool.head_dim_v;
+  job.max = parts.max + first * call.q_heads + head;
+  job.sum = parts.sum + first * call.q_heads + head;
   job.merged = scratch.get(pool.head_dim_v);
   instruction_set().merge(job);
-  Output{params, pool}.write(row, head, job.merged, job.merged_max, job.merged_sum);
+  Output{call, pool}.write(row, head, job.merged, job.merged_max, job.merged_sum);
 }
 
 // Below this many products, about ten microseconds, waking other threads costs more than it gains.
@@ -192,15 +192,15 @@ constexpr int64_t kWorkAlone = int64_t{1} << 20;
 // Partial results of a pass, at most; longer plans are run in several passes over the rows.
 constexpr int64_t kMostPartBytes = int64_t{1} << 28;
 
-void attend_rows(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+void attend_rows(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                  int64_t row_begin, int64_t row_end) {
-  const Schedule schedule = make_schedule(params, pool, plan, row_begin, row_end);
-  const int64_t count = schedule.row_parts.back() * params.q_heads;
+  const Schedule schedule = make_schedule(call, pool, plan, row_begin, row_end);
+  const int64_t count = schedule.row_parts.back() * call.q_heads;
   const int64_t floats = count * (pool.head_dim_v + 2);
   if (floats * 4 > kMostPartBytes && row_end - row_begin > 1) {
     const int64_t middle = (row_begin + row_end) / 2;
-    attend_rows(params, pool, plan, row_begin, middle);
-    attend_rows(params, pool, plan, middle, row_end);
+    attend_rows(call, pool, plan, row_begin, middle);
+    attend_rows(call, pool, plan, middle, row_end);
     return;
   }
   thread_local Scratch scratch;
@@ -212,25 +212,25 @@ void attend_rows(const AttentionParams& params, const Pool& pool, const PlanArra
     const auto after =
         std::upper_bound(schedule.block_tasks.begin(), schedule.block_tasks.end(), task);
     const int64_t block = after - schedule.block_tasks.begin() - 1;
-    run_task(params, pool, plan, schedule, parts, block, task - schedule.block_tasks[block],
+    run_task(call, pool, plan, schedule, parts, block, task - schedule.block_tasks[block],
              i % pool.kv_heads);
   };
   constexpr int64_t kHeadsAtOnce = 8;
-  const int64_t head_blocks = (params.q_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const int64_t head_blocks = (call.q_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
   const auto merge = [&](int64_t i) {
     const int64_t first = i % head_blocks * kHeadsAtOnce;
-    const int64_t end = std::min(first + kHeadsAtOnce, params.q_heads);
+    const int64_t end = std::min(first + kHeadsAtOnce, call.q_heads);
     for (int64_t head = first; head < end; ++head) {
-      merge_row(params, pool, schedule, parts, schedule.merged_rows[i / head_blocks], head);
+      merge_row(call, pool, schedule, parts, schedule.merged_rows[i / head_blocks], head);
     }
   };
   int64_t work = 0;  // multiplications and additions, in lanes that are padded
   for (const Block& block : schedule.blocks) {
-    const int64_t lanes = (block.end_visit - block.first_visit) * params.q_heads / pool.kv_heads;
+    const int64_t lanes = (block.end_visit - block.first_visit) * call.q_heads / pool.kv_heads;
     work += (block.hi - block.lo) * (lanes + kLaneAlign);
   }
   work *= pool.kv_heads * (pool.head_dim_k + pool.head_dim_v);
-  const int threads = work < kWorkAlone ? 1 : params.threads;
+  const int threads = work < kWorkAlone ? 1 : call.threads;
   const int64_t tasks = schedule.block_tasks.back() * pool.kv_heads;
   const int64_t merges = static_cast<int64_t>(schedule.merged_rows.size()) * head_blocks;
   parallel(threads, {{tasks, attend}, {merges, merge}});
@@ -238,8 +238,8 @@ void attend_rows(const AttentionParams& params, const Pool& pool, const PlanArra
 
 }  // namespace
 
-void attention(const AttentionParams& params, const Pool& pool, const PlanArrays& plan) {
-  attend_rows(params, pool, plan, 0, plan.num_rows);
+void attention(const AttentionCall& call, const Pool& pool, const PlanArrays& plan) {
+  attend_rows(call, pool, plan, 0, plan.num_rows);
 }
 
 }  // namespace apr::cpu

@@ -66,10 +66,6 @@ struct InstructionSet {
   void (*merge)(MergeJob&);
   void (*load_row[3])(const void* from, int64_t count, float* to);
   void (*store_row[3])(const float* from, float factor, int64_t count, void* to);
-  // What the machine does at best, for benchmarks: multiplications and additions that fill the
-  // widest unit (by DType; returns how many operations were done), and the sum of memory read once.
-  int64_t (*operate[3])(int64_t rounds);
-  float (*read)(const float* data, int64_t count);
 };
 
 const InstructionSet& instruction_set();                // the best that this machine runs
@@ -79,7 +75,7 @@ void force_instruction_set(const std::string& name);
 
 void append(const Rows& k, const Rows& v, const Pool& pool, const PlanArrays& plan, int threads);
 void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count);
-void attention(const AttentionParams& params, const Pool& pool, const PlanArrays& plan);
+void attention(const AttentionCall& params, const Pool& pool, const PlanArrays& plan);
 
 // Merges partial results part by part: out [rows, heads, dim] with lse [rows, heads].
 struct MergeParams {

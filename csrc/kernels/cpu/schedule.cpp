@@ -14,11 +14,11 @@ constexpr int64_t kInvariantChunk = 512;
 constexpr int64_t kSmallestChunk = 256;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+void collect_blocks(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                     int64_t row_begin, int64_t row_end, Schedule& schedule) {
-  const int64_t group = params.q_heads / pool.kv_heads;
+  const int64_t group = call.q_heads / pool.kv_heads;
   const int64_t rows_at_once = std::max<int64_t>(1, kMaxLanes / group);
-  const int32_t window = bounded(params.window), chunk = bounded(params.chunk);
+  const int32_t window = bounded(call.window), chunk = bounded(call.chunk);
   for (int64_t s = 0; s < plan.num_segments; ++s) {
     Block block{};
     const auto open = [&] {
@@ -62,18 +62,18 @@ void collect_blocks(const AttentionParams& params, const Pool& pool, const PlanA
 }
 
 // Enough tasks to keep every thread busy, few enough partial results to merge.
-void cut_chunks(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+void cut_chunks(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                 Schedule& schedule) {
   int64_t tokens = 0;
   for (const Block& block : schedule.blocks) tokens += block.hi - block.lo;
   int64_t chunk = kInvariantChunk;
-  if (!params.invariant) {
-    chunk = std::max(kSmallestChunk, tokens * pool.kv_heads / (8 * std::max(params.threads, 1)));
+  if (!call.invariant) {
+    chunk = std::max(kSmallestChunk, tokens * pool.kv_heads / (8 * std::max(call.threads, 1)));
   }
   schedule.block_tasks.assign(1, 0);
   for (Block& block : schedule.blocks) {
     int64_t size = chunk;
-    if (!params.invariant) {  // even chunks, so that the last one is seldom a small rest
+    if (!call.invariant) {  // even chunks, so that the last one is seldom a small rest
       const int64_t length = block.hi - block.lo, count = (length + chunk - 1) / chunk;
       size = round_up((length + count - 1) / count, plan.page_size);
     }
@@ -129,11 +129,11 @@ void number_parts(const PlanArrays& plan, int64_t row_begin, int64_t row_end, Sc
 
 }  // namespace
 
-Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+Schedule make_schedule(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                        int64_t row_begin, int64_t row_end) {
   Schedule schedule;
-  collect_blocks(params, pool, plan, row_begin, row_end, schedule);
-  cut_chunks(params, pool, plan, schedule);
+  collect_blocks(call, pool, plan, row_begin, row_end, schedule);
+  cut_chunks(call, pool, plan, schedule);
   number_parts(plan, row_begin, row_end, schedule);
   return schedule;
 }

@@ -40,7 +40,7 @@ struct Schedule {
 };
 
 // The schedule of rows [row_begin, row_end).
-Schedule make_schedule(const AttentionParams& params, const Pool& pool, const PlanArrays& plan,
+Schedule make_schedule(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                        int64_t row_begin, int64_t row_end);
 
 }  // namespace apr::cpu

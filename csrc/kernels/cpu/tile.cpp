@@ -4,7 +4,6 @@
 #endif
 #include "kernels/cpu/few.h"
 #include "kernels/cpu/panels.h"
-#include "kernels/cpu/roofline.h"
 
 namespace apr::cpu::APR_ISA {
 namespace {
@@ -66,8 +65,6 @@ const InstructionSet kTable = {
     {attend<Float32, Floats<Float32>>, attend_bfloat16, attend<Float16, Floats<Float16>>},
     merge,
     {load_row<Float32>, load_row<BFloat16>, load_row<Float16>},
-    {store_row<Float32>, store_row<BFloat16>, store_row<Float16>},
-    {operate<Floats<Float32>>, operate_bfloat16, operate<Floats<Float32>>},
-    read};
+    {store_row<Float32>, store_row<BFloat16>, store_row<Float16>}};
 
 }  // namespace apr::cpu::APR_ISA

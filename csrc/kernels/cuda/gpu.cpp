@@ -61,28 +61,28 @@ AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* b
   return work;
 }
 
-void set_tensors(AttentionWork& work, const AttentionKind& kind, const AttentionParams& params,
-                 const Pool& pool, int64_t rows, int64_t rotations) {
+void set_tensors(AttentionWork& work, const AttentionKind& kind, const AttentionCall& call,
+                 const Pool& pool, int64_t rows) {
   const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
   work.num_pages = static_cast<int32_t>(pool.num_pages);
-  work.q = {static_cast<const uint16_t*>(params.q.data),
-            extent(params.q, rows, kind.q_heads, kind.head_dim_k)};
-  work.out = {static_cast<uint16_t*>(params.out.data),
-              extent(params.out, rows, kind.q_heads, kind.head_dim_v)};
+  work.q = {static_cast<const uint16_t*>(call.q.data),
+            extent(call.q, rows, kind.q_heads, kind.head_dim_k)};
+  work.out = {static_cast<uint16_t*>(call.out.data),
+              extent(call.out, rows, kind.q_heads, kind.head_dim_v)};
   work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
   work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
-  work.lse = {params.lse, rows * kind.q_heads};
-  work.sinks = {params.sinks, kind.q_heads};
-  work.cos_sin = {params.rotation.cos_sin, rotations * params.rotation.pairs * 2};
-  work.q_row_stride = params.q.row_stride;
-  work.q_head_stride = params.q.head_stride;
-  work.out_row_stride = params.out.row_stride;
-  work.out_head_stride = params.out.head_stride;
-  work.rotation_first = static_cast<int32_t>(params.rotation.first);
-  work.rotation_pairs = static_cast<int32_t>(params.rotation.pairs);
-  work.interleaved = params.rotation.interleaved ? 1 : 0;
-  work.factor = params.softcap != 0.f ? params.scale / params.softcap : params.scale * kLog2e;
-  work.softcap = params.softcap;
+  work.lse = {call.lse, rows * kind.q_heads};
+  work.sinks = {call.sinks, kind.q_heads};
+  work.cos_sin = {call.rotation.cos_sin, call.rotation.rotations * call.rotation.pairs * 2};
+  work.q_row_stride = call.q.row_stride;
+  work.q_head_stride = call.q.head_stride;
+  work.out_row_stride = call.out.row_stride;
+  work.out_head_stride = call.out.head_stride;
+  work.rotation_first = static_cast<int32_t>(call.rotation.first);
+  work.rotation_pairs = static_cast<int32_t>(call.rotation.pairs);
+  work.interleaved = call.rotation.interleaved ? 1 : 0;
+  work.factor = call.softcap != 0.f ? call.scale / call.softcap : call.scale * kLog2e;
+  work.softcap = call.softcap;
 }
 
 // Emulated, whatever the kernels must write holds NaN before: what they leave out shows.
@@ -127,10 +127,10 @@ class Tables : public Interface {
     run_plan_step(work, stream);
   }
 
-  void attention(void* tables, void* parts, const AttentionParams& params, const Pool& pool,
-                 int64_t rotations, void* stream) const override {
+  void attention(void* tables, void* parts, const AttentionCall& call, const Pool& pool,
+                 void* stream) const override {
     AttentionWork work = work_of(tables, parts);
-    set_tensors(work, kind_, params, pool, layout_.num_rows, rotations);
+    set_tensors(work, kind_, call, pool, layout_.num_rows);
     poison_outputs(work);
     const Instance& instance = *layout_.instance;
     instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});

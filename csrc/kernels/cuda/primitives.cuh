@@ -17,9 +17,7 @@
 namespace apr::cuda {
 
 APR_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-APR_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 APR_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
-APR_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 APR_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
   return memory;

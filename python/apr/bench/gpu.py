@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import apr
-from apr import gpu, machine, ops
+from apr import ops
 from apr.bench import gpu_problems
 from apr.bench.gpu_peers import PEERS, CannotRun, Step
 from apr.bench.gpu_problems import Problem
 from apr.bench.harness import Figure
 from apr.bench.sessions import small_llama
 from apr.errors import InvalidInput
-from apr.ops import View
+from apr.ops import View, machine
+from apr.ops import device as gpu
 
 SHAPES = [(4096, 4, 256), (8192, 16, 512), (32768, 16, 1024), (32768, 64, 2048), (131072, 16, 2048)]
 HEADS = [(32, 8, 128), (28, 4, 128)]

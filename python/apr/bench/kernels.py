@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apr import machine, ops
+from apr import ops
+from apr.bench import rates
 from apr.bench.baselines import BASELINES, COMPILED, Problem
 from apr.bench.harness import Figure, in_turn, ratios
 from apr.bench.sessions import small_llama
-from apr.ops import View
+from apr.ops import View, machine
 
 SHAPES = [(2048, 4, 128), (8192, 8, 256), (16384, 16, 256), (8192, 1, 0)]  # P, N, S
 HEADS = [(32, 8, 128), (14, 2, 64)]  # query heads, KV heads, head_dim
@@ -123,13 +124,13 @@ def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
     before = torch.get_num_threads()
     for (name, dtype), heads, threads in product(DTYPES.items(), heads_list, counts):
         torch.set_num_threads(threads)
-        rate = machine.operations_per_second(dtype, threads) / 1e9
+        rate = rates.operations_per_second(dtype) / 1e9
         for shape in shapes:
             problem = make_problem(shape, heads, dtype)
             prefix, n, own = shape
             size = 2 * heads[1] * (prefix + n * own) * heads[2] * problem.q.element_size()
             work = 4 * heads[0] * n * (prefix + own) * heads[2]
-            bandwidth = machine.bytes_per_second(max(size, 1 << 20), threads) / 1e9
+            bandwidth = rates.bytes_per_second(max(size, 1 << 20)) / 1e9
             title = f"P {prefix}, N {n}, S {own}, heads {heads[0]}/{heads[1]}/{heads[2]}, {name}"
             print(
                 f"{title}, {threads} threads: {size / 1e6:.1f} MB, {work / 1e9:.2f} GFLOP; the machine "

@@ -15,7 +15,7 @@ from apr import countdown, hf
 from apr.bench.harness import Figure
 from apr.countdown.problems import Problem
 from apr.strategies import Result
-from apr.thread import Thread
+from apr.threads.thread import Thread
 
 TEMPERATURE = 2.0  # one sample is weak, which is when more of them matter
 TOKENS = 12  # of an answer, its end included

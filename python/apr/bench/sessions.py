@@ -39,10 +39,10 @@ def _fill(session: apr.Session, threads: list[apr.Thread]) -> None:
     for pool in session.pools:
         pool.k.normal_()
         pool.v.normal_()
-    step = session._begin(threads, 1 << 40, threads)
+    step = session.begin_step(threads, 1 << 40, threads)
     while step.next():
         pass
-    session._end(step, threads, commit=True)
+    session.end_step(step, threads, commit=True)
 
 
 def _report(figure: Figure) -> Figure:
@@ -119,11 +119,11 @@ def bench_plan(options: argparse.Namespace) -> Iterator[Figure]:
                 for thread in threads:
                     thread.extend([1])
                 began = time.perf_counter()
-                step = session._begin(threads, session.step_tokens, threads)
+                step = session.begin_step(threads, session.step_tokens, threads)
                 step.next()
                 times.append((time.perf_counter() - began) * 1e6)
                 pairs = step.plan.num_pairs
-                session._end(step, threads, commit=True)
+                session.end_step(step, threads, commit=True)
             name = f"plan, {len(threads)} threads, {shape}"
             yield _report(Figure(name, times, f"{pairs} (thread, segment) pairs"))
 

@@ -19,8 +19,8 @@ from apr import countdown, hf
 from apr.commands._control import run_adaptive, run_protocol
 from apr.commands._methods import METHODS, run_method
 from apr.countdown.problems import Problem
-from apr.decode import StreamStep
 from apr.errors import InvalidInput
+from apr.loop.stream import StreamStep
 from apr.protocols import PRESETS
 from apr.strategies import Result
 

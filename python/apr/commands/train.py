@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from apr.countdown import adaptive, train
+from apr.countdown import train_adaptive, train_guess
 from apr.countdown.curve import plot_curve
 
 
@@ -35,16 +35,16 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.task == "countdown":
         if options.practice is not None:
             given["practice"] = options.practice
-        lessons = adaptive.SMOKE if options.smoke else adaptive.Lessons()
+        lessons = train_adaptive.SMOKE if options.smoke else train_adaptive.Lessons()
         lessons = dataclasses.replace(lessons, **given)
         every = max(1, lessons.steps // 55)
-        return adaptive.train(lessons, options.out, options.device, report_every=every)
-    recipe = train.SMOKE if options.smoke else train.Recipe()
+        return train_adaptive.train(lessons, options.out, options.device, report_every=every)
+    recipe = train_guess.SMOKE if options.smoke else train_guess.Recipe()
     if options.rows is not None:
         given["rows"] = options.rows
     recipe = dataclasses.replace(recipe, **given)
     every = max(1, recipe.steps // 40)
-    return train.train(recipe, options.out, options.device, report_every=every)
+    return train_guess.train(recipe, options.out, options.device, report_every=every)
 
 
 def main(options: argparse.Namespace) -> None:

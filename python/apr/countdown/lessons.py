@@ -16,7 +16,7 @@ from apr.countdown.search import (
     solutions,
 )
 from apr.countdown.tokenizer import WORDS
-from apr.record import Record
+from apr.protocols.record import Record
 
 # Problems of so many solutions are hard: the model should not lose time on a guess. Fixed before training.
 HARD = 2

@@ -14,7 +14,7 @@ from apr.countdown.lessons import draw_problem, encode, prompt
 from apr.countdown.problems import Problem, Range, format_chain, verify
 from apr.countdown.search import a_solution
 from apr.countdown.tokenizer import WORDS
-from apr.record import Record
+from apr.protocols.record import Record
 from apr.training import Flat, flatten
 
 _CHAIN = 12  # words of a guess over four numbers

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apr.budget import Budget
 from apr.countdown.lessons import prompt
 from apr.countdown.problems import Problem, verify
+from apr.protocols.budget import Budget
 from apr.protocols.grammar import Grammar
 from apr.protocols.outcome import Outcome
-from apr.protocols.run import run
-from apr.session import Session
+from apr.protocols.runtime import run
+from apr.threads.session import Session
 
 # The model's own control flow: `<spawn> e3 e7 ... <join>` starts a child for each first operation; the first
 # that finds a solution ends the others, and its chain is what the parent reads.

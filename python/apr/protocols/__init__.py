@@ -15,8 +15,8 @@ from apr.protocols.presets import (
     sprint,
     threadweaver,
 )
-from apr.protocols.replay import Replay, replay
-from apr.protocols.run import run
+from apr.protocols.replays import Replay, replay
+from apr.protocols.runtime import run
 
 __all__ = [
     "PRESETS",

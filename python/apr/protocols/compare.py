@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr.budget import Budget
 from apr.errors import InvalidInput
+from apr.protocols.budget import Budget
 from apr.protocols.grammar import Grammar, Returns
 from apr.protocols.outcome import Outcome
-from apr.protocols.replay import Path, Replay, replay, script_of
-from apr.session import Session
+from apr.protocols.replays import Path, Replay, replay, script_of
+from apr.threads.session import Session
 
 JOINS: tuple[Returns, ...] = ("max", "sum", "text", "message")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher, Words
+from apr.protocols.record import Seen
 from apr.protocols.worker import Block, Worker
-from apr.record import Seen
-from apr.session import Session
-from apr.thread import ViewEntry
+from apr.threads.session import Session
+from apr.threads.thread import ViewEntry
 
 
 def fork_child(

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Words
+from apr.protocols.record import Record
 from apr.protocols.worker import Request, Worker
-from apr.record import Record
-from apr.thread import Thread
-from apr.trace import Stats, Trace
+from apr.threads.thread import Thread
+from apr.threads.trace import Stats, Trace
 
 
 @dataclass

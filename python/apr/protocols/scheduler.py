@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apr.decode import Stream, StreamStep
 from apr.errors import BudgetExceeded, Error
+from apr.loop.sampling import forbid
+from apr.loop.stream import Stream, StreamStep
 from apr.protocols import joins
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher, Words
 from apr.protocols.worker import Block, Request, Worker
-from apr.sampling import forbid
-from apr.session import Session
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 Processors = Callable[[Worker], Sequence[Any]]
 

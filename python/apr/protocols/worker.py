@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from apr.budget import Budget
+from apr.protocols.budget import Budget
 from apr.protocols.markers import Watcher
-from apr.record import Record, Seen
-from apr.thread import Thread
+from apr.protocols.record import Record, Seen
+from apr.threads.thread import Thread
 
 State = Literal["ready", "writing", "head", "waiting", "ended"]
 

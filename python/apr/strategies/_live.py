@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from apr.decode import Decoded, Stream, StreamStep, decode
-from apr.session import Session
+from apr.loop.decode import Decoded, decode
+from apr.loop.stream import Stream, StreamStep
 from apr.strategies._requests import Writing, encode_plain, released
-from apr.thread import ViewLike
+from apr.threads.session import Session
+from apr.threads.thread import ViewLike
 
 
 class Crew(Protocol):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-from apr.decode import Decoded, Stream, decode, stream
 from apr.errors import InvalidInput
-from apr.sampling import Processors
-from apr.session import Session
-from apr.text import written_text
-from apr.thread import Thread
-from apr.trace import Stats, Trace
+from apr.loop.decode import Decoded, decode
+from apr.loop.sampling import Processors
+from apr.loop.stream import Stream, stream
+from apr.loop.text import written_text
+from apr.threads.session import Session
+from apr.threads.thread import Thread
+from apr.threads.trace import Stats, Trace
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from apr.budget import measure_width
-from apr.decode import Decoded
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.width import measure_width
 from apr.strategies._requests import Writing, as_session, released
-from apr.thread import Thread
-from apr.trace import Stats
+from apr.threads.session import Session
+from apr.threads.thread import Thread
+from apr.threads.trace import Stats
 
 
 def check_count(n: Any) -> None:

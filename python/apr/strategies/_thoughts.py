@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr.decode import Decoded
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.loop.decode import Decoded
 from apr.strategies._requests import Writing, encode_plain
 from apr.strategies._reward import number
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 
 @dataclass(eq=False)
 class Node:
     """A beginning of a text: its thread can be forked at any time, without running anything again."""
 
+    session: Session
     thread: Thread
     parent: Node | None = None
     text: str = ""  # since the prompt
@@ -68,7 +69,7 @@ class ModelValue:
         """One score a node; the questions run in one step and are let go."""
         if not nodes:
             return []
-        session = nodes[0].thread.session
+        session = nodes[0].session
         asked = [node.thread.fork(1)[0] for node in nodes]
         try:
             for thread in asked:
@@ -119,7 +120,7 @@ class Grove:
 
     def plant(self, ids: list[int], key: tuple[int, int]) -> Node:
         """The root of a prompt."""
-        node = Node(self._session.thread(ids, request=key))
+        node = Node(self._session, self._session.thread(ids, request=key))
         self.nodes.append(node)
         return node
 
@@ -145,7 +146,9 @@ class Grove:
         text = self.writing.text(tokens, item.finish)
         logprobs = [*parent.logprobs, *item.logprobs]
         ended = item.finish == "eos"
-        child = Node(item.thread, parent, text, tokens, logprobs, parent.depth + 1, ended)
+        child = Node(
+            self._session, item.thread, parent, text, tokens, logprobs, parent.depth + 1, ended
+        )
         parent.children.append(child)
         self.nodes.append(child)
         self.count += 1

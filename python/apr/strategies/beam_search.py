@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
-from apr.sampling import Rules, make_rules, resolve
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.sampling import Rules, make_rules, resolve
+from apr.loop.stream import StreamStep
 from apr.strategies._requests import Result, Writing, run_requests
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 # What transformers uses for "cannot be chosen"; sums with it stay below every real score.
 _NEVER = -1.0e9

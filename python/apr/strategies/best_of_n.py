@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.loop.decode import Decoded
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._reward import RewardModel, number
 from apr.strategies._sample import check_count, sample
+from apr.threads.session import Session
 
 Verifier = Callable[[str, Decoded], float | None]
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded, Stream, StreamStep
 from apr.errors import InvalidInput
-from apr.sampling import forbid_first
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.sampling import forbid_first
+from apr.loop.stream import Stream, StreamStep
 from apr.strategies._answers import last_number
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count, resolve_width
 from apr.strategies.majority_vote import Extract, count_votes, decided
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 
 class _Vote:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
-from apr.sampling import new_token_limit
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.sampling import new_token_limit
+from apr.loop.stream import StreamStep
 from apr.strategies._live import joint_answers, take_steps
 from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
-from apr.thread import Segment, Thread, ViewLike
+from apr.threads.session import Session
+from apr.threads.thread import Segment, Thread, ViewLike
 
 LAYOUTS = ("slots", "interleaved")
 Start = Callable[[int], Any]  # of a thinker's number, from 0 on: text or token ids

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.stream import StreamStep
 from apr.strategies._live import joint_answers, take_steps
 from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
-from apr.thread import Segment, Thread
+from apr.threads.session import Session
+from apr.threads.thread import Segment, Thread
 
 LAYOUTS = ("contiguous", "interleaved", "combined")
 NAMES = ("Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi")

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.loop.decode import Decoded
+from apr.loop.stream import StreamStep
 from apr.strategies._answers import last_number
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._reward import number
 from apr.strategies._sample import resolve_width, sample
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 Extract = Callable[[str], Any]
 Weight = Callable[[str, Decoded], float]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apr.errors import InvalidInput
-from apr.session import Session
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count
 from apr.strategies._thoughts import Grove, Node, check_budget, grow_all, judged, roll_all
+from apr.threads.session import Session
 
 
 def mcts(

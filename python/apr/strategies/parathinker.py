@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from apr.decode import Decoded, StreamStep
 from apr.errors import InvalidInput
-from apr.session import Session
+from apr.hf.vectors import PathVectors
+from apr.loop.decode import Decoded
+from apr.loop.stream import StreamStep
 from apr.strategies._requests import Result, Writing, encode_plain, run_requests
 from apr.strategies._sample import check_count
-from apr.thread import Thread
-from apr.vectors import PathVectors
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 Tag = str | Callable[[int], Sequence[int]]
 

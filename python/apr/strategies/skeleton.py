@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apr.decode import Decoded
-from apr.session import Session
+from apr.loop.decode import Decoded
 from apr.strategies._requests import Result, Writing, run_texts
 from apr.strategies._sample import check_count
-from apr.thread import Thread
+from apr.threads.session import Session
+from apr.threads.thread import Thread
 
 Ask = Callable[..., Any]  # returns a prompt: a string, chat messages, or token ids
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from apr.errors import InvalidInput
-from apr.session import Session
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count
 from apr.strategies._thoughts import (
@@ -18,6 +17,7 @@ from apr.strategies._thoughts import (
     grow_all,
     per_text,
 )
+from apr.threads.session import Session
 
 ORDERS = ("bfs", "dfs", "best_first")
 

@@ -27,9 +27,7 @@ struct alignas(16) uint4 {
 
 inline Block& block() { return Block::current(); }
 inline int thread_index() { return block().thread(); }
-inline int block_threads() { return static_cast<int>(block().threads()); }
 inline int block_index() { return static_cast<int>(block().block()); }
-inline int grid_blocks() { return static_cast<int>(block().blocks()); }
 inline char* shared_memory() { return block().shared(); }
 inline uint32_t shared_address(const void* p) { return block().shared_address(p); }
 

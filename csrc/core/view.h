@@ -1,0 +1,57 @@
+// What an entry of a view shows, and where it stands: the rules and the one walk over a view. The
+// device has a copy of its own for ordinary steps (kernels/cuda/view_step.cuh), tested against
+// this.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/segment_store.h"
+#include "core/types.h"
+
+namespace apr {
+
+// Who reads a view between steps: the thread that writes `own`, or nobody (kNone).
+struct IdleReader {
+  SegmentId own = kNone;
+};
+
+// Who reads a view in a forward: rows that leave `own` encoded up to `own_end`.
+struct StepReader {
+  SegmentId own;
+  int64_t own_end;
+  Visibility visibility;
+  uint64_t step;  // its stamp
+};
+
+// A reader sees tokens [entry.lo, visible_end) of an entry's segment. A living writer's queued
+// tokens are not there before the step that encodes them.
+inline int64_t visible_end(const Entry& entry, const Segment& segment, IdleReader reader) {
+  if (entry.hi != kLive) return std::min(entry.hi, segment.length());
+  return entry.segment == reader.own || segment.settled() ? segment.length() : segment.encoded;
+}
+
+inline int64_t visible_end(const Entry& entry, const Segment& segment, const StepReader& reader) {
+  if (entry.segment == reader.own) return reader.own_end;
+  if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
+  const bool now = segment.settled() || reader.visibility == Visibility::kCurrent;
+  return now || segment.stamp != reader.step ? segment.encoded : segment.encoded_before;
+}
+
+// Calls each(entry, segment, offset, end): token 0 stands at view position `offset`, the reader
+// sees tokens [entry.lo, end). Returns the position after all.
+template <typename Store, typename Reader, typename Each>
+int64_t walk_view(Store& segments, const std::vector<Entry>& view, const Reader& reader,
+                  const Each& each) {
+  int64_t after = 0;
+  for (const Entry& entry : view) {
+    auto& segment = segments.at(entry.segment);
+    const int64_t end = visible_end(entry, segment, reader);
+    const int64_t offset = entry.offset == kMoving ? after : entry.offset;
+    after = std::max(after, offset + segment.stride * end);
+    each(entry, segment, offset, end);
+  }
+  return after;
+}
+
+}  // namespace apr

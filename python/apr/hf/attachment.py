@@ -1,0 +1,130 @@
+"""Attaches a model: measured and proved once, then run by packed forwards on the registered attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apr import ops
+from apr.errors import InvalidInput
+from apr.hf.interface import Running
+from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
+from apr.hf.packed import PackedForward, check_finite
+from apr.hf.probe import ModelSpec, measure
+from apr.hf.self_test import self_test
+from apr.hf.vectors import RowVectors
+from apr.ops import device as gpu
+
+
+class Attachment:
+    """A model whose forwards can run on the registered attention; between them it is the user's as it was.
+
+    Several sessions may hold one model, in several Python threads.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = unwrap(model)
+        if self.model.training:
+            raise InvalidInput("model: got a model in training mode; call model.eval() first")
+        if self.model.device.type != "meta":  # where offloaded weights rest
+            gpu.backend(self.model.device)  # refused where there are no kernels
+        with undisturbed(self.model.device):
+            self._known = known(self.model, measure)
+        gpu.backend(self.spec.device)
+        self.owner, self.switch = self._known.owner, self._known.switch
+        weights = (weight() for weight in self._known.weights)
+        self._watch = Watch(self.model, [w for w in weights if w is not None])
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What was measured of the model."""
+        return self._known.spec
+
+    @property
+    def tested(self) -> bool:
+        """Whether this model, as it is, has passed the self-test."""
+        return self._known.tested
+
+    @tested.setter
+    def tested(self, value: bool) -> None:
+        self._known.tested = value
+
+    def check_unchanged(self, remedy: str) -> None:
+        """Raise InvalidInput where the model is in training mode, or not the one that was measured."""
+        self._watch.check(remedy)
+        if self._watch.configured_anew():
+            with undisturbed(self.model.device):
+                now = known(self.model, measure)
+            if now.spec != self.spec:
+                raise InvalidInput(
+                    "the model's configuration was changed, and with it what its attention sees or how it "
+                    f"turns; {remedy}"
+                )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model is the one that was measured, with the weights of then."""
+        try:
+            self._watch.check("")
+        except InvalidInput:
+            return False
+        return self._known.structure == structure(self.model)
+
+    def forward(
+        self,
+        plan: ops.Plan,
+        rows: Sequence[int],
+        pools: Sequence[ops.Pool],
+        vectors: RowVectors | None = None,
+    ) -> Tensor:
+        """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
+        device = self.spec.device
+        packed = PackedForward(self.spec, pools, plan, self.owner, vectors)
+        ids = torch.from_numpy(plan.core.ids).to(device)[None]
+        positions = torch.from_numpy(plan.core.positions).to(device)[None]
+        keep = torch.tensor(list(rows), dtype=torch.long, device=device)
+        extra = {"logits_to_keep": keep} if self.spec.keeps_rows else {}
+        logits = self._run(packed, ids, positions, extra)
+        if not self.spec.keeps_rows:
+            logits = logits[keep]
+        logits = logits.float()
+        check_finite(logits)
+        return logits
+
+    def forward_static(
+        self, plan: ops.Plan, pools: Sequence[ops.Pool], ids: Tensor, positions: Tensor
+    ) -> Tensor:
+        """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows, vocab]."""
+        packed = PackedForward(self.spec, pools, plan, self.owner)
+        return self._run(packed, ids, positions, {}).float()
+
+    def _run(
+        self, packed: PackedForward, ids: Tensor, positions: Tensor, extra: dict[str, Any]
+    ) -> Tensor:
+        try:
+            with Running(packed, self.switch), torch.no_grad():
+                out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+        except IndexError as error:
+            raise InvalidInput(
+                f"step: the model has no embedding for a token or position of this step (positions "
+                f"up to {int(positions.max())}): {error}; keep threads shorter"
+            ) from error
+        packed.check_complete(self.model)
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def attach(model: Any, prove: bool = True) -> Attachment:
+    """Attach a model; with `prove` it passes the self-test first, once for a model as it is.
+
+    Raises UnsupportedModel with the reason where it cannot be attached.
+    """
+    attachment = Attachment(model)
+    if prove and not attachment.tested:
+        with undisturbed(attachment.spec.device):
+            self_test(attachment)
+        attachment.tested = True
+    return attachment

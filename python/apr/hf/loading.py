@@ -1,0 +1,19 @@
+"""A model and its tokenizer, from a folder or the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from apr.errors import InvalidInput
+
+
+def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a folder or hub id."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error

@@ -1,0 +1,158 @@
+"""Packed forwards: rows of many threads in one call of the model, attending by a plan; a step of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from apr import ops
+from apr.errors import NonFiniteLogits, UnsupportedModel
+from apr.hf.probe import SINKS, LayerSpec, ModelSpec
+from apr.hf.vectors import PathVectors, RowVectors
+
+if TYPE_CHECKING:
+    from apr import _core
+    from apr.hf.attachment import Attachment
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise NonFiniteLogits where a forward returned no numbers; waits for the device."""
+    if bool(logits.isnan().any()):
+        raise NonFiniteLogits(
+            "step: the model returned NaN logits; the step was taken back. Check the "
+            "model's dtype and weights (float16 overflows where bfloat16 does not)"
+        )
+
+
+def changed(model: Any, how_many: str) -> UnsupportedModel:
+    """The exception that says that a model does not do what it did when it was measured."""
+    return UnsupportedModel(
+        f"{type(model).__name__} made {how_many} attention calls than when it was measured: a module was "
+        "replaced, or adapters were added, after it was attached; call session.refresh() (or "
+        "cache.reset()), which releases its threads"
+    )
+
+
+class PackedForward:
+    """Stores each layer's new keys and values and attends by the plan."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pools: Sequence[ops.Pool],
+        plan: ops.Plan | None,
+        owner: frozenset[int],
+        vectors: RowVectors | None = None,
+    ) -> None:
+        self._spec, self._pools, self._plan, self.owner = spec, pools, plan, owner
+        self._vectors = vectors
+        self._next_layer = 0
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs.get("attention_mask")  # the 2-D padding or None; nothing dense is built
+
+    def layer(self, model: Any) -> tuple[LayerSpec, ops.Pool]:
+        if self._next_layer >= len(self._pools):
+            raise changed(model, "more")
+        self._next_layer += 1
+        return self._spec.layers[self._next_layer - 1], self._pools[self._next_layer - 1]
+
+    def attend_rows(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, options: Any
+    ) -> Tensor:
+        """q [rows, heads, dim], k and v [rows, kv_heads, dim] -> [rows, heads, dim_v]."""
+        assert self._plan is not None
+        layer, pool = self.layer(module)
+        if self._vectors is not None:
+            k, v = self._vectors.add(self._next_layer - 1, k, v)
+        given, stored = q.dtype, pool.k.dtype  # they differ under autocast
+        ops.append(k.to(stored), v.to(stored), pool, self._plan)
+        sinks = next((options[n] for n in SINKS if options.get(n) is not None), None)
+        out, _ = ops.attention(
+            q.to(stored),
+            pool,
+            self._plan,
+            scale,
+            layer.rotation,
+            options.get("softcap"),
+            sinks,
+            window=layer.window,
+            chunk=layer.chunk,
+        )
+        return out.to(given)
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
+    ) -> Tensor:
+        rows = (q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1))
+        return self.attend_rows(module, *rows, scale, options)[None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer has made its call."""
+        return self._next_layer == len(self._pools)
+
+    def check_complete(self, model: Any) -> None:
+        if not self.is_complete:
+            raise changed(model, "fewer")
+
+
+@dataclass
+class Ran:
+    """What a step ran, and the logits that it brought."""
+
+    rows: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    """Of each thread that waits for some: a tensor [rows, vocab], and which row of it."""
+    num_rows: int = 0
+    forwards: int = 0
+    copied_tokens: int = 0
+    plan_seconds: float = 0.0
+    forward_seconds: float = 0.0
+
+
+def run_step(
+    step: _core.Step,
+    attachment: Attachment,
+    pools: Sequence[ops.Pool],
+    invariant: bool = False,
+    vectors: Mapping[int, PathVectors] | None = None,
+) -> Ran:
+    """Run a step's forwards one after the other and commit it; on any exception it is rolled back."""
+    ran, began = Ran(), time.perf_counter()
+    try:
+        while step.next():
+            _run_forward(step, attachment, pools, invariant, vectors, ran)
+        step.commit()
+    except BaseException:
+        step.rollback()
+        raise
+    ran.copied_tokens = step.copied_tokens
+    ran.plan_seconds = time.perf_counter() - began - ran.forward_seconds
+    return ran
+
+
+def _run_forward(
+    step: _core.Step,
+    attachment: Attachment,
+    pools: Sequence[ops.Pool],
+    invariant: bool,
+    vectors: Mapping[int, PathVectors] | None,
+    ran: Ran,
+) -> None:
+    plan = ops.Plan(step.plan, invariant=invariant)
+    attachment.spec.check_position(int(plan.core.positions.max()))
+    for pool in pools if step.plan.num_copies else ():
+        ops.copy_tokens(pool, plan)
+    wanted = step.logits_rows
+    rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
+    began = time.perf_counter()
+    adds = RowVectors(plan, vectors, attachment.spec) if vectors else None
+    logits = attachment.forward(plan, rows, pools, adds or None)
+    index = {row: i for i, row in enumerate(rows)}
+    ran.rows.update((number, (logits, index[row])) for number, row in wanted)
+    ran.num_rows, ran.forwards = ran.num_rows + plan.num_rows, ran.forwards + 1
+    ran.forward_seconds += time.perf_counter() - began

@@ -1,0 +1,265 @@
+"""Measures what a model is by probe forwards: its layers, rotations, windows and chunks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from apr.errors import UnsupportedModel, UnsupportedRope
+from apr.hf import rope
+from apr.hf.interface import Running, Switch, members
+from apr.ops import Pool, Rotation, empty_pool
+
+# Tensor arguments of an attention call that change nothing about what is visible.
+_HARMLESS = {"position_ids", "cache_position"}
+SINKS = ("s_aux", "sinks")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention call of a forward, in call order."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    rotation: Rotation | None
+    window: int | None
+    chunk: int | None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the probe found out about a model."""
+
+    layers: tuple[LayerSpec, ...]
+    can_rotate: bool
+    position_limit: int | None
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    keeps_rows: bool  # the forward takes `logits_to_keep`
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers."""
+        size = torch.empty((), dtype=self.dtype).element_size()
+        return size * sum(x.kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
+
+    def make_pools(self, pages: int, page_size: int) -> list[Pool]:
+        """A pool for each layer, of pages that hold nothing yet."""
+        return [
+            empty_pool(
+                pages, x.kv_heads, x.head_dim, self.dtype, self.device, page_size, x.head_dim_v
+            )
+            for x in self.layers
+        ]
+
+    def check_position(self, furthest: int) -> None:
+        """Raise UnsupportedRope where a position lies past what the model's frequencies hold for."""
+        if self.position_limit is not None and furthest >= self.position_limit:
+            raise UnsupportedRope(
+                f"step: position {furthest} passes {self.position_limit}, where this model's rope_type "
+                "(longrope or dynamic) changes all frequencies at once, those of cached keys too; keep "
+                "threads shorter"
+            )
+
+
+@dataclass
+class _Call:
+    q: Tensor
+    kv_heads: int
+    head_dim_v: int
+    mask_pointer: int | None
+    options: dict[str, Any]
+
+
+@dataclass
+class _Probe:
+    """Records attention and mask calls while stock attention computes."""
+
+    owner: frozenset[int]
+    calls: list[_Call] = field(default_factory=list)
+    mask_functions: dict[int, Callable[..., Tensor]] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)  # so that no two masks share an address
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
+    ) -> Tensor:
+        pointer = mask.data_ptr() if isinstance(mask, Tensor) else None
+        self.calls.append(_Call(q.detach(), k.shape[1], v.shape[3], pointer, dict(options)))
+        plain = {n: x for n, x in options.items() if n not in (*SINKS, "softcap", "is_causal")}
+        out: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **plain)[0]
+        return out
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+        if isinstance(mask, Tensor):
+            self.mask_functions[mask.data_ptr()] = kwargs["mask_function"]
+            self.alive.append(mask)
+        return mask
+
+
+def refuse(model: Any, why: str) -> UnsupportedModel:
+    """The exception that says why a model cannot be attached."""
+    return UnsupportedModel(
+        f"{type(model).__name__} cannot be attached: {why}. apr needs a causal language model whose "
+        "attention layers all go through transformers' AttentionInterface and mix tokens nowhere else"
+    )
+
+
+def _measure_visibility(
+    model: Any, function: Callable[..., Tensor]
+) -> tuple[int | None, int | None]:
+    """(window, chunk) of a mask function: evaluated far out, no configuration is read."""
+    zero, far = torch.zeros((), dtype=torch.long), 1 << 20
+    line = torch.arange(far + 2)
+
+    def visible(query: int) -> Tensor:
+        row = function(zero, zero, torch.tensor(query), line)
+        return torch.as_tensor(row).expand(len(line))
+
+    keys = visible(far)
+    first = int(keys.int().argmax())
+    if bool(keys[far + 1]) or not bool(keys[first : far + 1].all()):
+        raise refuse(model, "its attention mask is not causal with a window or chunk")
+    seen_by = int(torch.as_tensor(function(zero, zero, line, zero)).expand(len(line)).sum())
+    if seen_by >= far:
+        return None, None
+    width = int(visible(seen_by).sum())
+    if width == seen_by:
+        return seen_by, None
+    if width == 1 and int(visible(2 * seen_by - 1).sum()) == seen_by:
+        return None, seen_by
+    raise refuse(model, "its attention mask is neither a window nor a chunk")
+
+
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name not in _HARMLESS and name not in SINKS:
+            raise refuse(model, f"its attention takes a tensor '{name}' that apr does not know")
+    if options.get("is_causal") is False:
+        raise refuse(model, "its attention is not causal")
+
+
+def _probe_forward(
+    model: Any, switch: Switch, ids: Tensor, positions: Tensor
+) -> tuple[_Probe, Any]:
+    probe = _Probe(members(model))
+    try:
+        with Running(probe, switch), torch.no_grad():
+            out = model(input_ids=ids, position_ids=positions, use_cache=False)
+    except (UnsupportedModel, MemoryError):
+        raise
+    except Exception as error:
+        where = f"at positions up to {int(positions.max())}"
+        if model.device.type == "meta":
+            where = "with weights on the meta device, where there are no numbers"
+        raise refuse(
+            model, f"a probe forward failed {where} ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    if not probe.calls:
+        raise refuse(model, "no layer dispatched to the registered attention function")
+    return probe, getattr(out, "logits", None)
+
+
+def _check_logits(model: Any, logits: Any, ids: Tensor, vocab_size: int) -> None:
+    """A model of language gives a score for each token of its vocabulary at each place."""
+    if logits is None:
+        raise refuse(
+            model,
+            "its forward returns no logits: load it with AutoModelForCausalLM (a head is missing)",
+        )
+    shape, want = list(logits.shape), [*ids.shape, vocab_size]
+    if shape[:2] != want[:2] or len(shape) != 3 or (shape != want and not model.can_generate()):
+        raise refuse(
+            model,
+            f"its logits are {shape} for ids {list(ids.shape)}, those of a classifier and not of a "
+            f"vocabulary of {vocab_size}: load it with AutoModelForCausalLM",
+        )
+
+
+def counts_padding(model: Any) -> bool:
+    """Whether the model's own positions, where a call gives none, count padded places too.
+
+    Measured by a stock forward with a hole in its mask: most count places, a few count real tokens.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[5, 6, 7]], device=device) % model.get_input_embeddings().weight.shape[0]
+    mask = torch.tensor([[1, 0, 1]], device=device)
+
+    def last(**more: Any) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **more).logits[0, -1]
+        return logits.float()
+
+    own = last()
+    places, tokens = (
+        float((last(position_ids=torch.tensor([x], device=device)) - own).abs().max())
+        for x in ([0, 1, 2], [0, 0, 1])
+    )
+    return places <= tokens
+
+
+def measure(model: Any, switch: Switch) -> ModelSpec:
+    """Find the dispatching layers, their shapes, rotation, windows and chunks; raises UnsupportedModel."""
+    parameters = inspect.signature(model.forward).parameters
+    wild = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "position_ids" not in parameters and not wild:
+        raise refuse(model, "its forward takes no position_ids")
+    table = model.get_input_embeddings().weight
+    vocab_size = int(table.shape[0])
+    # What is offloaded rests on the meta device, and its hooks bring inputs to where it runs.
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    token = min(5, vocab_size - 1)
+    rows = len(rope.PROBE_POSITIONS)
+    places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
+    turning, _ = _probe_forward(model, switch, torch.full((rows, 1), token, device=device), places)
+    line = torch.arange(3, device=device)[None]
+    masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
+    _check_logits(model, logits, line, vocab_size)
+    if len(masking.calls) != len(turning.calls):
+        raise refuse(model, "the number of attention calls changes from forward to forward")
+
+    candidates = rope.frequency_candidates(model)
+    limit, can_rotate = rope.position_limit(model), True
+    layers = []
+    for turned, masked in zip(turning.calls, masking.calls, strict=True):
+        _check_options(model, masked.options)
+        found = rope.fit(turned.q[:, :, 0], candidates)
+        if found is rope.Positions.ABSOLUTE:
+            can_rotate = False
+        window = chunk = None
+        if masked.mask_pointer is not None:
+            if masked.mask_pointer not in masking.mask_functions:
+                raise refuse(model, "it changes the attention mask after making it")
+            function = masking.mask_functions[masked.mask_pointer]
+            window, chunk = _measure_visibility(model, function)
+        rotation = found if isinstance(found, Rotation) else None
+        layers.append(
+            LayerSpec(
+                masked.q.shape[1],
+                masked.kv_heads,
+                masked.q.shape[3],
+                masked.head_dim_v,
+                rotation,
+                window,
+                chunk,
+            )
+        )
+    return ModelSpec(
+        layers=tuple(layers),
+        can_rotate=can_rotate,
+        position_limit=limit,
+        vocab_size=vocab_size,
+        dtype=turning.calls[0].q.dtype,
+        device=turning.calls[0].q.device,
+        keeps_rows="logits_to_keep" in parameters,
+    )

@@ -1,0 +1,65 @@
+"""Vectors that a thread's tokens add to their keys, before rotation, and values (ParaThinker, arXiv 2509.04475)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apr.errors import InvalidInput
+from apr.hf.probe import ModelSpec
+from apr.ops import Plan
+from apr.ops.reference import rotate
+
+
+class PathVectors(NamedTuple):
+    """keys [layers, kv_heads, head_dim] and values [layers, kv_heads, head_dim_v], added to every token that a
+    thread writes; keys before they are rotated."""
+
+    keys: Tensor
+    values: Tensor
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise InvalidInput where they are not of this model's shapes."""
+        layers = spec.layers
+        for name, x, dim in (
+            ("keys", self.keys, layers[0].head_dim),
+            ("values", self.values, layers[0].head_dim_v),
+        ):
+            want = (len(layers), layers[0].kv_heads, dim)
+            if tuple(x.shape) != want:
+                raise InvalidInput(
+                    f"vectors: got {name} {list(x.shape)}; expected {list(want)}: "
+                    "[layers, kv_heads, head_dim] of the model"
+                )
+
+
+class RowVectors:
+    """What the rows of one forward add, layer by layer."""
+
+    def __init__(self, plan: Plan, vectors: Mapping[int, PathVectors], spec: ModelSpec) -> None:
+        writers = plan.core.writers.tolist()
+        rows = [i for i, writer in enumerate(writers) if writer in vectors]
+        self._rows = torch.tensor(rows, dtype=torch.long, device=spec.device)
+        self._owners = [vectors[writers[i]] for i in rows]
+        positions = torch.from_numpy(plan.core.positions)[rows]
+        self._positions = positions[:, None].to(spec.device)
+        self._spec = spec
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k [rows, kv_heads, head_dim], rotated, and v, with the rows' vectors added. Rotation is linear, so
+        that a vector is turned like the key that it would have been added to."""
+        keys = torch.stack([x.keys[layer] for x in self._owners]).to(k.device, torch.float32)
+        values = torch.stack([x.values[layer] for x in self._owners]).to(v.device, torch.float32)
+        rotation = self._spec.layers[layer].rotation
+        if rotation is not None:
+            keys = rotate(keys, self._positions, rotation)
+        k, v = k.clone(), v.clone()
+        k[self._rows] = (k[self._rows].float() + keys).to(k.dtype)
+        v[self._rows] = (v[self._rows].float() + values).to(v.dtype)
+        return k, v

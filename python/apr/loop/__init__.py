@@ -1,0 +1,1 @@
+"""The loop: scores become tokens, tokens become text, step after step."""

@@ -1,0 +1,23 @@
+"""The kernels on tensors: plan, append, attention, merge. No threads, no model."""
+
+from __future__ import annotations
+
+from apr.ops.calls import append, attention, copy_tokens, merge
+from apr.ops.machine import Kernels, kernels
+from apr.ops.plans import Plan, Rotation, View, plan
+from apr.ops.pools import Pool, empty_pool
+
+__all__ = [
+    "Kernels",
+    "Plan",
+    "Pool",
+    "Rotation",
+    "View",
+    "append",
+    "attention",
+    "copy_tokens",
+    "empty_pool",
+    "kernels",
+    "merge",
+    "plan",
+]

@@ -1,0 +1,1 @@
+"""What users hold: sessions, threads, segments, and what happened to them."""

@@ -1,0 +1,69 @@
+"""Who holds which logits: rows of the last step's tensor, or a row of a thread's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Row = tuple[Tensor, int]  # a tensor [rows, vocab], and which row of it
+
+
+class HeldLogits:
+    """Float32 logits [vocab] of the last tokens of threads, by their numbers; children inherit them.
+
+    Threads that take part in every step hold a row of its tensor. One that leaves, or waits, keeps a copy of
+    its row, not the whole tensor.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Row] = {}
+        self._shared: set[int] = set()  # those whose row is one of the last step's tensor
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    def of(self, number: int) -> Tensor | None:
+        """[vocab], a view; None where none are held."""
+        held = self._rows.get(number)
+        return None if held is None else held[0][held[1]]
+
+    def drop(self, number: int) -> None:
+        """They are no longer those of the thread's last token."""
+        self._rows.pop(number, None)
+        self._shared.discard(number)
+
+    def inherit(self, parent: int, children: Iterable[int]) -> None:
+        """Children of a fork have what their parent has."""
+        held = self._rows.get(parent)
+        if held is not None:
+            self._rows.update(dict.fromkeys(children, held))
+            if parent in self._shared:
+                self._shared.update(children)
+
+    def take(self, fresh: Mapping[int, Row], stepped: Collection[int]) -> None:
+        """Take a step's rows; threads that got one without being stepped were waiting for it."""
+        self._keep_copies(self._shared.difference(fresh))
+        self._rows.update(fresh)
+        self._shared = set(fresh)
+        waiting = self._shared.difference(stepped)
+        self._keep_copies(waiting)
+        self._shared -= waiting
+
+    def _keep_copies(self, numbers: Iterable[int]) -> None:
+        copies: dict[tuple[int, int], Row] = {}
+        for number in numbers:
+            tensor, row = self._rows[number]
+            key = (id(tensor), row)
+            if key not in copies:
+                copies[key] = (tensor[row : row + 1].clone(), 0)
+            self._rows[number] = copies[key]
+
+    def stack(self, numbers: Sequence[int]) -> Tensor:
+        """[len(numbers), vocab], the caller's own; KeyError where one holds none."""
+        rows = [self._rows[number] for number in numbers]
+        first = rows[0][0]
+        if all(tensor is first for tensor, _ in rows):
+            return first[[row for _, row in rows]]  # by a list of rows: a copy
+        return torch.stack([tensor[row] for tensor, row in rows])

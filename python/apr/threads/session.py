@@ -1,0 +1,239 @@
+"""A model with a multi-thread KV cache: sessions make threads and segments, and step them together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from apr import _core
+from apr.errors import ForeignThread, InvalidInput
+from apr.hf.attachment import attach
+from apr.hf.graph import step_graphs
+from apr.hf.packed import Ran, run_step
+from apr.hf.probe import ModelSpec
+from apr.ops.arena import Arena
+from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
+from apr.threads.table import ThreadTable
+from apr.threads.thread import Segment, Thread, TokenIds, ViewLike
+from apr.threads.trace import Stats, Trace
+
+
+class Session:
+    """Owns the KV pages of one model and every thread on them.
+
+    max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one forward;
+    longer prefills are split and are still one transaction. invariant: attention bits of a thread do not
+    depend on its neighbours. cuda_graphs: capture the model's decode step and replay it (hf/graph.py): its
+    forward must be capturable, and weights must stay where they are while the session is open. seed: with
+    the request index and the fork path it keys every thread's generator. Raises UnsupportedModel with the reason where the model cannot be attached; `self_test=False`
+    skips the proof (three tiny forwards, once a model).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        step_tokens: int = 8192,
+        invariant: bool = False,
+        cuda_graphs: bool | None = None,
+        seed: int = 0,
+        *,
+        self_test: bool = True,
+    ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidInput(f"max_tokens: got {max_tokens}; expected at least 1, or None")
+        check_page_size(page_size)
+        if step_tokens < 1:
+            raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
+        self.model, self.seed, self.invariant = model, seed, invariant
+        self.page_size, self.step_tokens = page_size, step_tokens
+        self.attachment = attach(model, prove=self_test)
+        spec = self.spec
+        pages = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
+        self.table = ThreadTable(pages, page_size, spec, seed)
+        self._cuda_graphs = cuda_graphs
+        self._stats = Stats()
+        self._open_pools(pages)
+
+    def _open_pools(self, pages: int) -> None:
+        self.pools = self.spec.make_pools(pages, self.page_size)
+        self._graphs = step_graphs(self._cuda_graphs, self.attachment, self.pools, self.invariant)
+        self._arena = Arena(self.pools)
+        self._arena.keep_ahead(0, 0)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What was measured of the model."""
+        return self.attachment.spec
+
+    @property
+    def trace(self) -> Trace:
+        """What happened: a thread tree as text, a Chrome-trace file."""
+        return self.table.trace
+
+    def __reduce__(self) -> Any:
+        raise InvalidInput(
+            "copy: a session owns memory and threads; open another with apr.Session(model)"
+        )
+
+    # ---- opening and closing --------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the pages; safe to call twice."""
+        if self.table.is_open:
+            self._stats = self.stats
+            self.table.close()
+            self._graphs = None
+            self.pools = []
+            self._arena.close()
+
+    def refresh(self) -> None:
+        """Take the model as it is now, after its weights, dtype or device were changed.
+
+        Every thread is released and every segment let go: their keys and values belong to the model of
+        before. Raises InvalidInput where the model is another one, which wants a session of its own.
+        """
+        table = self.table.edit()
+        now = attach(self.model, prove=False)  # it was proved, or not, when this was opened
+        if now.spec.can_rotate != self.spec.can_rotate:
+            raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
+        self.table.release_all()
+        self.attachment = now
+        self.table.spec = now.spec
+        self._arena.close()
+        self._open_pools(table.num_pages)
+
+    # ---- threads and segments -------------------------------------------------------------------
+
+    def thread(
+        self,
+        ids: TokenIds = (),
+        *,
+        view: ViewLike | None = None,
+        writes: Segment | None = None,
+        visibility: str = "previous",
+        request: int | tuple[int, ...] | None = None,
+    ) -> Thread:
+        """A new thread with `ids` queued; with `view` (and `writes`) one that reads and writes regions.
+
+        visibility: whether live segments show the "current" step's tokens too, or only "previous" ones.
+        request: the index that keys its random generator; by default the number of threads made before
+        in this way, so give it where runs with other company must sample the same.
+        """
+        return self.table.thread(ids, view, writes, visibility, request)
+
+    def segment(self, ids: TokenIds, base: int = 0, after: ViewLike = ()) -> Segment:
+        """A sealed segment of `ids` from position `base` on, encoded under the view `after`."""
+        return self.table.segment(ids, base, after)
+
+    def region(self, ids: TokenIds = (), base: int = 0, stride: int = 1) -> Segment:
+        """An open segment that one thread at a time may write; token i lies at base + stride * i."""
+        return self.table.region(ids, base, stride)
+
+    # ---- stepping -------------------------------------------------------------------------------
+
+    def step(self, threads: Sequence[Thread]) -> Tensor:
+        """Run the queued tokens of `threads`, and what they need, in one packed forward.
+
+        Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception lengths,
+        pages, logits and generators are as they were before.
+        """
+        numbers = self._numbers(threads)
+        began = self.trace.clock()
+        try:
+            table = self._start_step(numbers)
+            ran = self._replay(table, numbers) or self._run(table, numbers)
+        finally:
+            self.table.end_step(numbers)
+        self.table.logits.take(ran.rows, numbers)
+        self._stats.count(ran)
+        self.trace.step(numbers, ran.num_rows, began)
+        return self.table.logits.stack(numbers)
+
+    def _numbers(self, threads: Sequence[Thread]) -> list[int]:
+        if isinstance(threads, Thread):
+            raise InvalidInput("step: got one thread; expected a list of threads, e.g. [thread]")
+        numbers = []
+        for thread in threads:
+            if not self.table.owns(thread):
+                raise ForeignThread(
+                    f"step: got {thread!r}, which is not a thread of this session; step it in the "
+                    "session that made it"
+                )
+            numbers.append(thread._id)
+        if not numbers:
+            raise InvalidInput("step: got no threads; expected at least one")
+        if len(set(numbers)) != len(numbers):
+            raise InvalidInput("step: got a thread twice; list each once")
+        return numbers
+
+    def _start_step(self, who: object) -> _core.ThreadTable:
+        table = self.table.begin_step(who)
+        self.attachment.check_unchanged("call session.refresh(), which releases its threads")
+        return table
+
+    def _run(self, table: _core.ThreadTable, numbers: list[int]) -> Ran:
+        held = [number in self.table.logits for number in numbers]
+        step = _core.Step(table, numbers, held, self.step_tokens)
+        vectors = self.table.vectors
+        ran = run_step(step, self.attachment, self.pools, self.invariant, vectors)
+        self._arena.keep_ahead(table.peak_pages, table.num_threads)
+        return ran
+
+    def _replay(self, table: _core.ThreadTable, numbers: list[int]) -> Ran | None:
+        """An ordinary step by a captured graph; None where this is none."""
+        if self._graphs is None or len(numbers) > self.step_tokens or self.table.vectors:
+            return None
+        if any(number in self.table.logits for number in numbers):
+            return None
+        began = time.perf_counter()
+        logits = self._graphs.step(table, numbers)
+        if logits is None:
+            return None
+        rows = {number: (logits, row) for row, number in enumerate(numbers)}
+        seconds = time.perf_counter() - began
+        return Ran(rows, num_rows=len(numbers), forwards=1, forward_seconds=seconds)
+
+    def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
+        """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`, whatever happens."""
+        table = self._start_step(who)
+        return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
+
+    def end_step(self, step: _core.Step | None, who: object, commit: bool) -> None:
+        """Close a step of `begin_step`; rolling back is safe to do twice."""
+        try:
+            if step is None or not commit:
+                if step is not None:
+                    step.rollback()
+                return
+            step.commit()
+            table = self.table.ask()
+            self._arena.keep_ahead(table.peak_pages, table.num_threads)
+        finally:
+            self.table.end_step(who)
+
+    # ---- figures --------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, and the pages in use now."""
+        if not self.table.is_open:
+            return self._stats
+        page_bytes = self.page_size * self.spec.bytes_per_token
+        return self._stats.with_sharing(self.table.settled(), page_bytes)

@@ -1,0 +1,185 @@
+"""What happened in a session: counters, a thread tree as text, and a Chrome-trace file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apr.hf.packed import Ran
+
+
+@dataclass
+class Stats:
+    """Counters of a session, and what its living threads hold and share."""
+
+    steps: int = 0
+    forwards: int = 0
+    rows: int = 0  # tokens run through the model
+    copied_tokens: int = 0  # short inherited tails, copied so that views stay short
+    plan_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    threads: int = 0
+    used_pages: int = 0
+    peak_pages: int = 0
+    used_bytes: int = 0
+    stored_tokens: int = 0  # encoded tokens, each counted once
+    seen_tokens: int = 0  # the same, once for every thread that sees them
+    shared_pages: int = 0  # pages that more than one thread reads
+    replicated_pages: int = 0  # pages that one copy of the cache per thread would take
+
+    def count(self, ran: Ran) -> None:
+        """Add a step that ran."""
+        self.steps += 1
+        self.rows += ran.num_rows
+        self.forwards += ran.forwards
+        self.copied_tokens += ran.copied_tokens
+        self.plan_seconds += ran.plan_seconds
+        self.forward_seconds += ran.forward_seconds
+
+    def with_sharing(self, table: Any, page_bytes: int) -> Stats:
+        """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all layers."""
+        stored, seen, shared, replicated = table.sharing()
+        return replace(
+            self,
+            threads=table.num_threads,
+            used_pages=table.used_pages,
+            peak_pages=table.peak_pages,
+            used_bytes=table.used_pages * page_bytes,
+            stored_tokens=stored,
+            seen_tokens=seen,
+            shared_pages=shared,
+            replicated_pages=replicated,
+        )
+
+
+@dataclass
+class _Node:
+    parent: int | None
+    forked_at: int
+    born: float
+    tokens: int = 0
+    label: str = ""
+    ended: str = ""
+    end: float | None = None
+
+
+# A session may live for days: the oldest events and threads are forgotten beyond so many.
+MOST_EVENTS = 1 << 16
+
+
+class Trace:
+    """Events of a session, in seconds since it was opened; the last MOST_EVENTS of them."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._nodes: dict[int, _Node] = {}
+        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+
+    def clock(self) -> float:
+        """Seconds since the session was opened."""
+        return time.perf_counter() - self._began
+
+    def _event(self, name: str, began: float, **details: Any) -> None:
+        self.events.append({"name": name, "at": began, "seconds": self.clock() - began, **details})
+
+    def _add(self, number: int, node: _Node) -> None:
+        self._nodes[number] = node
+        if len(self._nodes) > MOST_EVENTS:
+            del self._nodes[next(iter(self._nodes))]
+
+    def thread(self, number: int, tokens: int) -> None:
+        self._add(number, _Node(None, 0, self.clock(), tokens))
+        self._event("thread", self.clock(), thread=number, tokens=tokens)
+
+    def fork(self, parent: int, children: Sequence[int], length: int, began: float) -> None:
+        for child in children:
+            self._add(child, _Node(parent, length, self.clock()))
+        self._event("fork", began, thread=parent, children=list(children), length=length)
+
+    def join(
+        self,
+        parent: int,
+        children: Sequence[int],
+        sizes: Sequence[int],
+        positions: str,
+        reencode: bool,
+        began: float,
+    ) -> None:
+        how = "re-encoded" if reencode else f"joined at {positions}"
+        for child, size in zip(children, sizes, strict=True):
+            self.end(child, how, size)
+        self._event("join", began, thread=parent, children=list(children), how=how)
+
+    def step(self, threads: Sequence[int], rows: int, began: float) -> None:
+        self._event("step", began, threads=list(threads), rows=rows)
+
+    def release(self, number: int) -> None:
+        self.end(number, "released")
+
+    def end(self, number: int, how: str, tokens: int | None = None, label: str = "") -> None:
+        """Note how a thread ended; the first reason stays."""
+        node = self._nodes.get(number)
+        if node is None:
+            return
+        node.tokens = node.tokens if tokens is None else tokens
+        node.label = label or node.label
+        if not node.ended:
+            node.ended, node.end = how, self.clock()
+
+    def tree(self, root: int | None = None, width: int = 100) -> str:
+        """The threads as a text tree: tokens written, where they were forked, how they ended."""
+        children: dict[int | None, list[int]] = {}
+        for number, node in self._nodes.items():
+            parent = node.parent if node.parent in self._nodes else None
+            children.setdefault(parent, []).append(number)
+        lines: list[str] = []
+
+        def show(number: int, lead: str, branch: str, below: str) -> None:
+            node = self._nodes[number]
+            parts = [f"thread {number}", f"{node.tokens} tokens"]
+            if node.parent is not None:
+                parts.append(f"forked at {node.forked_at}")
+            if node.ended:
+                parts.append(node.ended)
+            if node.label:
+                parts.append(node.label)
+            lines.append((lead + branch + " · ".join(parts))[:width])
+            kids = children.get(number, [])
+            for i, kid in enumerate(kids):
+                last = i == len(kids) - 1
+                show(kid, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+
+        for number in children.get(None, []) if root is None else [root]:
+            show(number, "", "", "")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write a Chrome-trace file: open it in chrome://tracing or https://ui.perfetto.dev."""
+        rows: list[dict[str, Any]] = []
+        for event in self.events:
+            where = event.get("threads", [event.get("thread", 0)])
+            details = {k: v for k, v in event.items() if k not in ("name", "at", "seconds")}
+            for thread in where:
+                rows.append(
+                    {
+                        "name": event["name"],
+                        "ph": "X",
+                        "ts": event["at"] * 1e6,
+                        "dur": max(event["seconds"] * 1e6, 1.0),
+                        "pid": 0,
+                        "tid": thread,
+                        "args": details,
+                    }
+                )
+        for number, node in self._nodes.items():
+            name = f"thread {number} {node.label}".strip()
+            rows.append(
+                {"name": "thread_name", "ph": "M", "pid": 0, "tid": number, "args": {"name": name}}
+            )
+        Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))
