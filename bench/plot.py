@@ -1,4 +1,6 @@
-"""Draws what `python -m apr bench width --json FILE` measured: time of a step's attention against its width."""
+"""Draws what `python -m apr bench width --json FILE` measured: time of a step's attention against
+its width.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Draws the figures of `python -m apr bench adaptive --json FILE`: accuracy against what it costs; step against width."""
+"""Draws the figures of `python -m apr bench adaptive --json FILE`: accuracy against what it costs;
+step against width.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Turns the figures of `apr bench gpu --json` into Markdown tables: python bench/table.py IN.json OUT.md."""
+"""Turns the figures of `apr bench gpu --json` into Markdown tables: python bench/table.py IN.json
+OUT.md.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def attention_tables(rows: list[dict[str, Any]]) -> list[str]:
             planner = f"{m['median_us'] + m['planner_us']:.1f}" if "planner_us" in m else ""
             error = "" if m["error"] is None else f"{m['error']:.1e}"
             lines.append(
-                f"| {name} | {m['method']} | {m['median_us']:.1f} | {m['p90_us']:.1f} | {planner} | "
-                f"{m['of_copy_rate']:.0%} | {m['times_floor']:.2f} | {m['median_us'] / best:.2f} | {error} |"
+                f"| {name} | {m['method']} | {m['median_us']:.1f} | {m['p90_us']:.1f} | {planner} "
+                f"| {m['of_copy_rate']:.0%} | {m['times_floor']:.2f} | {m['median_us'] / best:.2f} "
+                f"| {error} |"
             )
     return lines
 

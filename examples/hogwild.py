@@ -1,8 +1,10 @@
-"""Hogwild! Inference (arXiv 2504.06261) on a text model: Alice and Bob share their steps as they write them.
+"""Hogwild! Inference (arXiv 2504.06261) on a text model: Alice and Bob share their steps as they
+write them.
 
     python examples/hogwild.py PATH_OR_HUB_ID "question" [WORKERS]
 
-Without a model it runs on a small random one of Qwen2 type, to show the views and the step rule at work.
+Without a model it runs on a small random one of Qwen2 type, to show the views and the step rule at
+work.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from apr import hf
 from apr.strategies import Team
 
 RULES = """
-Several of you solve this together. Each writes short steps; a step ends with an empty line. You see the steps that
-everybody has finished, and what the others are writing right now. Do not repeat each other: split the work, use what
-the others found, and say so if they are wrong. Give the answer as \\boxed{...}.
+Several of you solve this together. Each writes short steps; a step ends with an empty line. You
+see the steps that everybody has finished, and what the others are writing right now. Do not
+repeat each other: split the work, use what the others found, and say so if they are wrong. Give
+the answer as \\boxed{...}.
 """
 
 
@@ -73,7 +76,8 @@ def main(path: str | None, question: str, workers: int) -> None:
     for worker in seen[0].everyone:
         steps = worker.number
         print(
-            f"{worker.name}: {len(worker.written.tokens)} tokens, {steps} steps, {worker.written.finish}"
+            f"{worker.name}: {len(worker.written.tokens)} tokens, {steps} steps, "
+            f"{worker.written.finish}"
         )
     print(f"steps in the common history: {shared[0]}")
     print(f"answer: {result.text!r}")

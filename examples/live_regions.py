@@ -1,4 +1,6 @@
-"""Two writers that read each other while they write, on any model (Hogwild! Inference, arXiv 2504.06261)."""
+"""Two writers that read each other while they write, on any model (Hogwild! Inference, arXiv
+2504.06261).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Hogwild! by explicit lists: which token of which block each row sees, at which position, step after step."""
+"""Hogwild! by explicit lists: which token of which block each row sees, at which position, step
+after step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Writer:
 
 
 class HogwildLoop:
-    """The rules of a team, restated; `run` gives the log-probabilities of what each writer wrote."""
+    """The rules of a team, restated; `run` gives the log-probabilities of what each writer
+    wrote.
+    """
 
     def __init__(self, model, family, prompt, board, layout, check_every):
         self.loop = TokenLoop(model, family)
@@ -78,7 +82,9 @@ class HogwildLoop:
         self._show()
 
     def step(self):
-        """All pending tokens are written, then each sees what its view lists, this step's tokens too."""
+        """All pending tokens are written, then each sees what its view lists, this step's tokens
+        too.
+        """
         todo = [(w, *p) for w in self.everyone for p in w.pending]
         places = []
         for _, block, token, _ in todo:

@@ -7,8 +7,8 @@ import torch
 from apr import _core, ops
 from apr.ops import Rotation, View, reference
 
-# Relative rounding of one stored number. Inputs are exact in the pool's dtype for both sides, so what
-# differs is the output rounding (half a unit) and float32 arithmetic over the visible tokens.
+# Relative rounding of one stored number. Inputs are exact in the pool's dtype for both sides, so
+# what differs is the output rounding (half a unit) and float32 arithmetic over the visible tokens.
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -17,16 +17,16 @@ def tolerance(
 ) -> float:
     """Output rounding + float32 error: a score of size s in base 2 errs by s * 2^-23 * head sums.
 
-    Where matrix units take 16-bit weights (`paired`), weights are rounded too: half a unit each, so the
-    weighted mean moves by at most that part of v_max.
+    Where matrix units take 16-bit weights (`paired`), weights are rounded too: half a unit each, so
+    the weighted mean moves by at most that part of v_max.
     """
     arithmetic = 2.0**-23 * (8 * max(score, 1.0) + 4 * tokens**0.5)
     roundings = 2 if paired else 1
     return v_max * (roundings * 0.5 * UNIT[dtype] + arithmetic + 4e-7)
 
 
-# Every set that was built; the emulated matrix unit runs the source of `amx` on any machine.
-# The emulated GPUs run the source of the CUDA kernels: of compute capability 8.0 and 9.0, few blocks.
+# Every set that was built; the emulated matrix unit runs the source of `amx` on any machine. The
+# emulated GPUs run the source of the CUDA kernels: of compute capability 8.0 and 9.0, few blocks.
 GPUS = {"cuda_emulated_80": 80, "cuda_emulated_90": 90}
 SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated", *GPUS]
 PAIRED = {"amx", "avx512_bf16", "amx_emulated"}  # bfloat16 products by pairs of bfloat16
@@ -63,7 +63,9 @@ def make(dtype, kv_heads, head_dim, pages=40, seed=0):
 
 
 def tree(rotated: bool = False):
-    """A ragged mix: prefill and decode, a shared prefix, a joined pair of segments, a live neighbour."""
+    """A ragged mix: prefill and decode, a shared prefix, a joined pair of segments, a live
+    neighbour.
+    """
     shift = 7 if rotated else 0
     prefix = [3, 1, 8]
     return [

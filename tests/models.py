@@ -1,4 +1,6 @@
-"""Tiny random models of the families that the package promises, and the stock forward as an oracle."""
+"""Tiny random models of the families that the package promises, and the stock forward as an
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ VOCAB = 128
 
 @dataclass(frozen=True)
 class Family:
-    """What the tests know of a family by its documentation, so that apr must find it by measuring."""
+    """What the tests know of a family by its documentation, so that apr must find it by
+    measuring.
+    """
 
     config: Any
     theta: float | None  # RoPE base, None: learned positions
@@ -74,7 +78,8 @@ FAMILIES: dict[str, Family] = {
         None,
     ),
 }
-# Others that `apr.Cache` is tried with: several kinds of layers, softcap, and eager attention of their own.
+# Others that `apr.Cache` is tried with: several kinds of layers, softcap, and eager attention of
+# their own.
 MORE: dict[str, Any] = {
     "gemma2": Gemma2Config(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     "gemma3": Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
@@ -85,7 +90,9 @@ LEARNED = [name for name, family in FAMILIES.items() if family.theta is None]
 
 
 def random_weights(model: Any, seed: int = 1) -> Any:
-    """Weights large enough that attention matters: a wrong key moves the logits by far more than 1e-3."""
+    """Weights large enough that attention matters: a wrong key moves the logits by far more than
+    1e-3.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim > 1:
@@ -120,7 +127,8 @@ def stock(model: Any, ids: list[int], **options: Any) -> Tensor:
 
 
 # float32 logits of order 1 over two layers: the largest difference seen between stock kernels (SDPA
-# against eager) on these models is 6e-6; ten times that is far below what one wrong key does (> 1e-2).
+# against eager) on these models is 6e-6; ten times that is far below what one wrong key does (>
+# 1e-2).
 CLOSE = 6e-5
 FAR = 1e-2
 

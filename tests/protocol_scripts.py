@@ -1,4 +1,6 @@
-"""What a model writes under each grammar, by the path of its threads, and the text that must come out."""
+"""What a model writes under each grammar, by the path of its threads, and the text that must come
+out.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ def kid(*ns):
 
 PARALLEL = "hm <Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
 GUIDE = "<guideline><plan>1: a</plan><plan>2: b</plan></guideline>"
-# preset: what the model writes, the text that must come out, (sampled, put in, critical, children, depth)
+# preset: what the model writes, the text that must come out, (sampled, put in, critical, children,
+# depth)
 SCRIPTS = {
     "apr": (
         {
@@ -75,7 +78,8 @@ SCRIPTS = {
     ),
     "pasta": (
         {
-            (): 'go <promise topic="a" tokens="20"/> and <promise topic="b" tokens="9"/>more<sync/> '
+            (): 'go <promise topic="a" tokens="20"/> and '
+            '<promise topic="b" tokens="9"/>more<sync/> '
             'x <promise topic="c" tokens="12"/>y',
             kid(1): "one</async>",
             ((1, 1),): "two</async>",
@@ -125,7 +129,8 @@ OTHERS = {
             kid(1): 'x<promise tokens="5"/>y<sync/>z</async>',
             kid(1, 1): "in</async>",
         },
-        'a<promise tokens="40"/><async>x<promise tokens="5"/><async>in</async>y<sync/>z</async>b<sync/>c',
+        'a<promise tokens="40"/><async>x<promise '
+        'tokens="5"/><async>in</async>y<sync/>z</async>b<sync/>c',
     ),
     "promises that their makers do not collect": (
         protocols.pasta,

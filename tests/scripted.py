@@ -61,7 +61,9 @@ WORDS = [
 
 
 def tokenizer(whole=tuple(WORDS[::2])):
-    """Byte-level, without merges; `whole` are tokens: by default half of the control words, the rest is spelled."""
+    """Byte-level, without merges; `whole` are tokens: by default half of the control words, the
+    rest is spelled.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     vocabulary |= {c: i + 3 for i, c in enumerate(alphabet)}
@@ -99,7 +101,9 @@ def play(session, tok, prompt, grammar, script, budget=None):
 
 @torch.no_grad()
 def flat_logits(net, record):
-    """Stock logits of the flat sequence, at the places that the sampled tokens were chosen from, by piece."""
+    """Stock logits of the flat sequence, at the places that the sampled tokens were chosen from, by
+    piece.
+    """
     flat = flatten(record)
     out = net(
         input_ids=flat.ids[None],
@@ -115,7 +119,9 @@ def flat_logits(net, record):
 
 
 def distances(net, outcome, logits):
-    """The largest difference of each thread's logits from the oracle's; every sampled token is compared."""
+    """The largest difference of each thread's logits from the oracle's; every sampled token is
+    compared.
+    """
     rows = flat_logits(net, outcome.record)
     found = {}
 

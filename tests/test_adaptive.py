@@ -1,4 +1,6 @@
-"""The adaptive Countdown model: its search space, lessons that are what the runtime does, its training."""
+"""The adaptive Countdown model: its search space, lessons that are what the runtime does, its
+training.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def scripts(problem, miss):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_lessons_are_what_the_runtime_does(seed, tiny):
-    """A perfect model, run under the grammar, and the lesson on it: the same tokens at the same places."""
+    """A perfect model, run under the grammar, and the lesson on it: the same tokens at the same
+    places.
+    """
     model, tokenizer = tiny
     rng = random.Random(seed)
     problem = draw_problem(rng, 4, Range(20, 100))
@@ -304,7 +308,9 @@ def shipped():
 
 
 def test_the_shipped_model_decides_by_itself(shipped):
-    """What docs/adaptive.md says of fresh held-out problems, within four standard errors of 60 hard and 60 easy."""
+    """What docs/adaptive.md says of fresh held-out problems, within four standard errors of 60 hard
+    and 60 easy.
+    """
     model, tokenizer = shipped
     rng = random.Random(99)
     hard, easy = [], []

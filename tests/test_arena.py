@@ -1,4 +1,6 @@
-"""Pages are present before they are handed out, and close, errors and small pools do not disturb it."""
+"""Pages are present before they are handed out, and close, errors and small pools do not disturb
+it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def present(pool: ops.Pool, page: int) -> bool:
 
 
 def big_pool(pages: int = 4096) -> ops.Pool:
-    """Pages of 512 KiB, so that one page's memory does not come with another's (huge pages are 2 MiB)."""
+    """Pages of 512 KiB, so that one page's memory does not come with another's (huge pages are 2
+    MiB).
+    """
     return ops.empty_pool(pages, 4, 512, torch.float32)
 
 

@@ -93,7 +93,8 @@ def test_the_prompt_is_stored_once():
     with apr.Session(model, max_tokens=8192, page_size=16) as s:
         result = apr.beam_search(s, Words(), ids, num_beams=8, max_new_tokens=16)
         stats = result.stats
-        # Prompt, eight beams of at most 15 tokens that were run, and for each a copy of less than a page.
+        # Prompt, eight beams of at most 15 tokens that were run, and for each a copy of less than a
+        # page.
         assert stats.stored_tokens <= 100 + 8 * (15 + 15)
         assert stats.peak_pages <= 7 + 1 + 2 * 8
 
@@ -116,7 +117,9 @@ def test_beams_of_one_are_greedy():
 
 
 def test_configurations_are_read(monkeypatch):
-    """A chat model's own do_sample does not stop beams; its penalties count; extremes end in a text."""
+    """A chat model's own do_sample does not stop beams; its penalties count; extremes end in a
+    text.
+    """
     model = build("llama")
     ids = tokens(7)
     greedy = apr.beam_search(model, Words(), ids, num_beams=2, max_new_tokens=4)

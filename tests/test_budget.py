@@ -1,4 +1,6 @@
-"""Widths: the rule on made-up curves, the measurement on a tiny model, and runs that take their width from it."""
+"""Widths: the rule on made-up curves, the measurement on a tiny model, and runs that take their
+width from it.
+"""
 
 from __future__ import annotations
 

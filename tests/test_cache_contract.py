@@ -1,4 +1,6 @@
-"""`apr.Cache` wherever transformers takes a cache: every way of decoding gives stock's tokens, scores and states."""
+"""`apr.Cache` wherever transformers takes a cache: every way of decoding gives stock's tokens,
+scores and states.
+"""
 
 from __future__ import annotations
 

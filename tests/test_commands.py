@@ -118,7 +118,8 @@ def test_bench_smoke(what, capsys, tmp_path):
         memory = rows[-1]
         assert memory["slots"] <= memory["floor"] * 1.02 + 64 * 17
     if what == "attention":
-        # Every method computes the same thing: errors against float64, rounded values up to about 1.
+        # Every method computes the same thing: errors against float64, rounded values up to about
+        # 1.
         limits = {"float32": 2e-6, "bfloat16": 2e-2}
         assert all(r["error"] < limits[r["dtype"]] for r in rows)
         assert min(r["machine_gb_per_s"] for r in rows) > 0

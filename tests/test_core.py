@@ -44,7 +44,9 @@ def test_the_parent_writes_on_and_the_child_does_not_see_it():
 
 
 def test_beam_search_does_not_pile_up_segments():
-    """1,000 steps of width 8: views stay at about length / page entries, and no page is left over."""
+    """1,000 steps of width 8: views stay at about length / page entries, and no page is left
+    over.
+    """
     random.seed(0)
     table = make()
     root = table.create(list(range(100)))

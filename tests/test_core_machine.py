@@ -13,7 +13,9 @@ from core_table import PAGE, make, step
 
 
 class Model:
-    """A thread as plain lists: pieces of (tokens, position of the first), the last one its own tail."""
+    """A thread as plain lists: pieces of (tokens, position of the first), the last one its own
+    tail.
+    """
 
     def __init__(self, pieces, tail_at):
         self.pieces = pieces

@@ -1,4 +1,6 @@
-"""The CUDA kernels on a GPU: `pytest -m cuda`. What the emulated GPU runs in CI, on the real one."""
+"""The CUDA kernels on a GPU: `pytest -m cuda`. What the emulated GPU runs in CI, on the real
+one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def on_gpu(pool):
 def run(
     row_sets, pool, heads, generator, *, rotation=None, window=None, invariant=False, **options
 ):
-    """Appends and attends on the GPU; the float64 reference on the CPU: (got, want, far pool, q, plan)."""
+    """Appends and attends on the GPU; the float64 reference on the CPU: (got, want, far pool, q,
+    plan).
+    """
     far = on_gpu(pool)
     plan = ops.plan(row_sets, far, heads, window=window, invariant=invariant)
     shape = (plan.num_rows, pool.num_kv_heads, pool.head_dim)
@@ -166,7 +170,9 @@ def test_replayed_steps_equal_planned_ones(model):
 
 
 def test_a_session_equals_stock(model):
-    """Attachment runs the self-test on the GPU: forks and a far segment against the stock forward."""
+    """Attachment runs the self-test on the GPU: forks and a far segment against the stock
+    forward.
+    """
     with apr.Session(model, 1 << 14) as s:
         ids = list(range(50))
         got = s.step([s.thread(ids)])[0]

@@ -53,7 +53,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_greedy_equals_generate(family, name):
-    """Each option is aimed at what plain greedy decoding writes, so that it has to change something."""
+    """Each option is aimed at what plain greedy decoding writes, so that it has to change
+    something.
+    """
     _, model = family
     plain = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": 2}
     first = generate(model, PROMPT, **plain)

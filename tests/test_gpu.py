@@ -1,4 +1,6 @@
-"""The CUDA kernels' source on the emulated GPU: every instance, any order of threads, and what faults show."""
+"""The CUDA kernels' source on the emulated GPU: every instance, any order of threads, and what
+faults show.
+"""
 
 from __future__ import annotations
 
@@ -191,5 +193,7 @@ def test_the_emulator_lets_correct_kernels_through(what):
     ],
 )
 def test_the_emulator_sees_faults(what, word):
-    """What makes the tests above worth something; races show in nearly every order, so ten are plenty."""
+    """What makes the tests above worth something; races show in nearly every order, so ten are
+    plenty.
+    """
     assert any(word in _core.run_broken_kernel(what) for _ in range(10))

@@ -1,4 +1,6 @@
-"""Captured decode steps: replays equal planned steps whatever happens to the threads between them."""
+"""Captured decode steps: replays equal planned steps whatever happens to the threads between
+them.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ CLOSE = 0.15
 
 
 def both(model, script, **options):
-    """What a script of steps gives with planned steps and with replayed ones, and the second's session."""
+    """What a script of steps gives with planned steps and with replayed ones, and the second's
+    session.
+    """
     outs = []
     for graphs in (None, True):
         with apr.Session(model, 4096, cuda_graphs=graphs, self_test=False, **options) as s:
@@ -85,7 +89,9 @@ def test_edits_between_replays_never_capture_again(model):
 
 @pytest.mark.parametrize("visibility", ["current", "previous"])
 def test_live_views_with_moving_offsets(model, visibility):
-    """Hogwild: every worker sees the others' text before its own, which therefore moves at every step."""
+    """Hogwild: every worker sees the others' text before its own, which therefore moves at every
+    step.
+    """
 
     def script(s):
         prompt = s.segment(list(range(20)))
@@ -104,7 +110,9 @@ def test_live_views_with_moving_offsets(model, visibility):
 
 @pytest.mark.trap(12)
 def test_a_thousand_steps_without_the_host(model):
-    """Views, offsets, angles and lengths after 1,000 device steps, against a plan made by the host."""
+    """Views, offsets, angles and lengths after 1,000 device steps, against a plan made by the
+    host.
+    """
     with apr.Session(model, 1 << 15, self_test=False) as s:
         prompt = s.segment(list(range(20)))
         tails = [s.region(base=20) for _ in range(3)]
@@ -132,7 +140,8 @@ def test_a_thousand_steps_without_the_host(model):
         q = torch.randn(plan.num_rows, 4, 32).bfloat16()
         rotation = s.spec.layers[0].rotation
         got = ops.attention(q, s.pools[0], plan, 0.2, rotation)[0][:3]
-        # The host's way to the same state: all 1,000 tokens in one step; the last rows see the same.
+        # The host's way to the same state: all 1,000 tokens in one step; the last rows see the
+        # same.
         for worker in workers:
             worker.extend([1] * 999)
         core_step = s.begin_step(workers, 1 << 30, workers)
@@ -144,7 +153,8 @@ def test_a_thousand_steps_without_the_host(model):
         host_q[999::1000] = q[:3]
         want = ops.attention(host_q, s.pools[0], host, 0.2, rotation)[0][999::1000]
         s.end_step(core_step, workers, commit=True)
-    # Outputs of order 0.1 (means of a thousand values), rounded to bfloat16 after other orders of sums.
+    # Outputs of order 0.1 (means of a thousand values), rounded to bfloat16 after other orders of
+    # sums.
     assert (got.float() - want.float()).abs().max().item() < 4e-3
     assert want.float().abs().max().item() > 0.1
 
@@ -256,7 +266,9 @@ def test_pages_run_out_before_anything_runs(model):
 
 
 def test_pages_granted_ahead_go_back(model):
-    """Threads that were stepped and left, joined children, released parents: none keeps what it did not use."""
+    """Threads that were stepped and left, joined children, released parents: none keeps what it did
+    not use.
+    """
     used = []
     for graphs in (None, True):
         with apr.Session(model, 64 * 64, cuda_graphs=graphs, self_test=False) as s:
@@ -281,7 +293,9 @@ def test_pages_granted_ahead_go_back(model):
 
 @pytest.mark.parametrize("where", ["refresh", "run", "commit"])
 def test_interrupts_leave_host_and_device_in_step(model, where, monkeypatch):
-    """Control-C wherever it strikes: the next step equals that of a session that never was interrupted."""
+    """Control-C wherever it strikes: the next step equals that of a session that never was
+    interrupted.
+    """
     outs = []
     for interrupted in (False, True):
         with apr.Session(model, 4096, cuda_graphs=True, self_test=False) as s:

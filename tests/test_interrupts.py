@@ -1,5 +1,6 @@
-"""Ctrl-C at every line of a cached forward in turn: model, cache and session go on as if it had not begun, or as if
-it had ended."""
+"""Ctrl-C at every line of a cached forward in turn: model, cache and session go on as if it had not
+begun, or as if it had ended.
+"""
 
 from __future__ import annotations
 

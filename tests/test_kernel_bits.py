@@ -34,7 +34,9 @@ def test_invariant_bits_do_not_depend_on_the_company(dtype, instruction_set):
 @pytest.mark.trap(5)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_invariant_bits_follow_the_view_not_the_step(dtype, instruction_set):
-    """Another thread that lists the same segments in another order makes the step number them so."""
+    """Another thread that lists the same segments in another order makes the step number them
+    so.
+    """
     pool, generator = make(dtype, 1, 64)
     pages = {name: [i] for i, name in enumerate("abcxy")}
 
@@ -51,10 +53,11 @@ def test_invariant_bits_follow_the_view_not_the_step(dtype, instruction_set):
 
 
 def values_that_cancel(pool, pages, first, half):
-    """Tokens [first, first + half) random over many magnitudes, the next `half` their negatives, all else 0.
+    """Tokens [first, first + half) random over many magnitudes, the next `half` their negatives,
+    all else 0.
 
-    With equal weights their sum is nothing but rounding: another order of additions is another result, in
-    the leading digits.
+    With equal weights their sum is nothing but rounding: another order of additions is another
+    result, in the leading digits.
     """
     generator = torch.Generator().manual_seed(1)
     pool.v.zero_()

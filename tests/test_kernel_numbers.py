@@ -1,4 +1,6 @@
-"""Kernels on adversarial numbers: extremes, every bit pattern, NaN, memory that nobody wrote, rounding."""
+"""Kernels on adversarial numbers: extremes, every bit pattern, NaN, memory that nobody wrote,
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from kernel_cases import PAIRED, UNIT, check, dtypes, make, rounds_weights, run
 def worst_case(q, pool, scale, tokens, paired):
     """A bound on the output's error that holds for any input, from the data's sizes.
 
-    A dot product of d numbers errs by (d + 4) 2^-24 sum |q k| <= (d + 4) 2^-24 ||q|| ||k||; a weight by twice
-    that and its exponential (4e-7); sums over t tokens, above and below the line, by t 2^-24 each. Weights
-    and outputs are rounded as in `tolerance`.
+    A dot product of d numbers errs by (d + 4) 2^-24 sum |q k| <= (d + 4) 2^-24 ||q|| ||k||; a
+    weight by twice that and its exponential (4e-7); sums over t tokens, above and below the line,
+    by t 2^-24 each. Weights and outputs are rounded as in `tolerance`.
     """
     k_norm = pool.k.float().norm(dim=-1).max().item()
     size = scale * q.float().norm(dim=-1).max().item() * k_norm
@@ -52,7 +54,8 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
     assert (out.double() - want).abs().max().item() <= bound
     lse_bound += 2.0**-23 * want_lse.abs().max().item()  # the sum's and its own rounding
     assert (lse.double() - want_lse).abs().max().item() <= lse_bound
-    # The bound has power: the mean of the values, which a kernel blind to scores gives, is far outside.
+    # The bound has power: the mean of the values, which a kernel blind to scores gives, is far
+    # outside.
     if case == "large scores":
         mean = pool.v[pages].double().flatten(0, 2).mean(0)
         assert (want - mean).abs().max().item() > 10 * bound
@@ -60,7 +63,9 @@ def test_adversarial_inputs_stay_within_the_worst_case(rows, case, dtype, instru
 
 @pytest.mark.trap(2, 4)
 def test_empty_ranges_and_rows_that_see_little(instruction_set):
-    """Segments without a visible token, and whole tiles that a window hides from some rows of a block."""
+    """Segments without a visible token, and whole tiles that a window hides from some rows of a
+    block.
+    """
     for dtype in dtypes():
         pool, generator = make(dtype, 1, 64)
         shared = [3, 1, 8, 20, 21]
@@ -81,7 +86,9 @@ def test_empty_ranges_and_rows_that_see_little(instruction_set):
 
 
 def test_half_conversions_cover_every_bit_pattern(instruction_set):
-    """V of one visible token comes out unchanged: every finite number, infinities, and NaN as NaN."""
+    """V of one visible token comes out unchanged: every finite number, infinities, and NaN as
+    NaN.
+    """
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
         pool = ops.empty_pool(len(every), 1, 64, dtype)
@@ -174,7 +181,9 @@ def test_nan_is_not_swallowed(dtype, instruction_set):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_outputs_round_to_nearest_even(dtype, instruction_set):
-    """The mean of two values, exact in float32, against torch's rounding: ties, subnormals, overflow."""
+    """The mean of two values, exact in float32, against torch's rounding: ties, subnormals,
+    overflow.
+    """
     generator = torch.Generator().manual_seed(0)
     pool = ops.empty_pool(512, 1, 40, dtype)
     bits = torch.randint(-(2**15), 2**15, (512, 1, 2, 40), generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -71,68 +72,72 @@ def test_pybind11_stays_in_the_bindings():
         assert "pybind11" not in path.read_text(), path
 
 
-def test_the_extension_is_imported_in_few_places():
-    users = {f for f, names in python_files().items() if "apr._core" in names}
-    assert users == {"session.py", "ops.py", "gpu.py", "graph.py", "machine.py"}
+# From the ground up: a room may know those before it, and its neighbours on one line do not know
+# each other.
+ROOMS = [
+    ["errors"],
+    ["ops"],
+    ["hf"],
+    ["threads"],
+    ["loop"],
+    ["cache", "strategies", "protocols"],
+    ["training"],
+    ["countdown"],
+    ["bench"],
+    ["commands"],
+    ["__main__"],
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 
-def test_transformers_is_touched_where_the_design_says():
-    users = {
-        f
-        for f, names in python_files().items()
-        if any(n.split(".")[0] == "transformers" for n in names)
+def test_rooms_know_only_those_below():
+    for file, names in python_files().items():
+        if file == "__init__.py":
+            continue
+        here = file.split("/")[0].removesuffix(".py")
+        for name in names:
+            top, _, rest = name.partition(".")
+            room = rest.split(".")[0]
+            if top != "apr" or room == here or room == "_core":
+                continue
+            if room in FLOOR:
+                assert FLOOR[room] < FLOOR[here], f"{file} imports {name}"
+            elif name == "apr":  # with a name of its own after it, or the whole package
+                continue
+            else:  # what apr/__init__.py exports, for those who stand on the whole package
+                assert here in ("countdown", "bench", "commands"), f"{file} imports {name}"
+
+
+def test_every_room_is_on_a_floor():
+    rooms = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix in ("", ".py")
     }
-    model_side, sampling = (
-        {
-            "compatibility.py",
-            "interface.py",
-            "probe.py",
-            "model_state.py",
-            "hf.py",
-            "cache.py",
-            "cache_seam.py",
-        },
-        {"decode.py", "sampling.py"},
-    )
-    countdown = {"countdown/train.py", "countdown/tokenizer.py"}
-    tools = {"commands/info.py", "bench/sessions.py"}
-    assert users == model_side | sampling | countdown | tools
+    assert rooms - {"__init__", "__pycache__"} == set(FLOOR)
 
 
-def test_strategies_stand_on_decode_and_session():
-    allowed = {
-        "decode",
-        "sampling",
-        "text",
-        "vectors",
-        "session",
-        "thread",
-        "trace",
-        "errors",
-        "budget",
-        "strategies",
-    }
-    for name, found in python_files().items():
-        if name.startswith("strategies/"):
-            mine = {n.split(".")[1] for n in found if n.startswith("apr.")}
-            assert mine <= allowed, (name, mine - allowed)
-        elif not name.startswith("commands/") and name not in ("__init__.py", "bench/methods.py"):
-            assert not any(n.startswith("apr.strategies") for n in found), name
+def test_the_extension_and_transformers_stay_below_the_methods():
+    for file, names in python_files().items():
+        room = file.split("/")[0]
+        if "apr._core" in names:
+            assert room in ("ops", "hf", "threads"), file
+        if any(name.split(".")[0] == "transformers" for name in names):
+            assert room in ("hf", "cache", "loop", "countdown", "bench", "commands"), file
 
 
-def test_protocols_stand_on_decode_and_session():
-    allowed = {"decode", "sampling", "session", "thread", "trace", "errors", "budget", "record"}
-    for name, found in python_files().items():
-        if name.startswith("protocols/"):
-            mine = {n.split(".")[1] for n in found if n.startswith("apr.")}
-            assert mine <= allowed | {"protocols"}, (name, mine - allowed)
-    training = {n.split(".")[1] for n in python_files()["training.py"] if n.startswith("apr.")}
-    assert training == {"errors", "record"}
+def test_no_name_of_a_package_hides_a_module_of_it():
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        if parts[-1] in ("__init__", "__main__"):
+            continue
+        package = importlib.import_module(".".join(parts[:-1]))
+        module = importlib.import_module(".".join(parts))
+        assert getattr(package, parts[-1]) is module, ".".join(parts)
 
 
 def test_no_architecture_is_named():
     for path in PACKAGE.rglob("*.py"):
-        assert "model_type" not in path.read_text(), path
+        text = path.read_text()
+        assert "model_type" not in text and "architectures[" not in text, path
 
 
 def test_every_file_says_what_it_owns():
@@ -143,7 +148,9 @@ def test_every_file_says_what_it_owns():
 
 
 def test_every_trap_is_covered(request):
-    """The traps of docs/kernels.md, by the marks of the tests that were collected; 15 wants a GPU to run."""
+    """The traps of docs/kernels.md, by the marks of the tests that were collected; 15 wants a GPU
+    to run.
+    """
     if any(not p.name.startswith("tests") for p in map(Path, request.config.args)):
         pytest.skip("only with the whole suite")
     if _core.gpu(True) is None:

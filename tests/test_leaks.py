@@ -1,4 +1,6 @@
-"""A thousand runs of all methods in one session: no page, thread or segment stays, and figures do not creep."""
+"""A thousand runs of all methods in one session: no page, thread or segment stays, and figures do
+not creep.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ METHODS = {
 
 
 def test_methods_run_on_the_emulated_gpu_by_graphs():
-    """All of them; and what threads of a prompt alone hold, against the stock forward in bfloat16."""
+    """All of them; and what threads of a prompt alone hold, against the stock forward in
+    bfloat16.
+    """
     if _core.gpu(True) is None:
         pytest.skip("this build has no emulated GPU (APR_EMULATION=ON)")
     model = build("llama").to(torch.bfloat16)

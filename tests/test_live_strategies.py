@@ -1,4 +1,6 @@
-"""Methods whose threads read each other: log-probabilities against the token loop's explicit lists."""
+"""Methods whose threads read each other: log-probabilities against the token loop's explicit
+lists.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ def logprob_of(logits, token):
 def group_think_oracle(model, family, most, layout, slot, written, events, current=False):
     """Log-probability of each thinker's tokens, from the statement of what each may see.
 
-    A thinker sees the prompt, of every other one what was there before the step (`current`: with the step's
-    too), and its own tokens up to the row's. The last token of one who has ended is a sealed segment's: it is
-    there in the step that runs it. events: (step, thinker that enters) and (step, -1 - thinker that
-    leaves).
+    A thinker sees the prompt, of every other one what was there before the step (`current`: with
+    the step's too), and its own tokens up to the row's. The last token of one who has ended is a
+    sealed segment's: it is there in the step that runs it. events: (step, thinker that enters) and
+    (step, -1 - thinker that leaves).
     """
     loop = TokenLoop(model, FAMILIES[family])
     p = len(PROMPT)
@@ -84,7 +86,8 @@ def test_group_think_sees_the_others_up_to_the_step_before(family, n, layout):
         if number == 7:
             groups[0].enter()
         if number == 12 and len(groups[0].thinkers) > 1:
-            left.append(groups[0].written.index(groups[0]._of[groups[0].thinkers[1]]))
+            threads = [member.thread for member in groups[0].everyone]
+            left.append(threads.index(groups[0].thinkers[1]))
             groups[0].leave(groups[0].thinkers[1])
 
     left = []
@@ -148,7 +151,9 @@ def test_group_think_answers_jointly_and_in_batches():
 
 
 def test_lengths_count_own_tokens_alone():
-    """A live view grows with everybody's tokens: processors that count must not take them for own ones."""
+    """A live view grows with everybody's tokens: processors that count must not take them for own
+    ones.
+    """
     model = build("llama")
     result = apr.group_think(
         model,

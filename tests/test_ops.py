@@ -1,4 +1,6 @@
-"""Kernels against the float64 oracle: dtypes, head sizes, groups, ranges, rotation, windows, sinks."""
+"""Kernels against the float64 oracle: dtypes, head sizes, groups, ranges, rotation, windows,
+sinks.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,9 @@ def test_rotation(interleaved, part, dtype, instruction_set):
         turned_dtype=dtype if rounded else None,
     )
     if rounded:
-        # A query that lies half-way between two 16-bit numbers in float32 may go to either side: a score
-        # moves by a unit of one number of the query, scale * unit * |q| * |k| <= 2^-3 * unit * 16.
+        # A query that lies half-way between two 16-bit numbers in float32 may go to either side: a
+        # score moves by a unit of one number of the query, scale * unit * |q| * |k| <= 2^-3 * unit
+        # * 16.
         unit = UNIT[dtype]
         assert (got[1].double() - want[1]).abs().max().item() <= 2 * unit
         assert (got[0].double() - want[0]).abs().max().item() <= 5 * (2 * unit + unit)

@@ -126,7 +126,9 @@ def test_join_at_max(family):
 
 @pytest.mark.trap(11)
 def test_yarn_scales_queries_and_keys_once(without_rotation):
-    """YaRN stretches attention by a factor that sits in the rotated q and k: turning again must not repeat it."""
+    """YaRN stretches attention by a factor that sits in the rotated q and k: turning again must not
+    repeat it.
+    """
     rope = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -183,7 +185,9 @@ def test_join_at_sum(rotary, without_rotation):
 
 
 def hogwild_rows(p, texts, step, visibility, entered, order):
-    """Rows of one step of workers: view of worker w = prompt, the others in order, own block last."""
+    """Rows of one step of workers: view of worker w = prompt, the others in order, own block
+    last.
+    """
     rows = []
     for w, text in texts.items():
         if not entered[w] <= step < entered[w] + len(text):
@@ -206,7 +210,9 @@ def hogwild_rows(p, texts, step, visibility, entered, order):
 
 @pytest.mark.parametrize("visibility", ["current", "previous"])
 def test_live_views(rotary, visibility, without_rotation):
-    """Three workers read each other while they write; one enters late, one ends early (Hogwild!)."""
+    """Three workers read each other while they write; one enters late, one ends early
+    (Hogwild!).
+    """
     name, model = rotary
     texts = {"A": tokens(9, 5), "B": tokens(4, 6), "C": tokens(6, 7)}
     entered = {"A": 0, "B": 0, "C": 3}
@@ -267,7 +273,9 @@ def test_visibility_has_power(llama):
 
 
 def test_group_think_slots(rotary):
-    """Interleaved slots: two writers on one line of positions, each sees the other's earlier tokens."""
+    """Interleaved slots: two writers on one line of positions, each sees the other's earlier
+    tokens.
+    """
     family_name, model = rotary
     loop = TokenLoop(model, FAMILIES[family_name])
     p = len(PROMPT)

@@ -14,7 +14,8 @@ from protocol_scripts import GUIDE, SCRIPTS, kid
 NPR = protocols.npr
 
 
-# ---- ways to end a block --------------------------------------------------------------------------
+# ---- ways to end a block
+# --------------------------------------------------------------------------
 
 
 def test_the_first_success_cancels_the_rest(session, tok, net):
@@ -63,7 +64,8 @@ def test_samples_repeat_and_siblings_differ(session, tok):
     assert len({tuple(t) for t in first}) == 4
 
 
-# ---- refusals -------------------------------------------------------------------------------------
+# ---- refusals
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

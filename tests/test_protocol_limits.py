@@ -1,4 +1,6 @@
-"""Budgets, malformed blocks and failures: each has a defined end, the parent is never lost, nothing hangs."""
+"""Budgets, malformed blocks and failures: each has a defined end, the parent is never lost, nothing
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def guide(*labels):
     return "<guideline>" + "".join(f"<plan>{x}: p</plan>" for x in labels) + "</guideline>"
 
 
-# ---- malformed text -------------------------------------------------------------------------------
+# ---- malformed text
+# -------------------------------------------------------------------------------
 
 
 def test_no_outlines_closes_the_block_at_once(session, tok, net):
@@ -143,7 +146,8 @@ def test_an_end_word_that_is_the_eos(session, tok, net):
     scripted.check(net, outcome, logits)
 
 
-# ---- limits ---------------------------------------------------------------------------------------
+# ---- limits
+# ---------------------------------------------------------------------------------------
 
 
 def test_depth_forbids_the_opening_word(session, tok):
@@ -181,7 +185,9 @@ def test_depth_forbids_the_opening_word(session, tok):
 
 
 def test_forbidden_words_are_not_written(session, tok):
-    """A model that wants nothing but one word writes it where it may, and not in a child that may not."""
+    """A model that wants nothing but one word writes it where it may, and not in a child that may
+    not.
+    """
     word = tok("<Parallel>", add_special_tokens=False).input_ids
     assert len(word) == 1
 

@@ -1,4 +1,6 @@
-"""Every preset through the real runtime with a scripted model, against a stock forward of the flat sequence."""
+"""Every preset through the real runtime with a scripted model, against a stock forward of the flat
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def record_rows(record):
                 sees.append((str(number), piece.position, done[number] + 1))
                 rows.append((number, Row(str(number), piece.ids[done[number]], at, sees)))
                 done[number] += 1
-                # A piece that another waits for half-way may go on; the loop keeps prefixes of its keys.
+                # A piece that another waits for half-way may go on; the loop keeps prefixes of its
+                # keys.
     return rows
 
 
@@ -149,7 +152,8 @@ def test_join_comparison(session, tok):
     by = {d.returns: d for d in apr.compare_joins(session, outcome, tokenizer=tok)}
     assert set(by) == {"max", "sum", "text", "message"}
     assert by["max"].most < CLOSE and by["max"].agreement == 1.0
-    # A join that saw another text, or the same at other places, is another function of the same weights.
+    # A join that saw another text, or the same at other places, is another function of the same
+    # weights.
     assert all(
         by[name].most > FAR and by[name].divergence > 0 for name in ("sum", "text", "message")
     )
@@ -199,7 +203,8 @@ def test_many_requests_are_each_alone(session, tok):
             many.total_tokens,
             many.critical_path_tokens,
         )
-    # One batch a step for all of them: as many steps as the longest request has tokens one after the other.
+    # One batch a step for all of them: as many steps as the longest request has tokens one after
+    # the other.
     alone_steps = sum(o.critical_path_tokens for o in alone)
     steps = sum(1 for e in session.trace.events if e["name"] == "step") - alone_steps
     assert steps == max(o.critical_path_tokens for o in together)
@@ -208,7 +213,9 @@ def test_many_requests_are_each_alone(session, tok):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_control_words_are_found_however_they_are_split(data):
-    """Tokens are arbitrary pieces of the text; a token may hold a word's end and another's beginning."""
+    """Tokens are arbitrary pieces of the text; a token may hold a word's end and another's
+    beginning.
+    """
     text = data.draw(
         st.lists(st.sampled_from(["<A>", "</A>", "<AB>", "x", " ", "<", ">", "A>"]), max_size=12)
     )

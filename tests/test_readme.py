@@ -18,7 +18,9 @@ COMMANDS = re.findall(r"^python -m apr (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
 def test_python_blocks():
-    """In order, in one namespace: later blocks, those of docs/ too, use the model that the first one loads."""
+    """In order, in one namespace: later blocks, those of docs/ too, use the model that the first
+    one loads.
+    """
     namespace: dict[str, object] = {}
     found = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

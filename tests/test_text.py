@@ -26,9 +26,9 @@ from models import COMMON, random_weights, tokens
 
 PROMPT = "The sum is"
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last or add_generation_prompt %}"
-    "<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    "{% if thinking is defined and not thinking %}<none>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last or "
+    "add_generation_prompt %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|>{% endif %}{% if thinking is defined and not thinking %}<none>{% endif %}"
 )
 
 
@@ -64,7 +64,9 @@ def tagged():
 
 
 class Says(LogitsProcessor):
-    """Writes `text` and then the end token, whatever the model says; keeps its place between calls."""
+    """Writes `text` and then the end token, whatever the model says; keeps its place between
+    calls.
+    """
 
     def __init__(self, ids):
         self.ids, self.at = [*ids, 2], 0
@@ -100,7 +102,9 @@ def methods(tokenizer):
     }
 
 
-# ---- text -------------------------------------------------------------------------------------------
+# ---- text
+# -------------------------------------------------------------------------------------------
+
 
 CODE = "    return a + b\n"
 
@@ -195,7 +199,8 @@ def test_what_is_boxed(text, inside):
     assert boxed(text) == inside
 
 
-# ---- prompts ----------------------------------------------------------------------------------------
+# ---- prompts
+# ----------------------------------------------------------------------------------------
 
 
 def test_chats_go_through_the_template_with_its_options(tagged):
@@ -258,7 +263,8 @@ def test_no_tokenizer_where_nothing_needs_text():
         apr.best_of_n(model, None, "text", **options)
 
 
-# ---- processors -------------------------------------------------------------------------------------
+# ---- processors
+# -------------------------------------------------------------------------------------
 
 
 def test_every_thread_has_processors_of_its_own(tagged):
@@ -369,7 +375,8 @@ def test_nothing_to_choose_from_names_thread_and_step(tagged, value, error, says
         assert len(apr.decode(s, [thread], **options)[0].tokens) == 9
 
 
-# ---- what samples -----------------------------------------------------------------------------------
+# ---- what samples
+# -----------------------------------------------------------------------------------
 
 
 def test_a_temperature_samples(tagged):
@@ -408,7 +415,8 @@ def test_end_tokens_in_any_form(tagged, make):
     assert out.finish == "eos" and out.tokens == free[: free.index(end) + 1]
 
 
-# ---- scores -----------------------------------------------------------------------------------------
+# ---- scores
+# -----------------------------------------------------------------------------------------
 
 
 def test_a_verifier_may_abstain(tagged):
@@ -459,7 +467,8 @@ def test_a_result_is_data(tagged):
     assert dataclasses.asdict(result)["threads"][0]["tokens"] == result.threads[0].tokens
 
 
-# ---- the command line -------------------------------------------------------------------------------
+# ---- the command line
+# -------------------------------------------------------------------------------
 
 
 def test_model_output_is_printed_as_it_is(tagged, tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""Flat sequences: the mask against its definition, labels against the runtime, lengths without a dense mask."""
+"""Flat sequences: the mask against its definition, labels against the runtime, lengths without a
+dense mask.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_the_mask_is_what_each_piece_sees(record):
 @settings(max_examples=25, deadline=None)
 @given(records(), st.integers(100, 300))
 def test_the_block_mask_agrees_with_torchs_own(record, stretch):
-    """Longer pieces, so that blocks of 128 matter; torch makes its own from every pair of tokens."""
+    """Longer pieces, so that blocks of 128 matter; torch makes its own from every pair of
+    tokens.
+    """
     record.write(len(record.pieces) - 1, [5] * stretch, sampled=False)
     flat = flatten(record)
     ours = flat.block_mask()

@@ -1,4 +1,6 @@
-"""Trees of thoughts and MCTS: what nodes hold against the stock forward; orders, budgets, pages, errors."""
+"""Trees of thoughts and MCTS: what nodes hold against the stock forward; orders, budgets, pages,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_nodes_hold_what_the_stock_forward_gives(order):
 
 
 def test_breadth_first_is_what_it_says():
-    """Level by level by hand, with the same samples: a node's samples depend on its fork path alone."""
+    """Level by level by hand, with the same samples: a node's samples depend on its fork path
+    alone.
+    """
     model = build("llama")
     with apr.Session(model, max_tokens=8192) as s:
         result = apr.tree_search(

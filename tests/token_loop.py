@@ -1,8 +1,9 @@
-"""Oracle for views that stock transformers cannot express: a loop over explicit lists of visible tokens.
+"""Oracle for views that stock transformers cannot express: a loop over explicit lists of visible
+tokens.
 
-The model itself computes everything but attention. It is run with all position ids 0, so RoPE is the
-identity and keys are kept as they are before rotation; each row then attends to the tokens that the
-test lists, rotated at the positions that the test states, with formulas of this file alone.
+The model itself computes everything but attention. It is run with all position ids 0, so RoPE is
+the identity and keys are kept as they are before rotation; each row then attends to the tokens that
+the test lists, rotated at the positions that the test states, with formulas of this file alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _LOOP: ContextVar[TokenLoop | None] = ContextVar("token_loop", default=None)
 
 @dataclass(frozen=True)
 class Row:
-    """One token written to `block`; it sees `sees`: (block, position of its first token, tokens)."""
+    """One token written to `block`; it sees `sees`: (block, position of its first token,
+    tokens).
+    """
 
     block: str
     token: int

@@ -1,7 +1,7 @@
 """Compiles attention kernels with nvcc and reads what ptxas says: fails where registers spill.
 
-Without arguments the main instances (head_dim 64 and 128 in bfloat16); with --all every one, and a table of
-registers, shared memory and seconds in the file given by --record.
+Without arguments the main instances (head_dim 64 and 128 in bfloat16); with --all every one, and a
+table of registers, shared memory and seconds in the file given by --record.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def compile_one(source: str, name: str, defines: list[str], architecture: str) -
 
 
 def shared_bytes() -> dict[str, int]:
-    """Dynamic shared memory of each instance, where a build of apr with emulation or CUDA is installed."""
+    """Dynamic shared memory of each instance, where a build of apr with emulation or CUDA is
+    installed.
+    """
     from apr import _core
 
     backend = _core.gpu(True) or _core.gpu(False)
@@ -111,10 +113,10 @@ def main() -> int:
         release = next(iter(re.findall(r"release [\d.]+, V[\d.]+", version)), "unknown")
         options.record.write_text(
             "# All CUDA kernels, compiled\n\n"
-            f"`make cuda-all`, {time.strftime('%Y-%m-%d')}, nvcc {release}, {len(results)} objects in "
-            f"{time.perf_counter() - began:.0f} s with {options.jobs} at a time. Compiled, not run.\n\n"
-            + "\n".join(lines)
-            + "\n"
+            f"`make cuda-all`, {time.strftime('%Y-%m-%d')}, nvcc {release}, {len(results)} objects "
+            "in "
+            f"{time.perf_counter() - began:.0f} s with {options.jobs} at a time. Compiled, not "
+            "run.\n\n" + "\n".join(lines) + "\n"
         )
     return 1 if bad else 0
 

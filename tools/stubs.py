@@ -1,4 +1,6 @@
-"""Writes python/apr/_core.pyi from the built extension; with --check, fails where it has drifted."""
+"""Writes python/apr/_core.pyi from the built extension; with --check, fails where it has
+drifted.
+"""
 
 from __future__ import annotations
 

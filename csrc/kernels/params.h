@@ -7,6 +7,10 @@
 
 namespace apr {
 
+// Scores are logarithms to base 2 inside of kernels, natural ones outside.
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

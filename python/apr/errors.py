@@ -20,7 +20,9 @@ class ThreadReleased(Error):
 
 
 class ForeignThread(Error):
-    """The thread belongs elsewhere: another session, another parent, or a fork point that is gone."""
+    """The thread belongs elsewhere: another session, another parent, or a fork point that is
+    gone.
+    """
 
 
 class UnsupportedModel(Error):

@@ -1,4 +1,6 @@
-"""A record of parallel threads as one flat sequence: ids, positions, mask and loss, as the runtime saw them."""
+"""A record of parallel threads as one flat sequence: ids, positions, mask and loss, as the runtime
+saw them.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ _BLOCK = 128  # of a FlexAttention block mask
 class Flat:
     """One sequence in which every piece of a record stands once; N tokens, P pieces.
 
-    Token i sees token j if `index[j] < seen[piece[i], piece[j]]`, or if both stand in one piece and j is
-    not behind i: the ancestor mask of tree attention. Logits of token `sources[k]` choose `targets[k]`.
+    Token i sees token j if `index[j] < seen[piece[i], piece[j]]`, or if both stand in one piece and
+    j is not behind i: the ancestor mask of tree attention. Logits of token `sources[k]` choose
+    `targets[k]`.
     """
 
     ids: Tensor  # int64 [N]
@@ -45,7 +48,9 @@ class Flat:
         return mask
 
     def mask(self) -> Tensor:
-        """bool [N, N], True where the row's token sees the column's; `attention_mask=mask[None, None]`."""
+        """bool [N, N], True where the row's token sees the column's; `attention_mask=mask[None,
+        None]`.
+        """
         piece, index = self.piece.long(), self.index
         visible = index < self.seen[piece][:, piece]
         own = (piece[:, None] == piece) & (index[:, None] >= index)
@@ -63,7 +68,9 @@ class Flat:
         return visible
 
     def block_mask(self, device: torch.device | str = "cpu") -> Any:
-        """A FlexAttention `BlockMask`, made from the pieces: no [N, N] tensor is built, at any length."""
+        """A FlexAttention `BlockMask`, made from the pieces: no [N, N] tensor is built, at any
+        length.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         blocks = -(-len(self.ids) // _BLOCK)
@@ -91,16 +98,17 @@ class Flat:
 
 
 def flatten(record: Record) -> Flat:
-    """One flat sequence of a record: a stock forward of it under its mask gives the runtime's logits.
+    """One flat sequence of a record: a stock forward of it under its mask gives the runtime's
+    logits.
 
-    Raises InvalidInput where that cannot be: a key that two readers see at different positions (a join at
-    summed positions), or a token that was sampled where there were no logits.
+    Raises InvalidInput where that cannot be: a key that two readers see at different positions (a
+    join at summed positions), or a token that was sampled where there were no logits.
     """
     pieces = record.pieces
     if not record.begins_as_line:
         raise InvalidInput(
-            "flatten: the run began on a thread that had joined others or had a view of its own; what its "
-            "tokens saw is not in the record: begin with session.thread(ids)"
+            "flatten: the run began on a thread that had joined others or had a view of its own; "
+            "what its tokens saw is not in the record: begin with session.thread(ids)"
         )
     lengths = np.array([len(p.ids) for p in pieces], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -111,9 +119,9 @@ def flatten(record: Record) -> Flat:
         for other, hi, shift in piece.sees:
             if shift:
                 raise InvalidInput(
-                    f"flatten: piece {number} sees piece {other} {shift} positions from where it was "
-                    "written, and a key has one position in a flat sequence; join at max positions, "
-                    "re-encode, or train on a message"
+                    f"flatten: piece {number} sees piece {other} {shift} positions from where it "
+                    "was written, and a key has one position in a flat sequence; join at max "
+                    "positions, re-encode, or train on a message"
                 )
             seen[number, other] = hi
         start = int(starts[number])
@@ -123,8 +131,8 @@ def flatten(record: Record) -> Flat:
         if len(chosen) and chosen[0] == 0:
             if piece.follows is None:
                 raise InvalidInput(
-                    f"flatten: the first token of piece {number} was sampled after nothing; write the "
-                    "tokens that open it with sampled=False"
+                    f"flatten: the first token of piece {number} was sampled after nothing; write "
+                    "the tokens that open it with sampled=False"
                 )
             sources[-len(chosen)] = int(starts[piece.follows[0]]) + piece.follows[1]
     index = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
@@ -143,7 +151,9 @@ def flatten(record: Record) -> Flat:
 
 @dataclass(frozen=True)
 class Batch:
-    """Flat sequences as rows [B, N]: the arguments of a Hugging Face forward, and what its logits should say."""
+    """Flat sequences as rows [B, N]: the arguments of a Hugging Face forward, and what its logits
+    should say.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
@@ -156,13 +166,17 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def loss(self, logits: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of logits [B, N, vocab] on the sampled tokens; "none" gives one each, [M]."""
+        """Cross-entropy in nats of logits [B, N, vocab] on the sampled tokens; "none" gives one
+        each, [M].
+        """
         chosen = logits.flatten(0, 1)[self.sources].float()
         return torch.nn.functional.cross_entropy(chosen, self.labels, reduction=reduction)
 
 
 def collate(flats: Sequence[Flat], pad: int = 0, multiple: int = 1) -> Batch:
-    """Rows of one length, the longest rounded up to `multiple`; padding sees itself and is seen by nobody."""
+    """Rows of one length, the longest rounded up to `multiple`; padding sees itself and is seen by
+    nobody.
+    """
     longest = -(-max(len(f) for f in flats) // multiple) * multiple
     ids = torch.full((len(flats), longest), pad)
     positions = torch.zeros(len(flats), longest, dtype=torch.int64)

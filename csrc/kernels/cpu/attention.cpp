@@ -12,9 +12,6 @@
 namespace apr::cpu {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
 // Grow-only memory, aligned for the widest vectors.
 class Scratch {
  public:

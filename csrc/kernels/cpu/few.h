@@ -52,10 +52,7 @@ inline float few_softmax(int64_t tokens, float* scores, Element* probabilities, 
     sums += p;
     keep_row(probabilities, t, p);
   }
-  const float fix = exp2(spread(*max - top))[0];
-  *max = top;
-  *sum = *sum * fix + total(sums);
-  return fix;
+  return advance(*max, *sum, top, total(sums));
 }
 
 // out [kRows, dim] = fix * out + P V, for kCols vectors of dimensions from `d` on.

@@ -9,8 +9,6 @@
 namespace apr::cpu {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 // What one row and head of all parts need: the parts in float, and their weights as a MergeJob's.
 struct Memory {
   std::vector<float> parts, max, sum, merged;

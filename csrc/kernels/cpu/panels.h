@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/cpu/products.h"
+#include "kernels/cpu/softmax.h"
 
 namespace apr::cpu::APR_ISA {
 namespace {
@@ -105,7 +106,7 @@ inline void mask(const TileJob& job, const Panel& p, int64_t slot, int64_t token
 }
 
 inline void cap(const TileJob& job, int64_t count, float* scores) {
-  const float to_base_2 = job.softcap * 1.4426950408889634f;
+  const float to_base_2 = job.softcap * kLog2e;
   for (int64_t i = 0; i < count; i += kWidth) store(scores + i, tanh(load(scores + i)) * to_base_2);
 }
 
@@ -130,11 +131,12 @@ inline void softmax(const TileJob& job, const Panel& p, int64_t tokens, const fl
     }
     float* total = job.sum + p.first + j;
     if (any(top != old)) {
-      const Vec fix = exp2(old - top);
-      store(job.max + p.first + j, top);
-      store(total, load(total) * fix + sum);
+      Vec max = old, all = load(total);
+      const Vec fix = advance(max, all, top, sum);
+      store(job.max + p.first + j, max);
+      store(total, all);
       rescale(j, fix);
-    } else {
+    } else {  // nothing moves, as it mostly is
       store(total, load(total) + sum);
     }
   }

@@ -188,7 +188,7 @@ class SmallAttention {
         float x = score[m][e / 4][e % 4] * work_.factor;
         // The cap comes before the logarithm's base and the mask. Hoisted, the test makes registers
         // spill.
-        if (work_.softcap != 0.f) x = tanh_of(x) * work_.softcap * 1.4426950408889634f;
+        if (work_.softcap != 0.f) x = tanh_of(x) * work_.softcap * kLog2e;
         score[m][e / 4][e % 4] = x;
       }
     }
@@ -224,20 +224,18 @@ class SmallAttention {
         top = maximum(top, shuffle_xor(top, 1));
         top = maximum(top, shuffle_xor(top, 2));
         top = maximum(top, max_[m][h]);
-        const float reference = top == -infinity() ? 0.f : top;
-        const float shrink = fast_exp2(max_[m][h] - reference);
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float weight = fast_exp2(score[m][n][h * 2 + e] - reference);
+            const float weight = weight_under(top, score[m][n][h * 2 + e]);
             score[m][n][h * 2 + e] = weight;
             sum += weight;
           }
         }
-        sum_[m][h] = sum_[m][h] * shrink + sum;  // of this lane's tokens; lanes add up at the end
-        max_[m][h] = top;
+        // Sums are of this lane's tokens; lanes add up at the end.
+        const float shrink = advance(max_[m][h], sum_[m][h], top, sum);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           out_[m][n][h * 2] *= shrink;
@@ -301,11 +299,10 @@ class SmallAttention {
       for (int w = 0; w < Shape::kWarps; ++w) {
         top = maximum(top, stats[2 * (w * Shape::kRows + r)]);
       }
-      const float reference = top == -infinity() ? 0.f : top;
       float weight[Shape::kWarps], sum = 0.f;
 #pragma unroll
       for (int w = 0; w < Shape::kWarps; ++w) {
-        weight[w] = fast_exp2(stats[2 * (w * Shape::kRows + r)] - reference);
+        weight[w] = weight_under(top, stats[2 * (w * Shape::kRows + r)]);
         sum += weight[w] * stats[2 * (w * Shape::kRows + r) + 1];
       }
       const Lane lane = lane_of(work_, item, span_.head, r);

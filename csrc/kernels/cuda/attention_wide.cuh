@@ -53,8 +53,10 @@ class WideAttention {
 
  private:
   // Both groups, and only they, meet.
-  APR_DEVICE void sync_groups() { sync_some(1, 128, 256); }
-  APR_DEVICE void sync_group() { sync_some(2 + group_, 128 + 128 * group_, 128); }
+  // Named barriers; 0 is the block's. Threads [0, 128) load, two groups of 128 compute.
+  static constexpr int kGroups = 1, kFirstGroup = 2;
+  APR_DEVICE void sync_groups() { sync_some(kGroups, 128, 256); }
+  APR_DEVICE void sync_group() { sync_some(kFirstGroup + group_, 128 + 128 * group_, 128); }
 
   APR_DEVICE void release(int stage) {
     sync_warp();  // a lane that is late would take the stage's next phase for this one
@@ -154,7 +156,7 @@ class WideAttention {
   }
 
   APR_DEVICE void scale(float (&score)[32]) {
-    const float factor = work_.factor, cap = work_.softcap * 1.4426950408889634f;
+    const float factor = work_.factor, cap = work_.softcap * kLog2e;
 #pragma unroll
     for (int e = 0; e < 32; ++e) score[e] *= factor;
     if (work_.softcap == 0.f) return;  // the cap comes before the logarithm's base and the mask
@@ -192,20 +194,18 @@ class WideAttention {
       }
       top = maximum(top, shuffle_xor(top, 1));
       top = maximum(top, shuffle_xor(top, 2));
-      const float reference = top == -infinity() ? 0.f : top;
-      const float shrink = fast_exp2(max_[h] - reference);
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float weight = fast_exp2(score[4 * n + 2 * h + e] - reference);
+          const float weight = weight_under(top, score[4 * n + 2 * h + e]);
           score[4 * n + 2 * h + e] = weight;
           sum += weight;
         }
       }
-      sum_[h] = sum_[h] * shrink + sum;  // of this lane's tokens; lanes add up at the end
-      max_[h] = top;
+      // Sums are of this lane's tokens; lanes add up at the end.
+      const float shrink = advance(max_[h], sum_[h], top, sum);
 #pragma unroll
       for (int j = 0; j < Shape::kBoxes; ++j) {
 #pragma unroll
@@ -245,11 +245,9 @@ class WideAttention {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float other = stats[h * 128 + thread_], top = maximum(max_[h], other);
-          const float reference = top == -infinity() ? 0.f : top;
-          const float mine = fast_exp2(max_[h] - reference);
-          const float theirs = fast_exp2(other - reference);
-          sum_[h] = sum_[h] * mine + stats[(2 + h) * 128 + thread_] * theirs;
-          max_[h] = top;
+          const float theirs = weight_under(top, other);
+          const float mine =
+              advance(max_[h], sum_[h], top, stats[(2 + h) * 128 + thread_] * theirs);
 #pragma unroll
           for (int j = 0; j < Shape::kBoxes; ++j) {
 #pragma unroll

@@ -7,25 +7,37 @@
 
 namespace apr {
 
-inline int64_t reserve(int64_t& bytes, int64_t size) {
+// Where an array of `count` elements lies in a buffer.
+template <typename T>
+struct Slice {
+  int64_t offset = 0, count = 0;
+};
+
+// Room for an array behind `bytes`, which grow.
+template <typename T>
+Slice<T> reserve(int64_t& bytes, int64_t count) {
   const int64_t at = (bytes + 15) / 16 * 16;
-  bytes = at + size;
-  return at;
+  bytes = at + count * static_cast<int64_t>(sizeof(T));
+  return {at, count};
 }
 
 class Writer {
  public:
   explicit Writer(std::vector<char>& bytes) : bytes_(bytes) {}
 
-  // Returns where the array begins; it keeps room for `capacity` elements.
+  // Writes an array; it keeps room for `capacity` elements.
   template <typename T>
-  int64_t put(const T* from, int64_t count, int64_t capacity = 0) {
+  Slice<T> put(const T* from, int64_t count, int64_t capacity = 0) {
     auto end = static_cast<int64_t>(bytes_.size());
-    const int64_t room = capacity > count ? capacity : count;
-    const int64_t at = reserve(end, room * static_cast<int64_t>(sizeof(T)));
+    const Slice<T> slice = reserve<T>(end, capacity > count ? capacity : count);
     bytes_.resize(static_cast<size_t>(end));
-    if (count > 0) std::memcpy(bytes_.data() + at, from, sizeof(T) * static_cast<size_t>(count));
-    return at;
+    const size_t size = sizeof(T) * static_cast<size_t>(count);
+    if (size > 0) std::memcpy(bytes_.data() + slice.offset, from, size);
+    return slice;
+  }
+  template <typename T>
+  Slice<T> put(const std::vector<T>& from, int64_t capacity = 0) {
+    return put(from.data(), static_cast<int64_t>(from.size()), capacity);
   }
 
  private:

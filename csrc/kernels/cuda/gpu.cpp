@@ -12,8 +12,6 @@
 namespace apr::APR_GPU {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 int32_t log2_of(int64_t power) {
   int32_t result = 0;
   while ((int64_t{1} << result) < power) ++result;
@@ -25,6 +23,12 @@ Array<T> array(void* base, int64_t offset, int64_t count) {
   return {reinterpret_cast<T*>(static_cast<char*>(base) + offset), count};
 }
 
+// Lets an array stand on a slice of the buffer that begins at `base`.
+template <typename T, typename U>
+void place(Array<T>& array, void* base, const Slice<U>& slice) {
+  array = {reinterpret_cast<U*>(static_cast<char*>(base) + slice.offset), slice.count};
+}
+
 // Elements from the first to the last of [rows, heads, dim].
 int64_t extent(const Rows& rows, int64_t count, int64_t heads, int64_t dim) {
   return (count - 1) * rows.row_stride + (heads - 1) * rows.head_stride + dim;
@@ -32,18 +36,18 @@ int64_t extent(const Rows& rows, int64_t count, int64_t heads, int64_t dim) {
 
 AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* base) {
   AttentionWork work{};
-  work.counts = array<Counts>(base, layout.counts, 1);
-  work.visits = array<const Visit>(base, layout.visits, layout.num_visits);
-  work.items = array<const Item>(base, layout.items, layout.num_items);
-  work.pairs = array<const PlanPair>(base, layout.pairs, layout.num_pairs);
-  work.runs = array<const PlanRun>(base, layout.runs, layout.num_runs);
-  work.segment_pages = array<const int32_t>(base, layout.segment_pages, layout.num_segments + 1);
-  work.page_table = array<const int32_t>(base, layout.page_table, layout.num_pages);
-  work.row_visits = array<const int32_t>(base, layout.row_visits, layout.num_rows + 1);
-  work.view_order = array<const int32_t>(base, layout.view_order, layout.num_view_order);
-  work.bounds = array<Bounds>(base, layout.bounds, layout.num_visits);
-  work.reach = array<Reach>(base, layout.reach, layout.num_items);
-  work.prefix = array<int32_t>(base, layout.prefix, layout.num_items + 1);
+  place(work.counts, base, layout.counts);
+  place(work.visits, base, layout.visits);
+  place(work.items, base, layout.items);
+  place(work.pairs, base, layout.pairs);
+  place(work.runs, base, layout.runs);
+  place(work.segment_pages, base, layout.segment_pages);
+  place(work.page_table, base, layout.page_table);
+  place(work.row_visits, base, layout.row_visits);
+  place(work.view_order, base, layout.view_order);
+  place(work.bounds, base, layout.bounds);
+  place(work.reach, base, layout.reach);
+  place(work.prefix, base, layout.prefix);
   work.alone_lanes = layout.alone_lanes;
   work.grid = static_cast<int32_t>(layout.grid);
   work.q_heads = static_cast<int32_t>(kind.q_heads);
@@ -123,7 +127,7 @@ class Tables : public Interface {
 
   void prepare(void* tables, void* stream) const override {
     const AttentionWork work = work_of(tables, nullptr);
-    poison(work.bounds.data, layout_.bytes - layout_.bounds);
+    poison(work.bounds.data, layout_.bytes - layout_.bounds.offset);
     run_plan_step(work, stream);
   }
 
@@ -166,18 +170,18 @@ class Views final : public Tables<GpuViews> {
 
   void step(void* tables, int64_t* slots, int64_t* positions, void* stream) const override {
     ViewWork work{};
-    work.counts = array<const Counts>(tables, layout_.counts, 1);
-    work.rows = array<const ViewRow>(tables, layout_.rows, capacity_.rows);
-    work.entries = array<const ViewEntry>(tables, layout_.entries, capacity_.entries);
-    work.segments = array<ViewSegment>(tables, layout_.segments, capacity_.segments);
-    work.page_table = array<const int32_t>(tables, layout_.page_table, capacity_.pages);
-    work.runs = array<PlanRun>(tables, layout_.runs, capacity_.rows);
-    work.pairs = array<PlanPair>(tables, layout_.pairs, capacity_.entries);
+    place(work.counts, tables, layout_.counts);
+    place(work.rows, tables, layout_.rows);
+    place(work.entries, tables, layout_.entries);
+    place(work.segments, tables, layout_.segments);
+    place(work.page_table, tables, layout_.page_table);
+    place(work.runs, tables, layout_.runs);
+    place(work.pairs, tables, layout_.pairs);
     work.slots = {slots, capacity_.rows};
     work.positions = {positions, capacity_.rows};
     work.row_capacity = static_cast<int32_t>(capacity_.rows);
     work.page_shift = log2_of(kind_.page_size);
-    poison(work.pairs.data, layout_.bounds - layout_.pairs);
+    poison(work.pairs.data, layout_.bounds.offset - layout_.pairs.offset);
     run_view_step(work, stream);
     prepare(tables, stream);
   }
@@ -185,8 +189,8 @@ class Views final : public Tables<GpuViews> {
   void turn(void* tables, const double* inv_freq, int64_t pairs, float* cos_sin,
             void* stream) const override {
     TurnWork work{};
-    work.counts = array<const Counts>(tables, layout_.counts, 1);
-    work.pairs = array<const PlanPair>(tables, layout_.pairs, capacity_.entries);
+    place(work.counts, tables, layout_.counts);
+    place(work.pairs, tables, layout_.pairs);
     work.inv_freq = {inv_freq, pairs};
     work.cos_sin = {cos_sin, capacity_.entries * pairs * 2};
     work.capacity = static_cast<int32_t>(capacity_.entries);

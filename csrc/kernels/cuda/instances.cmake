@@ -1,4 +1,5 @@
-# Which instances of the attention kernels there are; instances.cpp lists the same names.
+# The instances of the attention kernels, NUMBER_DIM_ROWS_STAGES; instances.cpp is given their names.
+set(APR_INSTANCES "")
 foreach(number bf16 fp16)
   if(number STREQUAL bf16)
     set(type BFloat16)
@@ -12,6 +13,7 @@ foreach(number bf16 fp16)
     list(GET parts 2 stages)
     apr_gpu_instance(small small_${number}_${shape} "${APR_CUDA_ARCHITECTURES}"
       APR_NUMBER=${type} APR_DIM=${dim} APR_ROWS=${rows} APR_STAGES=${stages})
+    string(APPEND APR_INSTANCES "one(small_${number}_${shape}) ")
   endforeach()
   foreach(shape 64_128_8 128_128_5 256_128_2)
     string(REPLACE "_" ";" parts ${shape})
@@ -19,5 +21,7 @@ foreach(number bf16 fp16)
     list(GET parts 2 stages)
     apr_gpu_instance(wide wide_${number}_${shape} "90a-real"
       APR_NUMBER=${type} APR_DIM=${dim} APR_STAGES=${stages})
+    string(APPEND APR_INSTANCES "one(wide_${number}_${shape}) ")
   endforeach()
 endforeach()
+file(CONFIGURE OUTPUT instances.h CONTENT "#define APR_INSTANCES(one) @APR_INSTANCES@\n" @ONLY)

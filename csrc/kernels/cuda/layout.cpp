@@ -58,36 +58,6 @@ int64_t fullest_segment(const Draft& draft) {
   return most;
 }
 
-// Neighbours share an item while it has room and what they see is connected: each slot of its reach
-// is seen by one of them at least, so that no slot is read that nobody has written.
-void collect_items(Draft& draft, int64_t group, int64_t item_rows) {
-  const size_t count = draft.visits.size();
-  const auto most = std::max<int64_t>(1, item_rows / group);
-  size_t first = 0;
-  while (first < count) {
-    SlotRange reach = draft.places[first].seen;
-    size_t end = first + 1;
-    for (; end < count && static_cast<int64_t>(end - first) < most; ++end) {
-      const Place& next = draft.places[end];
-      if (next.segment != draft.places[first].segment) break;
-      if (next.seen.lo > reach.hi || next.seen.hi < reach.lo) break;
-      reach = {std::min(reach.lo, next.seen.lo), std::max(reach.hi, next.seen.hi)};
-    }
-    const int64_t lanes = static_cast<int64_t>(end - first) * group;
-    for (size_t v = first; v < end; ++v)
-      draft.visits[v].item = static_cast<int32_t>(draft.items.size());
-    for (int64_t lane = 0; lane < lanes; lane += item_rows) {
-      Item item{};
-      item.segment = draft.places[first].segment;
-      item.first_visit = static_cast<int32_t>(first);
-      item.first_lane = static_cast<int32_t>(lane);
-      item.lanes = static_cast<int32_t>(std::min(item_rows, lanes - lane));
-      draft.items.push_back(item);
-    }
-    first = end;
-  }
-}
-
 // [rows + 1] and the visits of each row in the order of its view.
 struct Order {
   std::vector<int32_t> row_visits, view_order;
@@ -111,21 +81,23 @@ Order order_of(const Draft& draft, int64_t num_rows) {
   return order;
 }
 
-int32_t mark_alone(Draft& draft, const Order& order) {
-  int32_t lanes = 0;
-  for (Item& item : draft.items) {
-    item.lanes_before = lanes;
-    item.alone = 1;
-    const auto number = static_cast<int32_t>(&item - draft.items.data());
-    for (size_t v = item.first_visit; v < draft.visits.size(); ++v) {
-      const Visit& visit = draft.visits[v];
-      // A cut group's items all hold their one visit.
-      if (visit.item != number && static_cast<int32_t>(v) != item.first_visit) break;
-      if (order.row_visits[visit.row + 1] - order.row_visits[visit.row] > 1) item.alone = 0;
-    }
-    lanes += item.alone ? 0 : item.lanes;
-  }
-  return lanes;
+// Neighbours share an item while what they see is connected: each slot of its reach is seen by one
+// of them at least, so that no slot is read that nobody has written.
+int32_t collect_items(Draft& draft, const Order& order, int64_t group, int64_t item_rows) {
+  SlotRange reach{};
+  const auto joins = [&](size_t first, size_t next) {
+    if (next == first + 1) reach = draft.places[first].seen;
+    const Place& place = draft.places[next];
+    if (place.segment != draft.places[first].segment) return false;
+    if (place.seen.lo > reach.hi || place.seen.hi < reach.lo) return false;
+    reach = {std::min(reach.lo, place.seen.lo), std::max(reach.hi, place.seen.hi)};
+    return true;
+  };
+  const auto segment_of = [&](size_t visit) { return draft.places[visit].segment; };
+  const auto alone = [&](const Visit& visit) {
+    return order.row_visits[visit.row + 1] - order.row_visits[visit.row] == 1;
+  };
+  return collect_items(draft.visits, draft.items, group, item_rows, segment_of, joins, alone);
 }
 
 }  // namespace
@@ -180,10 +152,8 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   Draft draft = collect_visits(plan, kind, row_begin, row_end);
   Layout layout;
   layout.instance = &choose_instance(kind, fullest_segment(draft) * group, device);
-  collect_items(draft, group, layout.instance->item_rows);
   const Order order = order_of(draft, plan.num_rows);
-  const int64_t shared = mark_alone(draft, order);
-
+  const int64_t shared = collect_items(draft, order, group, layout.instance->item_rows);
   set_grid(layout, kind, device, shared);
   if (kind.invariant) {
     int64_t units = 0;
@@ -202,30 +172,23 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
 
   const Counts counts{static_cast<int32_t>(draft.items.size()),
                       static_cast<int32_t>(draft.visits.size()), static_cast<int32_t>(row_end), 0};
-  layout.num_visits = counts.visits;
-  layout.num_items = counts.items;
   layout.num_rows = plan.num_rows;
   layout.row_begin = row_begin;
   layout.row_end = row_end;
-  layout.num_pairs = plan.segment_pairs[plan.num_segments];
-  layout.num_runs = plan.num_runs;
-  layout.num_segments = plan.num_segments;
-  layout.num_pages = plan.segment_pages[plan.num_segments];
-  layout.num_view_order = static_cast<int64_t>(order.view_order.size());
   Writer writer(layout.upload);
   layout.counts = writer.put(&counts, 1);
-  layout.visits = writer.put(draft.visits.data(), layout.num_visits);
-  layout.items = writer.put(draft.items.data(), layout.num_items);
-  layout.pairs = writer.put(plan.pairs, layout.num_pairs);
-  layout.runs = writer.put(plan.runs, layout.num_runs);
+  layout.visits = writer.put(draft.visits);
+  layout.items = writer.put(draft.items);
+  layout.pairs = writer.put(plan.pairs, plan.segment_pairs[plan.num_segments]);
+  layout.runs = writer.put(plan.runs, plan.num_runs);
   layout.segment_pages = writer.put(plan.segment_pages, plan.num_segments + 1);
-  layout.page_table = writer.put(plan.page_table, layout.num_pages);
-  layout.row_visits = writer.put(order.row_visits.data(), plan.num_rows + 1);
-  layout.view_order = writer.put(order.view_order.data(), layout.num_view_order);
+  layout.page_table = writer.put(plan.page_table, plan.segment_pages[plan.num_segments]);
+  layout.row_visits = writer.put(order.row_visits);
+  layout.view_order = writer.put(order.view_order);
   layout.bytes = static_cast<int64_t>(layout.upload.size());
-  layout.bounds = reserve(layout.bytes, layout.num_visits * static_cast<int64_t>(sizeof(Bounds)));
-  layout.reach = reserve(layout.bytes, layout.num_items * static_cast<int64_t>(sizeof(Reach)));
-  layout.prefix = reserve(layout.bytes, (layout.num_items + 1) * 4);
+  layout.bounds = reserve<Bounds>(layout.bytes, layout.visits.count);
+  layout.reach = reserve<Reach>(layout.bytes, layout.items.count);
+  layout.prefix = reserve<int32_t>(layout.bytes, layout.items.count + 1);
   return layout;
 }
 

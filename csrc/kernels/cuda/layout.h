@@ -5,25 +5,32 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/bytes.h"
 #include "kernels/cuda/work.h"
 #include "kernels/gpu.h"
 
 namespace apr::APR_GPU {
 
-// Offsets in bytes into one buffer: first what the host copies there, then what the device writes.
+// Slices of one buffer: first what the host copies there, then what the device writes.
 struct Layout {
   const Instance* instance = nullptr;
   std::vector<char> upload;
-  int64_t counts = 0, visits = 0, items = 0, pairs = 0, runs = 0, segment_pages = 0, page_table = 0,
-          row_visits = 0, view_order = 0;     // copied
-  int64_t bounds = 0, reach = 0, prefix = 0;  // written by the device
-  int64_t bytes = 0;                          // of the buffer
-  int64_t part_lanes = 0, alone_lanes = 0;    // of partial results
-  int64_t num_visits = 0, num_items = 0, num_pairs = 0, num_runs = 0, num_segments = 0,
-          num_pages = 0, num_rows = 0, num_view_order = 0;  // capacities
-  int64_t rows = 0, entries = 0, segments = 0;              // of views: copied
+  Slice<Counts> counts;  // copied
+  Slice<Visit> visits;
+  Slice<Item> items;
+  Slice<PlanPair> pairs;  // of views: written by the device
+  Slice<PlanRun> runs;
+  Slice<int32_t> segment_pages, page_table, row_visits, view_order;
+  Slice<ViewRow> rows;  // of views
+  Slice<ViewEntry> entries;
+  Slice<ViewSegment> segments;
+  Slice<Bounds> bounds;  // written by the device
+  Slice<Reach> reach;
+  Slice<int32_t> prefix;
+  int64_t bytes = 0;                        // of the buffer
+  int64_t part_lanes = 0, alone_lanes = 0;  // of partial results
+  int64_t num_rows = 0, row_begin = 0, row_end = 0;
   int64_t grid = 0;
-  int64_t row_begin = 0, row_end = 0;
 
   int64_t part_floats(const AttentionKind& kind) const {
     return part_lanes * (kind.head_dim_v + 2);
@@ -46,6 +53,36 @@ std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& 
 // depend on the capacity alone.
 Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const GpuDevice& device,
                      const ViewCapacity& capacity);
+
+// Puts neighbouring visits into items while `joins(first, next)` and there is room; a group of
+// heads that is larger than an item is cut. An item is alone where all its visits are. Returns the
+// lanes of those that are not.
+template <typename SegmentOf, typename Joins, typename Alone>
+int32_t collect_items(std::vector<Visit>& visits, std::vector<Item>& items, int64_t group,
+                      int64_t item_rows, const SegmentOf& segment_of, const Joins& joins,
+                      const Alone& alone) {
+  const size_t count = visits.size();
+  const auto most = static_cast<size_t>(item_rows / group > 1 ? item_rows / group : 1);
+  int32_t shared = 0;
+  for (size_t first = 0, end = 0; first < count; first = end) {
+    end = first + 1;
+    while (end < count && end - first < most && joins(first, end)) ++end;
+    bool is_alone = true;
+    for (size_t v = first; v < end; ++v) {
+      visits[v].item = static_cast<int32_t>(items.size());
+      is_alone &= alone(visits[v]);
+    }
+    const int64_t lanes = static_cast<int64_t>(end - first) * group;
+    for (int64_t lane = 0; lane < lanes; lane += item_rows) {
+      const int64_t rest = lanes - lane;
+      items.push_back({segment_of(first), static_cast<int32_t>(first), static_cast<int32_t>(lane),
+                       static_cast<int32_t>(rest < item_rows ? rest : item_rows), shared,
+                       is_alone ? 1 : 0});
+      shared += is_alone ? 0 : items.back().lanes;
+    }
+  }
+  return shared;
+}
 
 // Blocks of the attention kernel, and room for partial results when `shared` lanes are not alone.
 void set_grid(Layout& layout, const AttentionKind& kind, const GpuDevice& device, int64_t shared);

@@ -32,33 +32,14 @@ struct Drafts {
 };
 
 void add_items(Drafts& drafts, const ViewArrays& views, int64_t group, int64_t item_rows) {
-  const auto most = std::max<int64_t>(1, item_rows / group);
-  std::vector<int32_t> segment_of(static_cast<size_t>(views.num_entries));
+  std::vector<int32_t> segments(static_cast<size_t>(views.num_entries));
   for (int64_t e = 0; e < views.num_entries; ++e) {
-    segment_of[static_cast<size_t>(views.entries[e].pair)] = views.entries[e].segment;
+    segments[static_cast<size_t>(views.entries[e].pair)] = views.entries[e].segment;
   }
-  for (int64_t first = 0; first < views.num_entries;) {
-    const int32_t segment = segment_of[static_cast<size_t>(first)];
-    int64_t end = first + 1;
-    while (end < views.num_entries && end - first < most &&
-           segment_of[static_cast<size_t>(end)] == segment) {
-      ++end;
-    }
-    bool alone = true;
-    for (int64_t v = first; v < end; ++v) {
-      Visit& visit = drafts.visits[static_cast<size_t>(v)];
-      visit.item = static_cast<int32_t>(drafts.items.size());
-      alone &= views.rows[visit.row].num_entries == 1;
-    }
-    for (int64_t lane = 0; lane < (end - first) * group; lane += item_rows) {
-      drafts.items.push_back(
-          {segment, static_cast<int32_t>(first), static_cast<int32_t>(lane),
-           static_cast<int32_t>(std::min(item_rows, (end - first) * group - lane)), drafts.lanes,
-           alone ? 1 : 0});
-      drafts.lanes += alone ? 0 : drafts.items.back().lanes;
-    }
-    first = end;
-  }
+  drafts.lanes = collect_items(
+      drafts.visits, drafts.items, group, item_rows, [&](size_t visit) { return segments[visit]; },
+      [&](size_t first, size_t next) { return segments[first] == segments[next]; },
+      [&](const Visit& visit) { return views.rows[visit.row].num_entries == 1; });
 }
 
 Drafts draft(const ViewArrays& views, int64_t group, int64_t item_rows) {
@@ -106,33 +87,24 @@ Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const G
   const Counts counts{static_cast<int32_t>(drafts.items.size()),
                       static_cast<int32_t>(drafts.visits.size()),
                       static_cast<int32_t>(views.num_rows), 0};
-  layout.num_visits = layout.num_pairs = layout.num_view_order = capacity.entries;
-  layout.num_items = items;
-  layout.num_rows = layout.num_runs = capacity.rows;
-  layout.num_segments = capacity.segments;
-  layout.num_pages = capacity.pages;
-  layout.row_end = capacity.rows;
+  layout.num_rows = layout.row_end = capacity.rows;
   Writer writer(layout.upload);
-  const auto all = [](const auto& values) { return static_cast<int64_t>(values.size()); };
   layout.counts = writer.put(&counts, 1);
-  layout.visits = writer.put(drafts.visits.data(), all(drafts.visits), capacity.entries);
-  layout.items = writer.put(drafts.items.data(), all(drafts.items), items);
-  layout.segment_pages =
-      writer.put(drafts.first_pages.data(), all(drafts.first_pages), capacity.segments + 1);
-  layout.row_visits =
-      writer.put(drafts.row_visits.data(), all(drafts.row_visits), capacity.rows + 1);
-  layout.view_order =
-      writer.put(drafts.view_order.data(), all(drafts.view_order), capacity.entries);
+  layout.visits = writer.put(drafts.visits, capacity.entries);
+  layout.items = writer.put(drafts.items, items);
+  layout.segment_pages = writer.put(drafts.first_pages, capacity.segments + 1);
+  layout.row_visits = writer.put(drafts.row_visits, capacity.rows + 1);
+  layout.view_order = writer.put(drafts.view_order, capacity.entries);
   layout.rows = writer.put(views.rows, views.num_rows, capacity.rows);
   layout.entries = writer.put(views.entries, views.num_entries, capacity.entries);
   layout.segments = writer.put(views.segments, views.num_segments, capacity.segments);
   layout.page_table = writer.put(views.page_table, views.num_pages, capacity.pages);
   layout.bytes = static_cast<int64_t>(layout.upload.size());
-  layout.pairs = reserve(layout.bytes, capacity.entries * static_cast<int64_t>(sizeof(PlanPair)));
-  layout.runs = reserve(layout.bytes, capacity.rows * static_cast<int64_t>(sizeof(PlanRun)));
-  layout.bounds = reserve(layout.bytes, capacity.entries * static_cast<int64_t>(sizeof(Bounds)));
-  layout.reach = reserve(layout.bytes, items * static_cast<int64_t>(sizeof(Reach)));
-  layout.prefix = reserve(layout.bytes, (items + 1) * 4);
+  layout.pairs = reserve<PlanPair>(layout.bytes, capacity.entries);
+  layout.runs = reserve<PlanRun>(layout.bytes, capacity.rows);
+  layout.bounds = reserve<Bounds>(layout.bytes, capacity.entries);
+  layout.reach = reserve<Reach>(layout.bytes, items);
+  layout.prefix = reserve<int32_t>(layout.bytes, items + 1);
   return layout;
 }
 

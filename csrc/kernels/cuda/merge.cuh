@@ -113,13 +113,12 @@ APR_KERNEL APR_BOUNDS(kMergeThreads, 1) merge_parts(APR_GRID_CONSTANT AttentionW
   });
   if (!merged) return;
   for (int by = 16; by > 0; by /= 2) top = maximum(top, shuffle_xor(top, by));
-  const float reference = top == -infinity() ? 0.f : top;
   constexpr int kQuads = kWidestHead / 128;  // a lane holds four neighbouring columns of each 128
   float sums[kQuads][4] = {}, sum = 0.f;
   parts.for_each([&](int64_t at, bool exists) {
     float weight = 0.f, weighed = 0.f;
     if (exists) {
-      weight = fast_exp2(work.part_sum[2 * at] - reference);
+      weight = weight_under(top, work.part_sum[2 * at]);
       weighed = work.part_sum[2 * at + 1] * weight;
     }
     const int64_t mine = exists ? at : -1;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"
+#include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/work.h"
 
 namespace apr::APR_GPU {
@@ -99,14 +100,11 @@ APR_DEVICE Lane lane_of(const AttentionWork& work, const Item& item, int head, i
 template <typename T>
 APR_DEVICE float finish(const AttentionWork& work, int row, int q_head, float max, float sum,
                         bool first_thread) {
-  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   float weight = 1.f;
   if (work.sinks) {
     const float sink = work.sinks[q_head] * kLog2e;
     const float top = maximum(max, sink);
-    weight = fast_exp2(max - top);
-    sum = sum * weight + fast_exp2(sink - top);
-    max = top;
+    weight = advance(max, sum, top, weight_under(top, sink));
   }
   const bool number = sum == sum;
   if (work.lse && first_thread) {

@@ -1,4 +1,6 @@
-"""The adaptive Countdown model beside its own sequential arm, votes and a verifier: tokens, critical path, clock."""
+"""The adaptive Countdown model beside its own sequential arm, votes and a verifier: tokens,
+critical path, clock.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +227,9 @@ def _nested(session: apr.Session, tokenizer: Any, count: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def bench_adaptive(options: argparse.Namespace) -> Iterator[Figure]:
-    """Markdown tables on standard output; a figure for each arm, with its curve, for the picture."""
+    """Markdown tables on standard output; a figure for each arm, with its curve, for the
+    picture.
+    """
     model, tokenizer = hf.load(str(countdown.ADAPTIVE), dtype=torch.float32)
     count = 6 if options.smoke else 400
     widths = (1, 2) if options.smoke else (1, 2, 4)
@@ -241,7 +245,8 @@ def bench_adaptive(options: argparse.Namespace) -> Iterator[Figure]:
             groups = list(_groups(session, tokenizer, few, widths))
             _show_arms(span, arms, strata)
             print(
-                f"Samples of the sequential arm at temperature 0.7, the first {len(few)} problems:\n"
+                f"Samples of the sequential arm at temperature 0.7, the first {len(few)} "
+                "problems:\n"
             )
             rows = [
                 [a.name, f"{mean(a.right):.1%}", f"{mean(a.total):.0f}", f"{mean(a.critical):.0f}"]
@@ -271,7 +276,8 @@ def bench_adaptive(options: argparse.Namespace) -> Iterator[Figure]:
         yield Figure("five numbers, depth 2", [0.0], facts=nested)
         steps = apr.measure_width(session, widths=(1, 2, 4, 8, 16, 32, 64, 128))
         print(
-            f"A decode step of this model against its width; nearly free up to {steps.free_width()}:\n{steps}"
+            "A decode step of this model against its width; nearly free up to "
+            f"{steps.free_width()}:\n{steps}"
         )
         yield Figure(
             "width",

@@ -1,8 +1,8 @@
 """What a user of torch would write instead: attention of forked threads in torch operators.
 
-All take one step of N threads that share a prefix of P tokens and have S tokens of their own each, and
-return [N, q_heads, head_dim]. Whatever can be prepared before the step is prepared and not timed: copies of
-the prefix, masks, layouts.
+All take one step of N threads that share a prefix of P tokens and have S tokens of their own each,
+and return [N, q_heads, head_dim]. Whatever can be prepared before the step is prepared and not
+timed: copies of the prefix, masks, layouts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ Step = Callable[[], Tensor]
 
 
 def replicated_gqa(p: Problem) -> Step:
-    """SDPA on a copy of the prefix a thread, grouped heads by `enable_gqa`: what a batched cache does."""
+    """SDPA on a copy of the prefix a thread, grouped heads by `enable_gqa`: what a batched cache
+    does.
+    """
     k, v = p.replicated()
     q = p.q[:, :, None]
     return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, 0]
@@ -89,14 +91,18 @@ def replicated_folded(p: Problem) -> Step:
 
 
 def packed_mask(p: Problem) -> Step:
-    """SDPA over the shared layout with a dense mask: each key is read once, masked scores are computed."""
+    """SDPA over the shared layout with a dense mask: each key is read once, masked scores are
+    computed.
+    """
     k, v, sees = p.packed()
     q = p.rows_of_a_head()
     return lambda: p.back(F.scaled_dot_product_attention(q, k, v, attn_mask=sees))
 
 
 def prefix_suffix(p: Problem) -> Step:
-    """Prefix and own tokens apart, merged by log-sum-exp (Hydragen, arXiv 2402.05099), in torch operators."""
+    """Prefix and own tokens apart, merged by log-sum-exp (Hydragen, arXiv 2402.05099), in torch
+    operators.
+    """
     rows, q = p.rows_of_a_head()[0], p.grouped()
 
     def part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Tree attention on a GPU beside its peers and the byte floor, prefill, and steps by captured graphs with their host work.
+"""Tree attention on a GPU beside its peers and the byte floor, prefill, and steps by captured
+graphs with their host work.
 
 Without a GPU `--smoke` runs everything on the emulated one, where times mean nothing.
 """
@@ -157,8 +158,8 @@ def _attention(problem: Problem, clock: Clock, rates: tuple[float, float]) -> It
     floors = (problem.bytes() / rates[0] * 1e6, problem.operations() / rates[1] * 1e6)
     floor = max(floors)
     print(
-        f"{problem.name}: {problem.bytes() / 1e6:.1f} MB, {problem.operations() / 1e9:.2f} GFLOP; floor "
-        f"{floors[0]:.1f} us by bytes, {floors[1]:.1f} us by operations"
+        f"{problem.name}: {problem.bytes() / 1e6:.1f} MB, {problem.operations() / 1e9:.2f} GFLOP; "
+        f"floor {floors[0]:.1f} us by bytes, {floors[1]:.1f} us by operations"
     )
     want = exact(problem)
     planner = sorted(_planner(problem, clock))[0]
@@ -218,7 +219,9 @@ def _prefill(clock: Clock, tokens: int, heads: tuple[int, int, int]) -> Iterator
 
 
 def _steps(clock: Clock, threads: int, steps: int) -> Iterator[Figure]:
-    """A session's ordinary steps, planned and replayed, with edits between: what a fork costs, captures."""
+    """A session's ordinary steps, planned and replayed, with edits between: what a fork costs,
+    captures.
+    """
     model = small_llama(hidden=512, layers=8, heads=8, kv_heads=2).to(clock.device).bfloat16()
     for graphs in (None, True):
         with apr.Session(model, 1 << 16, cuda_graphs=graphs, self_test=False) as session:
@@ -255,7 +258,9 @@ def _steps(clock: Clock, threads: int, steps: int) -> Iterator[Figure]:
 
 
 def _host_part(session: apr.Session, kids: list[apr.Thread]) -> Figure:
-    """What `Session.step` itself does for a replayed step, in Python and in the core: the replay is left out."""
+    """What `Session.step` itself does for a replayed step, in Python and in the core: the replay is
+    left out.
+    """
     graphs = session._graphs
     assert graphs is not None
     logits, times = torch.zeros(len(kids), session.spec.vocab_size), []
@@ -284,8 +289,8 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
     on_gpu = torch.cuda.is_available() and gpu.built() is not None
     if not on_gpu and not (options.smoke and gpu.built(emulated=True) is not None):
         raise InvalidInput(
-            "bench gpu: no GPU, or no CUDA kernels in this build (python -m apr info); with --smoke a build "
-            "with APR_EMULATION=ON shows that it runs"
+            "bench gpu: no GPU, or no CUDA kernels in this build (python -m apr info); with "
+            "--smoke a build with APR_EMULATION=ON shows that it runs"
         )
     device = torch.device("cuda:0" if on_gpu else "cpu")
     clock = Clock(device, 20 if options.smoke else ROUNDS)
@@ -296,7 +301,8 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
     try:
         rates = copy_rate(clock), product_rate(clock)
         print(
-            f"copy {rates[0] / 1e9:.0f} GB/s, matrix product {rates[1] / 1e12:.1f} TFLOP/s (bfloat16)"
+            f"copy {rates[0] / 1e9:.0f} GB/s, matrix product {rates[1] / 1e12:.1f} TFLOP/s "
+            "(bfloat16)"
         )
         for heads in heads_list:
             for shape in shapes:

@@ -1,8 +1,8 @@
 """What else could compute a step of many threads on a GPU, each beside its reason where it cannot.
 
-Whatever a method can prepare before the step is prepared and not timed: copies of keys, masks, layouts. Only
-apr, and FlashInfer driven by hand on segments, turn queries by the distances of the views; on all-to-all views
-the other peers do less work.
+Whatever a method can prepare before the step is prepared and not timed: copies of keys, masks,
+layouts. Only apr, and FlashInfer driven by hand on segments, turn queries by the distances of the
+views; on all-to-all views the other peers do less work.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def replicated(problem: Problem) -> Step:
 
 
 def flash_and_merge(problem: Problem) -> Step:
-    """torch's flash kernel on the prefix and on the own parts, merged by LSE (Hydragen, arXiv 2402.05099)."""
+    """torch's flash kernel on the prefix and on the own parts, merged by LSE (Hydragen, arXiv
+    2402.05099).
+    """
     if problem.kind != "tree":
         raise CannotRun("made for one shared prefix")
     if problem.q[0].device.type != "cuda":
@@ -81,7 +83,9 @@ def flash_and_merge(problem: Problem) -> Step:
 
 
 def flex(problem: Problem) -> Step:
-    """FlexAttention over the keys side by side, with a mask of who sees what (one compilation a shape)."""
+    """FlexAttention over the keys side by side, with a mask of who sees what (one compilation a
+    shape).
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device = problem.q[0].device
@@ -190,8 +194,10 @@ def flashinfer_decode(problem: Problem) -> Step:
 
 
 def flashinfer_segments(problem: Problem) -> Step:
-    """FlashInfer's batch attention driven by hand: each segment is a request of all rows that see it, and the
-    rows' partial results are merged by LSE (base 2) in torch. The gather and the turning of queries count."""
+    """FlashInfer's batch attention driven by hand: each segment is a request of all rows that see
+    it, and the rows' partial results are merged by LSE (base 2) in torch. The gather and the
+    turning of queries count.
+    """
     library = _flashinfer()
     device = problem.q[0].device
     q_heads, kv_heads, dim = problem.heads

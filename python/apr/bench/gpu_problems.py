@@ -1,4 +1,6 @@
-"""Steps of many threads on a GPU, as row sets and pools: trees, all-to-all views, one thread, deep trees."""
+"""Steps of many threads on a GPU, as row sets and pools: trees, all-to-all views, one thread, deep
+trees.
+"""
 
 from __future__ import annotations
 

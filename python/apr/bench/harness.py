@@ -70,10 +70,11 @@ def timed(name: str, action: Callable[[], Any], rounds: int) -> Figure:
 def in_turn(
     actions: Mapping[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 400
 ) -> dict[str, Figure]:
-    """Time the actions one after the other, round by round, so that a drift of the machine hits all alike.
+    """Time the actions one after the other, round by round, so that a drift of the machine hits all
+    alike.
 
-    seconds: time for all rounds together; at least `least` and at most `most` rounds are run, after one
-    that is not counted.
+    seconds: time for all rounds together; at least `least` and at most `most` rounds are run, after
+    one that is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():

@@ -1,4 +1,6 @@
-"""Attention of forked threads against what a user of torch would write; prefill; threads beside torch's."""
+"""Attention of forked threads against what a user of torch would write; prefill; threads beside
+torch's.
+"""
 
 from __future__ import annotations
 
@@ -133,8 +135,8 @@ def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
             bandwidth = rates.bytes_per_second(max(size, 1 << 20)) / 1e9
             title = f"P {prefix}, N {n}, S {own}, heads {heads[0]}/{heads[1]}/{heads[2]}, {name}"
             print(
-                f"{title}, {threads} threads: {size / 1e6:.1f} MB, {work / 1e9:.2f} GFLOP; the machine "
-                f"reads {bandwidth:.0f} GB/s and does {rate:.0f} GFLOP/s"
+                f"{title}, {threads} threads: {size / 1e6:.1f} MB, {work / 1e9:.2f} GFLOP; the "
+                f"machine reads {bandwidth:.0f} GB/s and does {rate:.0f} GFLOP/s"
             )
             want = exact(problem)
             steps = steps_of(problem, shape == REFERENCE and heads == HEADS[0])
@@ -156,9 +158,9 @@ def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
                     "error": errors[method],
                 }
                 figure.note = (
-                    f"x {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}], min {figure.minimum:.0f} us, "
-                    f"{size / seconds / 1e9:.1f} GB/s, {work / seconds / 1e9:.0f} GFLOP/s, error "
-                    f"{errors[method]:.1e}"
+                    f"x {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}], min {figure.minimum:.0f} "
+                    f"us, {size / seconds / 1e9:.1f} GB/s, {work / seconds / 1e9:.0f} GFLOP/s, "
+                    f"error {errors[method]:.1e}"
                 )
                 print("  " + figure.line())
                 yield figure
@@ -167,7 +169,9 @@ def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
 
 @torch.no_grad()
 def bench_prefill(options: argparse.Namespace) -> Iterator[Figure]:
-    """Causal attention of a whole prompt, against SDPA's flash kernel on heads repeated beforehand."""
+    """Causal attention of a whole prompt, against SDPA's flash kernel on heads repeated
+    beforehand.
+    """
     tokens = 256 if options.smoke else 8192
     for (name, dtype), (q_heads, kv_heads, dim) in product(DTYPES.items(), HEADS):
         generator = torch.Generator().manual_seed(0)
@@ -206,9 +210,11 @@ def bench_prefill(options: argparse.Namespace) -> Iterator[Figure]:
 
 @torch.no_grad()
 def bench_workers(options: argparse.Namespace) -> Iterator[Figure]:
-    """Attention and a forward of a model in torch, alone and in turn: do their threads hinder each other?
+    """Attention and a forward of a model in torch, alone and in turn: do their threads hinder each
+    other?
 
-    With the runtime's default waiting, where idle OpenMP threads spin; OMP_WAIT_POLICY=passive stops that.
+    With the runtime's default waiting, where idle OpenMP threads spin; OMP_WAIT_POLICY=passive
+    stops that.
     """
     problem = make_problem((512, 2, 64) if options.smoke else SHAPES[0], HEADS[0], torch.float32)
     step = tree_attention(problem)

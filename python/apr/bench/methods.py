@@ -1,4 +1,6 @@
-"""Every method on Countdown with the shipped model: accuracy, tokens, seconds, pages against their bound."""
+"""Every method on Countdown with the shipped model: accuracy, tokens, seconds, pages against their
+bound.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Method = Callable[[apr.Session, Any, list[Problem]], list[Result]]
 
 
 class WatchedSession(apr.Session):
-    """Notes the most pages in use after a step, and the pages that the tokens then stored must take."""
+    """Notes the most pages in use after a step, and the pages that the tokens then stored must
+    take.
+    """
 
     most_pages = 0
     bound = 0
@@ -152,7 +156,9 @@ METHODS: dict[str, Method] = {
 
 @torch.no_grad()
 def bench_methods(options: argparse.Namespace) -> Iterator[Figure]:
-    """One line a method, as a row of a Markdown table; the searches get at most as many tokens as 16 samples."""
+    """One line a method, as a row of a Markdown table; the searches get at most as many tokens as
+    16 samples.
+    """
     model, tokenizer = hf.load(str(countdown.CHECKPOINT), dtype=torch.float32)
     count = 6 if options.smoke else 200
     problems = countdown.sample_problems(count, seed=0)
@@ -160,7 +166,8 @@ def bench_methods(options: argparse.Namespace) -> Iterator[Figure]:
         f"{count} held-out Countdown problems; tokens are means a problem; pages of {PAGE} tokens"
     )
     print(
-        "| method | right | tokens | one after the other | ms a problem | most pages, alone | bound |"
+        "| method | right | tokens | one after the other | ms a problem | most pages, alone | "
+        "bound |"
     )
     print("|---|---|---|---|---|---|---|")
     for name, method in METHODS.items():
@@ -185,6 +192,7 @@ def bench_methods(options: argparse.Namespace) -> Iterator[Figure]:
         figure = Figure(name, [seconds / count * 1e6], facts=facts)
         print(
             f"| {name} | {facts['right']:.1%} | {facts['tokens']:.1f} | "
-            f"{facts['critical_path_tokens']:.1f} | {seconds / count * 1e3:.1f} | {pages} | {bound} |"
+            f"{facts['critical_path_tokens']:.1f} | {seconds / count * 1e3:.1f} | {pages} | "
+            f"{bound} |"
         )
         yield figure

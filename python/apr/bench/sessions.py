@@ -32,7 +32,8 @@ def small_llama(hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int
 
 
 def _fill(session: apr.Session, threads: list[apr.Thread]) -> None:
-    """Mark the queued tokens as encoded without running the model: what a fork costs does not see it.
+    """Mark the queued tokens as encoded without running the model: what a fork costs does not see
+    it.
 
     The pages hold random numbers.
     """
@@ -152,10 +153,11 @@ def _shape(session: apr.Session, shape: str, count: int) -> list[apr.Thread]:
 
 @torch.no_grad()
 def bench_threads(options: argparse.Namespace) -> Iterator[Figure]:
-    """One decode step of N threads on a shared prefix, against stock transformers with N copies of it.
+    """One decode step of N threads on a shared prefix, against stock transformers with N copies of
+    it.
 
-    Both run the same model (8 layers, hidden 512, 8 heads of 64, 2 KV heads, float32) on the same tokens,
-    step by step in turn; the logits are compared first.
+    Both run the same model (8 layers, hidden 512, 8 heads of 64, 2 KV heads, float32) on the same
+    tokens, step by step in turn; the logits are compared first.
     """
     model = small_llama(hidden=512, layers=8, heads=8, kv_heads=2)
     prefix = torch.randint(0, 64, (1, options.prefix), generator=torch.Generator().manual_seed(0))
@@ -192,7 +194,9 @@ def bench_threads(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def bench_pages(options: argparse.Namespace) -> Iterator[Figure]:
-    """One token for each of 16 threads, all on fresh pages of one layer: memory present or untouched."""
+    """One token for each of 16 threads, all on fresh pages of one layer: memory present or
+    untouched.
+    """
     threads, kv_heads, dim, rounds = 16, 8, 128, 5 if options.smoke else 40
     # Two halves with 32 MiB between them: a huge page of one is no page of the other.
     half, gap = rounds * threads, 256

@@ -1,4 +1,4 @@
-"""`apr.Cache`: the drop-in for `model.generate(past_key_values=...)`; equal rows share one stored prefix."""
+"""`apr.Cache`: the drop-in for `model.generate(past_key_values=...)`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from apr.threads.thread import Thread
 class Cache(transformers.Cache):  # type: ignore[misc]
     """A cache for `generate()` and for loops that call `model(..., past_key_values=cache)`.
 
-    Rows of the first call that are equal in every argument (`num_return_sequences`, beams) become forks of one
-    thread: their prompt is stored once; `share_rows=False` leaves them apart. Padding is not stored. `threads`
-    are the rows, to fork or join after. A `generate()` is given its whole prompt: what it has in common with
-    the stored text is kept, the rest is trimmed. `copy.deepcopy(cache)` forks its threads in the same session.
-    Other arguments are those of `apr.Session`. Close it, or let it go, to free its pages.
+    Rows of the first call that are equal in every argument (`num_return_sequences`, beams) become
+    forks of one thread: their prompt is stored once; `share_rows=False` leaves them apart. Padding
+    is not stored. `threads` are the rows, to fork or join after. A `generate()` is given its whole
+    prompt: what it has in common with the stored text is kept, the rest is trimmed.
+    `copy.deepcopy(cache)` forks its threads in the same session. Other arguments are those of
+    `apr.Session`. Close it, or let it go, to free its pages.
     """
 
     is_compileable = False
@@ -96,7 +97,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_dropped(self, arguments: dict[str, Any]) -> None:
-        """transformers leaves the cache out of a generate() where longrope changes its frequencies."""
+        """transformers leaves the cache out of generate() where longrope changes frequencies."""
         ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
         if (
             limit is None
@@ -115,12 +116,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         session = self.session
         if self._step is not None:
             raise InvalidInput(
-                "apr.Cache: another Python thread is inside of a forward with this cache; take turns, or give "
-                "each Python thread a cache of its own on the same model"
+                "apr.Cache: another Python thread is inside of a forward with this cache; take "
+                "turns, or give each Python thread a cache of its own on the same model"
             )
         if module is not session.attachment.model:
             raise InvalidInput(
-                "apr.Cache: got a copy of the model that it was made for; make one with apr.Cache(copy)"
+                "apr.Cache: got a copy of the model that it was made for; make one with "
+                "apr.Cache(copy)"
             )
         session.attachment.check_unchanged("call cache.reset() and feed the text again")
         for name in ("output_attentions", "output_hidden_states"):
@@ -140,7 +142,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return self._begin(read_call(arguments, 0, begun, whole))
 
     def _begin(self, call: Call) -> dict[str, Any]:
-        """Make the threads of a call's rows and start its forward; its arguments as the model gets them."""
+        """Make the threads of a call's rows and start its forward; the arguments it goes on with."""
         step = Step(self.threads, self._stored)
         try:
             self._arrange(call, step)
@@ -152,11 +154,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return call.arguments
 
     def _notice_edits(self) -> None:
-        """Follow what the user did to the threads between two calls: trims, and steps of the session."""
+        """Follow what the user did to the threads between two calls: trims, steps."""
         if not all(thread.alive for thread in self.threads):
             raise InvalidInput(
-                "apr.Cache: a thread of it was released, by you or by a refresh of its session; call reset() "
-                "and feed the text again"
+                "apr.Cache: a thread of it was released, by you or by a refresh of its session; "
+                "call reset() and feed the text again"
             )
         if any(thread.queued for thread in self.threads):
             raise InvalidInput(
@@ -166,7 +168,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._stored = follow(self._stored, [len(thread) for thread in self.threads])
 
     def _arrange(self, call: Call, step: Step) -> None:
-        """Make the threads those of the call's rows, with the past that it sees; nothing is queued yet."""
+        """Make the threads those of the call's rows, with the past it sees; queues nothing."""
         batch = call.ids.shape[0]
         if call.whole and self.threads:
             self._rewind(call, step)
@@ -174,8 +176,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             times, rest = divmod(batch, len(step.threads))
             if rest:
                 raise InvalidInput(
-                    f"apr.Cache: got {batch} rows; expected {len(step.threads)}, as in the call before, or a "
-                    "multiple (samples of each); call reset() to start anew"
+                    f"apr.Cache: got {batch} rows; expected {len(step.threads)}, as in the call "
+                    "before, or a multiple (samples of each); call reset() to start anew"
                 )
             step.replace([kid for thread in step.threads for kid in thread.fork(times)])
             step.stored = step.stored.repeat_interleave(times, 0)
@@ -191,8 +193,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         extras = bool(call.extras())
         if self._embedded and not extras:
             raise InvalidInput(
-                "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; feed the "
-                "new tokens alone with the whole attention_mask, or call reset()"
+                "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; "
+                "feed the new tokens alone with the whole attention_mask, or call reset()"
             )
         if batch % rows or extras or call.positions is None or not call.spare_columns:
             step.replace([])
@@ -240,7 +242,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def _finish(self, finished: bool) -> None:
         """End this Python thread's forward, or take it back; another's is not ours to end.
 
-        torch calls no hook after a KeyboardInterrupt: then whoever uses the cache next takes back what is left.
+        torch calls no hook after a KeyboardInterrupt: then whoever uses the cache next takes back
+        what is left.
         """
         if self._step is not None and self._step.ident == threading.get_ident():
             self._after(finished)
@@ -274,8 +277,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
-        """generate() marks a cache that it is given; when it asks then what of its prompt to leave out, the answer
-        is nothing, so that the whole prompt comes and is compared with what is stored."""
+        """generate() marks a cache that it is given; when it asks then what of its prompt to leave
+        out, the answer is nothing, so that the whole prompt comes and is compared with what is
+        stored.
+        """
         self._begun, self._answered = value, False
 
     @property
@@ -288,13 +293,14 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """Nothing is stored here: the attention function stores what it is given."""
         if self._step is None:
             raise UnsupportedModel(
-                "apr.Cache: no hook of it ran before this forward. Pass it to the model that it was made "
-                f"for, as past_key_values (or cache), and not to a part of it; this is {describe()}"
+                "apr.Cache: no hook of it ran before this forward. Pass it to the model that it "
+                "was made for, as past_key_values (or cache), and not to a part of it; this is "
+                f"{describe()}"
             )
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Places that are stored or padding; 0 for a generate() that asks what of its prompt to leave out."""
+        """Places, stored or padding; 0 for a generate() that asks what of its prompt to skip."""
         if self._step is not None:
             return self._step.stored.shape[1]
         if self._begun and asked_by_whole_prefill():
@@ -344,7 +350,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """Take back the last `-tokens_to_remove` places of every row; nothing is copied."""
         if tokens_to_remove > 0:
             raise InvalidInput(
-                f"crop: got {tokens_to_remove}; expected the number of tokens to remove as a negative number"
+                f"crop: got {tokens_to_remove}; expected the number of tokens to remove as a "
+                "negative number"
             )
         self._notice_edits()
         left = max(0, self._length + tokens_to_remove)

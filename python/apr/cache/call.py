@@ -1,4 +1,6 @@
-"""What one forward with an `apr.Cache` brings: which of its tokens are real, where they stand, what is stored."""
+"""What one forward with an `apr.Cache` brings: which of its tokens are real, where they stand, what
+is stored.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ _KNOWN = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}
 
 @dataclass
 class Call:
-    """One forward: keyword arguments as the model gets them, and what they say of [batch, width] tokens.
+    """One forward: keyword arguments as the model gets them, and what they say of [batch, width]
+    tokens.
 
-    ids: token ids, zeros where the call brings embeddings. real: which of them are no padding. past: which of
-    the [batch, length] places of earlier calls are seen. positions: of all tokens, None until they are known.
+    ids: token ids, zeros where the call brings embeddings. real: which of them are no padding.
+    past: which of the [batch, length] places of earlier calls are seen. positions: of all tokens,
+    None until they are known.
     """
 
     arguments: dict[str, Any]
@@ -44,7 +48,9 @@ class Call:
         return positions
 
     def own_positions(self, counts_padding: bool) -> Tensor:
-        """[batch, width] positions that a model gives tokens by itself: their places, or real tokens counted."""
+        """[batch, width] positions that a model gives tokens by itself: their places, or real
+        tokens counted.
+        """
         if counts_padding:
             return (torch.arange(self.width) + self.past.shape[1]).expand_as(self.ids)
         everything = torch.cat([self.past, self.real], 1).long()
@@ -95,7 +101,8 @@ class Call:
 
 
 def _is_whole(mask: Any, positions: Any, width: int) -> bool:
-    """Whether a first call of generate() that had no prefill (drafts) brings its text from the first token on.
+    """Whether a first call of generate() that had no prefill (drafts) brings its text from the
+    first token on.
 
     The mask spans everything; where it hides nothing it may be left out, and the positions tell.
     """
@@ -105,8 +112,8 @@ def _is_whole(mask: Any, positions: Any, width: int) -> bool:
 
 
 def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool = False) -> Call:
-    """What the arguments say, for a cache of `length` places; `begun`: this is the first call of a generate(),
-    `whole`: it is known to bring its text from the first token on.
+    """What the arguments say, for a cache of `length` places; `begun`: this is the first call of a
+    generate(), `whole`: it is known to bring its text from the first token on.
 
     Raises InvalidInput for what a row of threads cannot mean.
     """
@@ -115,21 +122,22 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
         raise InvalidInput("apr.Cache: expected input_ids, or inputs_embeds, and not both")
     if arguments.get("use_cache") is False:
         raise InvalidInput(
-            "apr.Cache: got use_cache=False and a cache; stock would feed the whole text again behind what is "
-            "stored: leave one of them out"
+            "apr.Cache: got use_cache=False and a cache; stock would feed the whole text again "
+            "behind what is stored: leave one of them out"
         )
     if arguments.get("output_attentions"):
         raise InvalidInput(
-            "apr.Cache: got output_attentions; no attention matrix is ever made here: leave it out, or use "
-            "the model without this cache"
+            "apr.Cache: got output_attentions; no attention matrix is ever made here: leave it "
+            "out, or use the model without this cache"
         )
     if ids is None:
         assert embeddings is not None
         ids = torch.zeros(embeddings.shape[:2], dtype=torch.long)
     if ids.ndim != 2 or not ids.shape[1]:
         raise InvalidInput(
-            f"apr.Cache: got ids {list(ids.shape)}; expected [batch, tokens] with at least one new token "
-            f"(it holds {length} already: cache.crop(-n) takes the last n back, cache.reset() all)"
+            f"apr.Cache: got ids {list(ids.shape)}; expected [batch, tokens] with at least one new "
+            f"token (it holds {length} already: cache.crop(-n) takes the last n back, "
+            "cache.reset() all)"
         )
     ids = ids.detach().cpu()
     batch, width = ids.shape
@@ -140,24 +148,26 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
             raise InvalidInput(
-                "apr.Cache: got an attention_mask that is not [batch, tokens]; expected the 2-D padding "
-                "mask of the tokenizer"
+                "apr.Cache: got an attention_mask that is not [batch, tokens]; expected the 2-D "
+                "padding mask of the tokenizer"
             )
         if mask.shape[1] < length + width:
             raise InvalidInput(
-                f"apr.Cache: got an attention_mask of {mask.shape[1]} columns; expected {length + width}: "
-                f"the {length} that it holds, then those of the {width} new tokens"
+                f"apr.Cache: got an attention_mask of {mask.shape[1]} columns; expected "
+                f"{length + width}: the {length} that it holds, then those of the {width} new "
+                "tokens"
             )
         real = mask[:, : length + width].detach().cpu().bool()
     if positions is not None:
         if not isinstance(positions, Tensor) or positions.ndim != 2:
             raise InvalidInput(
-                "apr.Cache: got position_ids that are not [batch, tokens]; models whose tokens have several "
-                "positions each are not supported"
+                "apr.Cache: got position_ids that are not [batch, tokens]; models whose tokens "
+                "have several positions each are not supported"
             )
         if positions.shape[0] not in (1, batch) or positions.shape[1] < width:
             raise InvalidInput(
-                f"apr.Cache: got position_ids {list(positions.shape)}; expected [{batch}, {width}], as ids"
+                f"apr.Cache: got position_ids {list(positions.shape)}; expected [{batch}, "
+                f"{width}], as ids"
             )
         positions = positions[:, -width:].detach().cpu().expand(batch, width)
     call = Call(arguments, ids, real[:, length:], real[:, :length], positions, whole)
@@ -171,13 +181,16 @@ def _check_last(call: Call) -> None:
     keep = call.arguments.get("logits_to_keep")
     if bool((begun & ~ended).any()) and isinstance(keep, int) and keep > 0:
         raise InvalidInput(
-            "apr.Cache: got padding on the right; generate() goes on from the last column: expected left "
+            "apr.Cache: got padding on the right; generate() goes on from the last column: "
+            "expected left "
             'padding, set tokenizer.padding_side = "left"'
         )
 
 
 def follow(stored: Tensor, lengths: list[int]) -> Tensor:
-    """The [batch, length] places that are no padding, when rows were trimmed to, or grew to, `lengths`."""
+    """The [batch, length] places that are no padding, when rows were trimmed to, or grew to,
+    `lengths`.
+    """
     if lengths == stored.sum(1).tolist():
         return stored
     rows = []
@@ -194,23 +207,26 @@ def follow(stored: Tensor, lengths: list[int]) -> Tensor:
 def hide(threads: list[Thread], stored: Tensor, seen: Tensor) -> list[int]:
     """How many tokens each thread keeps where the mask now hides some of the `stored` places.
 
-    Only what stands last can be let go; raises InvalidInput for a hole, and for a place shown that was padding.
+    Only what stands last can be let go; raises InvalidInput for a hole, and for a place shown that
+    was padding.
     """
     kept = []
     for row, thread in enumerate(threads):
         had, shows = stored[row], seen[row]
         if bool((shows & ~had).any()):
             raise InvalidInput(
-                f"apr.Cache: the mask shows places of row {row} that were padding when they were fed; nothing "
-                "is stored of them: keep them hidden, or call reset() and feed the text again"
+                f"apr.Cache: the mask shows places of row {row} that were padding when they were "
+                "fed; nothing is stored of them: keep them hidden, or call reset() and feed the "
+                "text again"
             )
         count = int((had & shows).sum())
         gone = had & ~shows
         if bool(gone.any()) and bool(shows[int(gone.int().argmax()) :].any()):
             raise InvalidInput(
-                f"apr.Cache: the mask hides tokens of row {row} that are stored, with seen ones behind them; "
-                "expected the past as it was, or its end hidden: call reset() and feed the text without "
-                "them, or use an apr.Session, whose views leave out whole segments"
+                f"apr.Cache: the mask hides tokens of row {row} that are stored, with seen ones "
+                "behind them; expected the past as it was, or its end hidden: call reset() and "
+                "feed the text without them, or use an apr.Session, whose views leave out whole "
+                "segments"
             )
         kept.append(count if bool(gone.any()) else len(thread))
     return kept

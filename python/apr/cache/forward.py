@@ -1,4 +1,6 @@
-"""A [batch, tokens] forward on threads: what it changes until it is confirmed, and its attention."""
+"""A [batch, tokens] forward on threads: what it changes until it is confirmed, and its
+attention.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The threads of one call, on their way: `take_back` leaves the former as they were, until it is settled.
+    """The threads of one call, on their way: `take_back` leaves the former as they were, until it
+    is settled.
 
-    Tokens are appended to a former thread where that is all that happens to it; any other change is made on a
-    fork of it.
+    Tokens are appended to a former thread where that is all that happens to it; any other change is
+    made on a fork of it.
     """
 
     def __init__(self, threads: list[Thread], stored: Tensor) -> None:
@@ -93,7 +96,9 @@ class Step:
     def _check_jump(
         self, session: Session, call: Call, index: int, columns: list[int], position: int
     ) -> None:
-        """A window counts positions here and places in stock: refuse a jump that makes them differ."""
+        """A window counts positions here and places in stock: refuse a jump that makes them
+        differ.
+        """
         thread, row = self.threads[index], self.owners.index(index)
         if not len(thread) or not any(x.window or x.chunk for x in session.spec.layers):
             return
@@ -102,12 +107,15 @@ class Step:
         last = before[-1] + (self.stored.shape[1] if columns[:-1] else 0)
         if position - thread.position != places - last - 1:
             raise InvalidInput(
-                f"apr.Cache: the positions of row {row} jump from {thread.position - 1} to {position}, and its "
-                "places do not; this model's windows count places: give positions that go on by one"
+                f"apr.Cache: the positions of row {row} jump from {thread.position - 1} to "
+                f"{position}, and its places do not; this model's windows count places: give "
+                "positions that go on by one"
             )
 
     def _jump(self, session: Session, index: int, position: int) -> None:
-        """Let a thread go on at `position`: a fork of it, which writes a segment that begins there."""
+        """Let a thread go on at `position`: a fork of it, which writes a segment that begins
+        there.
+        """
         child = self.threads[index].fork(1)[0]
         self._made.append(child)
         self.threads[index] = child
@@ -175,7 +183,9 @@ class BatchForward(PackedForward):
         self.start, self.stop = self._running.start, self._running.stop
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing dense is built; raises InvalidInput where the call's own mask is not the measured one."""
+        """Nothing dense is built; raises InvalidInput where the call's own mask is not the measured
+        one.
+        """
         self._check_causal(kwargs["mask_function"], int(kwargs["q_length"]))
         return super().mask(*args, **kwargs)
 
@@ -193,9 +203,9 @@ class BatchForward(PackedForward):
         )
         if bool(ahead.any()):
             raise InvalidInput(
-                "apr.Cache: this call's arguments let tokens see what stands behind them (an image block or "
-                "a prefix that sees itself both ways); such masks are not supported: use the model's own "
-                "cache for this prompt"
+                "apr.Cache: this call's arguments let tokens see what stands behind them (an image "
+                "block or a prefix that sees itself both ways); such masks are not supported: use "
+                "the model's own cache for this prompt"
             )
 
     def attend(
@@ -218,7 +228,9 @@ class BatchForward(PackedForward):
         return passed
 
     def _check_copies(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Rows that were given the same must be the same here: an adapter or a hook may tell them apart."""
+        """Rows that were given the same must be the same here: an adapter or a hook may tell them
+        apart.
+        """
         if not self._copies:
             return
         rows, originals = (list(side) for side in zip(*self._copies, strict=True))
@@ -226,18 +238,22 @@ class BatchForward(PackedForward):
             one, other = x[rows].transpose(1, 2), x[originals].transpose(1, 2)
             real = self._real[originals]
             one, other = one[real].float(), other[real].float()
-            # Equal rows of one product differ by its rounding: some last bits, of sums of `head_dim` size.
+            # Equal rows of one product differ by its rounding: some last bits, of sums of
+            # `head_dim` size.
             size = other.abs() + other.square().mean().sqrt()
             bits = 8 if x.dtype.itemsize == 2 else 512
             if bool(((one - other).abs() > bits * torch.finfo(x.dtype).eps * size).any()):
                 raise InvalidInput(
-                    "apr.Cache: rows with equal tokens come out different inside of the model (an adapter "
-                    "for each row, a hook on one of them); make it with apr.Cache(model, share_rows=False)"
+                    "apr.Cache: rows with equal tokens come out different inside of the model (an "
+                    "adapter for each row, a hook on one of them); make it with apr.Cache(model, "
+                    "share_rows=False)"
                 )
 
 
 class _Inference(torch.autograd.Function):
-    """Passes the attention's result on, and refuses to be differentiated: cached keys have no gradient."""
+    """Passes the attention's result on, and refuses to be differentiated: cached keys have no
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -246,6 +262,6 @@ class _Inference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise InvalidInput(
-            "apr.Cache: there is no gradient through stored keys and values; call the model without this "
-            "cache where you train, or under torch.no_grad()"
+            "apr.Cache: there is no gradient through stored keys and values; call the model "
+            "without this cache where you train, or under torch.no_grad()"
         )

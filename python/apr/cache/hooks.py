@@ -54,9 +54,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class _Hook:
-    """A hook on the model that must not keep the cache alive; a copy of the model has one that does nothing.
+    """A hook on the model that must not keep the cache alive; a copy of the model has one that does
+    nothing.
 
-    torch calls a hook without keyword arguments while another Python thread registers or removes it.
+    torch calls a hook without keyword arguments while another Python thread registers or removes
+    it.
     """
 
     def __init__(self, cache: Cache | None = None) -> None:

@@ -1,4 +1,6 @@
-"""Runs in which the model decides: any checkpoint under a preset, or the adaptive Countdown model."""
+"""Runs in which the model decides: any checkpoint under a preset, or the adaptive Countdown
+model.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,10 @@ def show(console: Console, outcome: Outcome) -> None:
     grow(tree, outcome.root)
     console.print(tree, highlight=False)
     console.print(
-        f"{outcome.total_tokens} tokens sampled, {outcome.critical_path_tokens} one after the other "
-        f"(parallel ratio {outcome.parallel_ratio:.2f}, acceleration {outcome.acceleration:.2f}), "
-        f"{outcome.injected_tokens} put in, {outcome.threads} children, depth {outcome.depth}, "
-        f"{outcome.seconds:.2f} s",
+        f"{outcome.total_tokens} tokens sampled, {outcome.critical_path_tokens} one after the "
+        f"other (parallel ratio {outcome.parallel_ratio:.2f}, acceleration "
+        f"{outcome.acceleration:.2f}), {outcome.injected_tokens} put in, {outcome.threads} "
+        f"children, depth {outcome.depth}, {outcome.seconds:.2f} s",
         highlight=False,
     )
     for event in outcome.events:
@@ -100,7 +102,8 @@ def run_adaptive(options: argparse.Namespace, problem: Problem | None, console: 
         if problem is None:
             problem = _table(options, session, tokenizer, console)
         console.print(
-            f"\nMake {problem.target} from {', '.join(map(str, problem.numbers))}; the search space has "
+            f"\nMake {problem.target} from {', '.join(map(str, problem.numbers))}; the search "
+            "space has "
             f"{solutions(problem)} solutions",
             style="bold",
             highlight=False,

@@ -1,4 +1,6 @@
-"""How the command line calls each method: with a text model, or on a Countdown problem with the shipped one."""
+"""How the command line calls each method: with a text model, or on a Countdown problem with the
+shipped one.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def run_method(
     name = options.method
     if problem is not None and name in TEXT_ONLY:
         raise InvalidInput(
-            f"--method {name}: the Countdown model knows no such words; give a text model with --model"
+            f"--method {name}: the Countdown model knows no such words; give a text model with "
+            "--model"
         )
     prompt: Any = options.prompt
     if options.chat:
@@ -93,7 +96,9 @@ def _settings(
 def _search(
     options: argparse.Namespace, tokenizer: Any, problem: Problem | None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Searches over lines of a text, valued by the model; over operations of a problem, by arithmetic."""
+    """Searches over lines of a text, valued by the model; over operations of a problem, by
+    arithmetic.
+    """
     if problem is None:
         if options.method == "mcts":
             raise InvalidInput(
@@ -121,7 +126,9 @@ def _search(
 def _live(
     options: argparse.Namespace, tokenizer: Any, problem: Problem | None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Threads that read each other; on Countdown each step is an attempt, and a right one ends all."""
+    """Threads that read each other; on Countdown each step is an attempt, and a right one ends
+    all.
+    """
     if problem is None:
         if options.method == "group_think":
             return apr.group_think, {"n": options.workers}

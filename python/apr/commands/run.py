@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=(*METHODS, "adaptive"),
-        help="majority_vote for --model, best_of_n for Countdown; adaptive: its model forks by itself",
+        help="majority_vote for --model, best_of_n for Countdown; adaptive: a model that forks",
     )
     parser.add_argument(
         "--protocol",
@@ -123,9 +123,9 @@ def _report(console: Console, result: Result, seconds: float, options: argparse.
     if result.votes:
         console.print("votes: " + ", ".join(f"{a} x{v:g}" for a, v in result.votes.items()))
     console.print(
-        f"{written} tokens, {result.critical_path_tokens} one after the other, in {seconds:.2f} s ({written / seconds:.0f} tokens/s); KV tokens stored "
-        f"{stats.stored_tokens}, with a copy a thread {stats.seen_tokens}; pages read by several "
-        f"threads: {stats.shared_pages}",
+        f"{written} tokens, {result.critical_path_tokens} one after the other, in {seconds:.2f} s "
+        f"({written / seconds:.0f} tokens/s); KV tokens stored {stats.stored_tokens}, with a copy "
+        f"a thread {stats.seen_tokens}; pages read by several threads: {stats.shared_pages}",
         highlight=False,
     )
     console.print(result.trace.tree(), highlight=False, markup=False)
@@ -148,7 +148,8 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
         _report(console, result, time.perf_counter() - began, options)
 
 
-# ---- Countdown ------------------------------------------------------------------------------------
+# ---- Countdown
+# ------------------------------------------------------------------------------------
 
 
 def _parse(text: str) -> Problem:
@@ -164,7 +165,8 @@ def _parse(text: str) -> Problem:
 def _run_countdown(options: argparse.Namespace, console: Console) -> None:
     if not (options.checkpoint / "model.safetensors").exists():
         raise InvalidInput(
-            f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train guess"
+            f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train "
+            "guess"
         )
     model, tokenizer = hf.load(str(options.checkpoint), dtype=torch.float32)
     options.max_new_tokens = 16
@@ -199,7 +201,9 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
 
 
 def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer: Any) -> Problem:
-    """Print the table; return the hardest problem that a quarter of the widest run's threads solved."""
+    """Print the table; return the hardest problem that a quarter of the widest run's threads
+    solved.
+    """
     count = 12 if options.smoke else options.problems
     widths = (1, 4) if options.smoke else (1, 4, 16)
     problems = countdown.sample_problems(count, seed=options.seed)
@@ -234,8 +238,9 @@ def _table(options: argparse.Namespace, console: Console, model: Any, tokenizer:
             table.add_row(label, *_figures(problems, results, seconds))
     console.print(table)
     console.print(
-        "vote: the most common answer is right. verifier: arithmetic finds a right answer among the "
-        "threads. KV: tokens stored for one problem's threads, and what a copy a thread would store."
+        "vote: the most common answer is right. verifier: arithmetic finds a right answer among "
+        "the threads. KV: tokens stored for one problem's threads, and what a copy a thread would "
+        "store."
     )
 
     def right(pair: tuple[Problem, Result]) -> int:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         choices=["countdown", "guess"],
-        help="countdown: the adaptive model, four and five numbers; guess: three numbers, no search",
+        help="countdown: the adaptive model, 4 and 5 numbers; guess: 3 numbers, no search",
     )
     parser.add_argument("--out", type=Path, default=Path("countdown-model"), help="folder")
     parser.add_argument("--device", default="cpu")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def plot_curve(record: Path, picture: Path) -> None:
-    """Loss and what is right on held-out number sets, against optimiser steps; needs matplotlib (`pip install apr[plot]`)."""
+    """Loss and what is right on held-out number sets, against optimiser steps; needs matplotlib
+    (`pip install apr[plot]`).
+    """
     import matplotlib.pyplot as plt
 
     curve = json.loads(record.read_text())["curve"]

@@ -1,4 +1,6 @@
-"""What the adaptive model is taught: records of a guess, a spawn, children and a join, or one sequential search."""
+"""What the adaptive model is taught: records of a guess, a spawn, children and a join, or one
+sequential search.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from apr.countdown.search import (
 from apr.countdown.tokenizer import WORDS
 from apr.protocols.record import Record
 
-# Problems of so many solutions are hard: the model should not lose time on a guess. Fixed before training.
+# Problems of so many solutions are hard: the model should not lose time on a guess. Fixed before
+# training.
 HARD = 2
 EASY = 9  # and of so many or more are easy
 
@@ -67,7 +70,9 @@ class _Lesson:
         self.record.write(piece, encode(words), sampled)
 
     def guess(self, piece: int, problem: Problem, chain: Chain, decided: bool) -> None:
-        """A try and its verdict. Of a wrong guess only the arithmetic is taught, not the choices."""
+        """A try and its verdict. Of a wrong guess only the arithmetic is taught, not the
+        choices.
+        """
         right = chain[-1][3] == problem.target
         self.write(piece, ["<try>"], sampled=decided)
         for left, operator, right_hand, result in chain:
@@ -84,7 +89,8 @@ class _Lesson:
         children: int,
         decided: bool = True,
     ) -> Chain | None:
-        """The block, some of its children, and what the join puts in; returns the chain that comes back.
+        """The block, some of its children, and what the join puts in; returns the chain that comes
+        back.
 
         One of the children finds a solution if any does; the others are random.
         """
@@ -129,7 +135,9 @@ class _Lesson:
 
 
 def _misses(problem: Problem, rng: random.Random, decisions: bool) -> list[Chain]:
-    """Wrong chains to begin with: one, or up to three where the lesson leaves open how often to try."""
+    """Wrong chains to begin with: one, or up to three where the lesson leaves open how often to
+    try.
+    """
     count = 1 if decisions else rng.choice((1, 1, 2, 3))
     drawn = [a_chain(problem.numbers, rng) for _ in range(20)]
     return [chain for chain in drawn if chain[-1][3] != problem.target][:count]
@@ -138,7 +146,8 @@ def _misses(problem: Problem, rng: random.Random, decisions: bool) -> list[Chain
 def parallel_record(
     problem: Problem, rng: random.Random, children: int = 2, decisions: bool = True
 ) -> Record:
-    """One problem as a tree of lessons on its prompt: a right guess, and a spawn after a miss or at once.
+    """One problem as a tree of lessons on its prompt: a right guess, and a spawn after a miss or at
+    once.
 
     decisions: whether it is taught when to guess and when to spawn, or only how.
     """

@@ -1,4 +1,6 @@
-"""A light reinforcement phase: the model practises its own guesses, and learns when one is worth its tokens."""
+"""A light reinforcement phase: the model practises its own guesses, and learns when one is worth
+its tokens.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def sample_tries(
     tries: int,
     seed: int,
 ) -> Tensor:
-    """Tries [problems, samples, tries, 12] of token ids, at temperature 1, as if each had missed."""
+    """Tries [problems, samples, tries, 12] of token ids, at temperature 1, as if each had
+    missed.
+    """
     device = next(model.parameters()).device
     prompts = [prompt(p, mode) for p, mode in zip(problems, modes, strict=True)]
     ids = torch.tensor([encode([*text.split(), "<try>"]) for text in prompts])
@@ -50,7 +54,9 @@ def sample_tries(
 
 @dataclass
 class Weighed:
-    """A record with a weight for each of its sampled tokens, in the order of `flatten`'s targets."""
+    """A record with a weight for each of its sampled tokens, in the order of `flatten`'s
+    targets.
+    """
 
     record: Record = field(default_factory=Record)
     weights: list[list[float]] = field(default_factory=list)  # of each piece
@@ -73,12 +79,14 @@ class Weighed:
 def lesson_of_tries(
     problem: Problem, mode: str, rows: Tensor, worth: float, rng: random.Random
 ) -> tuple[Flat, list[float], list[float]]:
-    """The flat lesson, a weight for each of its targets, and the share of right guesses of each try.
+    """The flat lesson, a weight for each of its targets, and the share of right guesses of each
+    try.
 
-    Words of a guess weigh its advantage: right (1) or wrong (0) less the mean over the samples that came so
-    far, as in GRPO (arXiv 2402.03300) without its scale. Verdicts are taught as they should have been, and
-    whether to try, or to try again, by the share of right ones among all tries: below `worth`, a guess
-    costs more tokens of the critical path than it saves. After a miss a solution is shown too.
+    Words of a guess weigh its advantage: right (1) or wrong (0) less the mean over the samples that
+    came so far, as in GRPO (arXiv 2402.03300) without its scale. Verdicts are taught as they should
+    have been, and whether to try, or to try again, by the share of right ones among all tries:
+    below `worth`, a guess costs more tokens of the critical path than it saves. After a miss a
+    solution is shown too.
     """
     lesson, samples = Weighed(), len(rows)
     lesson.weights.append([])
@@ -125,7 +133,9 @@ def practice(
     tries: int,
     worth: float,
 ) -> tuple[list[Flat], list[list[float]], float]:
-    """Lessons on the model's own tries for one step, their weights, and the share of right first ones."""
+    """Lessons on the model's own tries for one step, their weights, and the share of right first
+    ones.
+    """
     rng = random.Random(f"{seed}/practice/{step}")
     drawn = [
         draw_problem(rng, 4, Range(9, 50) if rng.random() < 0.2 else span) for _ in range(problems)

@@ -16,7 +16,9 @@ Chain = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers a problem may use: draws in [1, highest], targets in [1, target], results <= limit."""
+    """The numbers a problem may use: draws in [1, highest], targets in [1, target], results <=
+    limit.
+    """
 
     highest: int = 16
     target: int = 100
@@ -25,7 +27,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem; `numbers` are sorted from the highest down, as the model was trained to read them."""
+    """One problem; `numbers` are sorted from the highest down, as the model was trained to read
+    them.
+    """
 
     numbers: tuple[int, ...]
     target: int
@@ -36,7 +40,9 @@ class Problem:
 
 
 def apply(left: int, operator: str, right: int) -> int | None:
-    """The exact result of one operation on integers, or None where a division leaves a remainder."""
+    """The exact result of one operation on integers, or None where a division leaves a
+    remainder.
+    """
     if operator == "+":
         return left + right
     if operator == "-":
@@ -76,7 +82,9 @@ def is_held_out(numbers: tuple[int, ...]) -> bool:
 
 
 def number_sets(count: int, span: Range, held_out: bool) -> list[tuple[int, ...]]:
-    """All multisets of `count` numbers on one side of the split, each sorted from the highest down."""
+    """All multisets of `count` numbers on one side of the split, each sorted from the highest
+    down.
+    """
     draws = itertools.combinations_with_replacement(range(span.highest, 0, -1), count)
     return [s for s in draws if is_held_out(s) == held_out]
 
@@ -107,7 +115,9 @@ def format_chain(chain: Chain) -> str:
 
 
 def verify(problem: Problem, answer: str) -> bool:
-    """Replay an answer by arithmetic: each step exact, each number used once, the target reached."""
+    """Replay an answer by arithmetic: each step exact, each number used once, the target
+    reached.
+    """
     words = answer.replace("<eos>", " ").split()
     if len(words) != 4 * (len(problem.numbers) - 1):
         return False

@@ -1,4 +1,6 @@
-"""The search space of Countdown as the adaptive model walks it: edges, bodies of a search, solutions."""
+"""The search space of Countdown as the adaptive model walks it: edges, bodies of a search,
+solutions.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ LARGEST_RESULT = 100
 def results(left: int, right: int) -> tuple[int | None, int | None, int | None, int | None]:
     """Sum, difference, product, quotient of left >= right; None where the space has no such step.
 
-    Left out are results outside of 1 to LARGEST_RESULT and steps that change nothing (times or divided
-    by one), so that no sub-problem is searched twice for one reason.
+    Left out are results outside of 1 to LARGEST_RESULT and steps that change nothing (times or
+    divided by one), so that no sub-problem is searched twice for one reason.
     """
     total, product = left + right, left * right
     return (
@@ -31,7 +33,9 @@ def results(left: int, right: int) -> tuple[int | None, int | None, int | None, 
 
 @functools.cache
 def edges(numbers: tuple[int, ...]) -> tuple[tuple[int, Step, tuple[int, ...]], ...]:
-    """Every first step: (edge number = 4 * pair + operator, step, the numbers that are left, sorted)."""
+    """Every first step: (edge number = 4 * pair + operator, step, the numbers that are left,
+    sorted).
+    """
     found, seen = [], set()
     for pair, (i, j) in enumerate(itertools.combinations(range(len(numbers)), 2)):
         left, right = numbers[i], numbers[j]
@@ -48,7 +52,9 @@ def edges(numbers: tuple[int, ...]) -> tuple[tuple[int, Step, tuple[int, ...]], 
 
 @functools.cache
 def solution_counts(numbers: tuple[int, ...]) -> Counter[int]:
-    """How many chains of the space reach each target; steps in another order count as another chain."""
+    """How many chains of the space reach each target; steps in another order count as another
+    chain.
+    """
     if len(numbers) == 1:
         return Counter(numbers)
     counts: Counter[int] = Counter()
@@ -85,8 +91,8 @@ def body(numbers: tuple[int, int, int], target: int) -> tuple[list[str], Chain |
     """Words of a search over three numbers up to its first hit, and the chain that it found.
 
     Each pair is a line of six words (the pair, its four results), followed by such a line for every
-    result together with the number that was left over. A hit ends its line: what the model has to see is
-    whether the word that it has just written is the target.
+    result together with the number that was left over. A hit ends its line: what the model has to
+    see is whether the word that it has just written is the target.
     """
     words: list[str] = []
     seen = set()

@@ -1,4 +1,6 @@
-"""Lets the adaptive model solve Countdown problems, in parallel or in one line, and replays its answers."""
+"""Lets the adaptive model solve Countdown problems, in parallel or in one line, and replays its
+answers.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from apr.protocols.outcome import Outcome
 from apr.protocols.runtime import run
 from apr.threads.session import Session
 
-# The model's own control flow: `<spawn> e3 e7 ... <join>` starts a child for each first operation; the first
-# that finds a solution ends the others, and its chain is what the parent reads.
+# The model's own control flow: `<spawn> e3 e7 ... <join>` starts a child for each first operation;
+# the first that finds a solution ends the others, and its chain is what the parent reads.
 GRAMMAR = Grammar(
     name="countdown",
     source="this package: countdown/lessons.py",
@@ -64,7 +66,8 @@ def solve(
     copies: int = 1,
     **options: Any,
 ) -> list[Solved]:
-    """Solve problems, `together` of them at once; mode "parallel" or "sequential". Greedy by default.
+    """Solve problems, `together` of them at once; mode "parallel" or "sequential". Greedy by
+    default.
 
     copies: threads of each problem's prompt, for votes; their results stand next to each other.
     """

@@ -7,13 +7,13 @@ from typing import Any
 LARGEST_NUMBER = 127
 CONTROL = ["<pad>", "<bos>", "<eos>", "<unk>", "<try>", "<spawn>", "<join>", "<found>", "<none>"]
 CONTROL += ["<parallel>", "<sequential>", "<ok>", "<miss>"]
-# One edge token for each first operation of a four-number problem (6 pairs x 4 operators), so that a
-# model can name the sub-problem of a child in one token.
+# One edge token for each first operation of a four-number problem (6 pairs x 4 operators), so that
+# a model can name the sub-problem of a child in one token.
 EDGES = [f"e{i}" for i in range(24)]
 WORDS = [*CONTROL, ":", "+", "-", "*", "/", "=", "x", "#", *EDGES]
 WORDS += [str(n) for n in range(LARGEST_NUMBER + 1)]
-# The other first operations of a five-number problem; behind the numbers, so that older checkpoints keep
-# their ids.
+# The other first operations of a five-number problem; behind the numbers, so that older checkpoints
+# keep their ids.
 WORDS += [f"e{i}" for i in range(24, 40)]
 
 

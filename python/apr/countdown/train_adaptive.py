@@ -80,7 +80,9 @@ SMOKE = Lessons(
 def draw_lessons(
     recipe: Lessons, step: int, held_out: bool = False, decisions: bool = True
 ) -> list[Flat]:
-    """The rows of one step, from a generator keyed by (seed, step): trees, lines, and guesses alone."""
+    """The rows of one step, from a generator keyed by (seed, step): trees, lines, and guesses
+    alone.
+    """
     rng = random.Random(f"{recipe.seed}/{step}/{held_out}")
 
     def problem(count: int) -> Problem:
@@ -100,7 +102,9 @@ def draw_lessons(
 
 
 def optimizers(model: Any, recipe: Lessons) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside (after 200 steps 86 % of held-out tokens were right, with AdamW alone 68 %), AdamW for the rest."""
+    """Muon for the matrices inside (after 200 steps 86 % of held-out tokens were right, with AdamW
+    alone 68 %), AdamW for the rest.
+    """
     named = dict(model.named_parameters())
     inner = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
     rest = [p for p in named.values() if all(p is not m for m in inner)]
@@ -134,7 +138,9 @@ def learn(
     flats: list[Flat],
     weights: Sequence[Sequence[float]] | None = None,
 ) -> tuple[float, int]:
-    """One optimiser step; the summed loss in nats, and its tokens. weights: of each sequence's targets, or 1."""
+    """One optimiser step; the summed loss in nats, and its tokens. weights: of each sequence's
+    targets, or 1.
+    """
     device = next(model.parameters()).device
     goal, total = sum(len(flat.targets) for flat in flats), 0.0
     for stepper in steppers:
@@ -156,7 +162,9 @@ def learn(
 
 @torch.no_grad()
 def examine(model: Any, recipe: Lessons, flats: list[Flat]) -> dict[str, float]:
-    """Teacher-forced on held-out lessons: tokens right, and whole children right (a greedy child is one)."""
+    """Teacher-forced on held-out lessons: tokens right, and whole children right (a greedy child is
+    one).
+    """
     device = next(model.parameters()).device
     right = tokens = children = exact = 0
     for flat in flats:
@@ -178,12 +186,14 @@ def examine(model: Any, recipe: Lessons, flats: list[Flat]) -> dict[str, float]:
 def _step(
     model: Any, recipe: Lessons, steppers: list[torch.optim.Optimizer], step: int
 ) -> tuple[float, int, int, float | None]:
-    """One step of either phase: summed loss, its tokens, all tokens, the share of right guesses in practice."""
+    """One step of either phase: summed loss, its tokens, all tokens, the share of right guesses in
+    practice.
+    """
     flats = draw_lessons(recipe, step, decisions=step < recipe.steps)
     if step < recipe.steps:
         return *learn(model, recipe, steppers, flats), sum(map(len, flats)), None
-    # The supervised lessons go on beside the guesses, so that nothing else is forgotten; when to guess is
-    # for practice to teach.
+    # The supervised lessons go on beside the guesses, so that nothing else is forgotten; when to
+    # guess is for practice to teach.
     count = recipe.trees + recipe.deep_trees + recipe.lines
     flats = flats[:count]
     own, weights, share = practice(
@@ -206,8 +216,8 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Train, yielding a progress record every `report_every` steps; continues from `out/state.pt`.
 
-    Step k draws everything from generators keyed by (seed, k), so a run that was interrupted makes the
-    same checkpoint as one that was not (up to the reduction order of the machine).
+    Step k draws everything from generators keyed by (seed, k), so a run that was interrupted makes
+    the same checkpoint as one that was not (up to the reduction order of the machine).
     """
     model = build_model(recipe).to(device)
     steppers = optimizers(model, recipe)

@@ -47,7 +47,9 @@ SMOKE = Recipe(steps=20, rows=64, layers=2, highest=6, warmup=5)
 
 
 def training_rows(recipe: Recipe) -> tuple[Tensor, int]:
-    """All solved training problems as token rows [rows, length], and the length of their prompts."""
+    """All solved training problems as token rows [rows, length], and the length of their
+    prompts.
+    """
     words = {word: i for i, word in enumerate(WORDS)}
     rows = []
     for problem, chain in solved(recipe.numbers, recipe.span, held_out=False):
@@ -95,8 +97,9 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Train, yielding a progress record every `report_every` steps; continues from `out/state.pt`.
 
-    Step k draws its rows from a generator keyed by (seed, k), so an interrupted run that resumes makes
-    the same checkpoint as one that was never stopped (up to the reduction order of the machine).
+    Step k draws its rows from a generator keyed by (seed, k), so an interrupted run that resumes
+    makes the same checkpoint as one that was never stopped (up to the reduction order of the
+    machine).
     """
     tokenizer, model = build_tokenizer(), build_model(recipe).to(device)
     optimizer = torch.optim.AdamW(

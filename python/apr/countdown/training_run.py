@@ -42,7 +42,9 @@ class Shape(Protocol):
 
 
 def build_model(recipe: Shape) -> Any:
-    """A Llama with tied embeddings over the Countdown vocabulary, freshly initialised from the seed."""
+    """A Llama with tied embeddings over the Countdown vocabulary, freshly initialised from the
+    seed.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
@@ -70,7 +72,9 @@ def build_model(recipe: Shape) -> Any:
 def schedule(
     optimizer: torch.optim.Optimizer, recipe: Shape, practice: int = 0, practice_rate: float = 1.0
 ) -> LRScheduler:
-    """Linear warm-up, a cosine to a hundredth, and then `practice` steps from `practice_rate` of it to 0."""
+    """Linear warm-up, a cosine to a hundredth, and then `practice` steps from `practice_rate` of it
+    to 0.
+    """
     rate = optimizer.param_groups[0]["lr"]
     parts: list[LRScheduler] = [
         LinearLR(optimizer, 1 / recipe.warmup, total_iters=max(1, recipe.warmup - 1)),

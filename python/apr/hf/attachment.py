@@ -1,4 +1,6 @@
-"""Attaches a model: measured and proved once, then run by packed forwards on the registered attention."""
+"""Attaches a model: measured and proved once, then run by packed forwards on the registered
+attention.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from apr.ops import device as gpu
 
 
 class Attachment:
-    """A model whose forwards can run on the registered attention; between them it is the user's as it was.
+    """A model whose forwards can run on the registered attention; between them it is the user's as
+    it was.
 
     Several sessions may hold one model, in several Python threads.
     """
@@ -53,15 +56,17 @@ class Attachment:
         self._known.tested = value
 
     def check_unchanged(self, remedy: str) -> None:
-        """Raise InvalidInput where the model is in training mode, or not the one that was measured."""
+        """Raise InvalidInput where the model is in training mode, or not the one that was
+        measured.
+        """
         self._watch.check(remedy)
         if self._watch.configured_anew():
             with undisturbed(self.model.device):
                 now = known(self.model, measure)
             if now.spec != self.spec:
                 raise InvalidInput(
-                    "the model's configuration was changed, and with it what its attention sees or how it "
-                    f"turns; {remedy}"
+                    "the model's configuration was changed, and with it what its attention sees "
+                    f"or how it turns; {remedy}"
                 )
 
     @property
@@ -97,7 +102,9 @@ class Attachment:
     def forward_static(
         self, plan: ops.Plan, pools: Sequence[ops.Pool], ids: Tensor, positions: Tensor
     ) -> Tensor:
-        """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows, vocab]."""
+        """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows,
+        vocab].
+        """
         packed = PackedForward(self.spec, pools, plan, self.owner)
         return self._run(packed, ids, positions, {}).float()
 

@@ -29,9 +29,9 @@ def warn_if_untested(version: str = transformers.__version__) -> None:
     newest = tuple(int(part) for part in NEWEST.split("."))
     if found > newest:
         warnings.warn(
-            f"apr was tested with transformers {OLDEST} to {NEWEST}, and this is {version}: models are "
-            "still measured and proved when they are attached, but what generate() expects of a cache "
-            f"may have changed; if it fails, pip install 'transformers=={NEWEST}.*'",
+            f"apr was tested with transformers {OLDEST} to {NEWEST}, and this is {version}: models "
+            "are still measured and proved when they are attached, but what generate() expects of "
+            f"a cache may have changed; if it fails, pip install 'transformers=={NEWEST}.*'",
             stacklevel=3,
         )
 
@@ -42,8 +42,10 @@ def cache_of(arguments: dict[str, Any]) -> Any:
 
 
 def asked_by_whole_prefill() -> bool:
-    """Whether the caller's caller is generate()'s prefill with a whole prompt, about to leave out of it what a cache
-    holds. It gives the cache no other sign, and may hold new tokens alone, under a mask of everything."""
+    """Whether the caller's caller is generate()'s prefill with a whole prompt, about to leave out
+    of it what a cache holds. It gives the cache no other sign, and may hold new tokens alone, under
+    a mask of everything.
+    """
     frame = sys._getframe(2)
     if frame.f_code.co_name != "_prefill":
         return False
@@ -62,7 +64,9 @@ def asked_by_whole_prefill() -> bool:
 
 
 def in_prefill() -> bool:
-    """Whether generate()'s prefill is among the callers: one that failed before its forward is not."""
+    """Whether generate()'s prefill is among the callers: one that failed before its forward is
+    not.
+    """
     frame = sys._getframe(1)
     while frame.f_code.co_name != "_prefill":
         if frame.f_back is None:

@@ -1,8 +1,9 @@
-"""Decode steps that are captured once for each capacity and replayed while views and lengths change.
+"""Decode steps that are captured once for each capacity and replayed while views and lengths
+change.
 
-Everything that differs between two steps lies in device memory at fixed addresses. The device works out
-what each row sees, where it writes and how the work is cut; the host copies token ids, and the tables of
-the views when a view was changed.
+Everything that differs between two steps lies in device memory at fixed addresses. The device works
+out what each row sees, where it writes and how the work is cut; the host copies token ids, and the
+tables of the views when a view was changed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from apr.hf.packed import check_finite
 from apr.ops import Rotation
 from apr.ops import device as gpu
 
-# Graphs that are kept, the last used ones; and partial results of all kinds of layers of one: steps that need
-# more are planned, in passes.
+# Graphs that are kept, the last used ones; and partial results of all kinds of layers of one: steps
+# that need more are planned, in passes.
 _MOST_GRAPHS = 8
 _MOST_PART_BYTES = 1 << 29
 
@@ -40,7 +41,9 @@ def _room(count: int, least: int) -> int:
 
 
 def capacity_of(sizes: Sequence[int]) -> Capacity:
-    """The smallest class that holds (rows, entries, segments, pages); few classes, so few captures."""
+    """The smallest class that holds (rows, entries, segments, pages); few classes, so few
+    captures.
+    """
     rows, entries, segments, pages = sizes
     width = next((w for w in (4, 16, 64, 256) if w >= rows), _room(rows, 256))
     return Capacity(
@@ -139,7 +142,8 @@ class StepGraph:
     def _capture(
         forward: Callable[[], Tensor], device: torch.device, memory: Any
     ) -> Callable[[], Tensor]:
-        # Libraries choose their kernels in a first run; it must not be on the stream that is captured.
+        # Libraries choose their kernels in a first run; it must not be on the stream that is
+        # captured.
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -156,7 +160,9 @@ class StepGraph:
         return replay
 
     def run(self, ids: Tensor) -> Tensor:
-        """float32 logits [len(ids), vocab], of memory that the next run of any graph writes over."""
+        """float32 logits [len(ids), vocab], of memory that the next run of any graph writes
+        over.
+        """
         count = len(ids)
         self._host_ids[:count] = ids  # the last step's copy is over: its logits were waited for
         with gpu.on(self._device):
@@ -165,7 +171,9 @@ class StepGraph:
 
 
 class StepGraphs:
-    """Runs a session's ordinary steps: each thread has one token queued, and nothing else has to run."""
+    """Runs a session's ordinary steps: each thread has one token queued, and nothing else has to
+    run.
+    """
 
     def __init__(
         self,
@@ -184,7 +192,8 @@ class StepGraphs:
         self.captures = self.uploads = 0
 
     def step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
-        """float32 logits [threads, vocab] of an ordinary step; None where it is none and has to be planned.
+        """float32 logits [threads, vocab] of an ordinary step; None where it is none and has to be
+        planned.
 
         On any exception nothing has run: what the device did is renewed before the next step.
         """
@@ -235,11 +244,13 @@ class StepGraphs:
 def step_graphs(
     wanted: bool | None, attachment: Attachment, pools: Sequence[ops.Pool], invariant: bool
 ) -> StepGraphs | None:
-    """What replays a session's steps, where that is wanted; raises InvalidInput where there is no GPU."""
+    """What replays a session's steps, where that is wanted; raises InvalidInput where there is no
+    GPU.
+    """
     backend = gpu.backend(attachment.spec.device)
     if wanted and backend is None:
         raise InvalidInput(
-            f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a GPU; "
-            "leave it None"
+            f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a "
+            "GPU; leave it None"
         )
     return StepGraphs(backend, attachment, pools, invariant) if wanted and backend else None

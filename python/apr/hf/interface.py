@@ -21,7 +21,8 @@ IMPLEMENTATION = "apr"
 class Forward(Protocol):
     """What handles the attention and mask calls of a running forward.
 
-    owner: ids of the modules and configurations whose calls these are; all others are the user's own.
+    owner: ids of the modules and configurations whose calls these are; all others are the user's
+    own.
     """
 
     owner: frozenset[int]
@@ -33,8 +34,8 @@ class Forward(Protocol):
     def mask(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-# The only globals besides the registration below: which forward of ours runs in this context (a Python
-# thread or task), and what each configuration that is switched stood on before, by its id.
+# The only globals besides the registration below: which forward of ours runs in this context (a
+# Python thread or task), and what each configuration that is switched stood on before, by its id.
 _RUNNING: ContextVar[Forward | None] = ContextVar("apr_forward", default=None)
 _FORMER: dict[int, str | None] = {}
 
@@ -46,8 +47,9 @@ def _former(config: Any) -> str | None:
 
 
 def _own_attention(module: Any) -> Any:
-    """The attention function that a user's own call of a model reaches: another Python thread may make one
-    while we have the model switched."""
+    """The attention function that a user's own call of a model reaches: another Python thread may
+    make one while we have the model switched.
+    """
     eager = sdpa_attention_forward
     for kind in type(module).__mro__:
         found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
@@ -102,7 +104,9 @@ AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention of the running forward as one operator, so that a compiled model has no graph break there."""
+    """Attention of the running forward as one operator, so that a compiled model has no graph break
+    there.
+    """
     running = _RUNNING.get()
     if running is None:
         raise Error(
@@ -119,7 +123,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, sinks: Any, scale: float, softcap: Any) -
 
 
 class Switch:
-    """Puts a model on our implementation while forwards of ours run, in however many Python threads.
+    """Puts a model on our implementation while forwards of ours run, in however many Python
+    threads.
 
     Between them the model stands where its user put it, so that the user's own calls are stock.
     """
@@ -131,7 +136,9 @@ class Switch:
         self._holders: set[int] = set()  # forwards that run
 
     def on(self, holder: object) -> None:
-        """Switch, until every holder has let go; an interrupt may come anywhere, `off` puts it right."""
+        """Switch, until every holder has let go; an interrupt may come anywhere, `off` puts it
+        right.
+        """
         with self._lock:
             if not self._stood:
                 self._stood = [config._attn_implementation for config in self._configs]
@@ -157,7 +164,9 @@ class Switch:
 
 
 class Running:
-    """Routes the attention calls of this context to `forward` while it is entered, or from start to stop."""
+    """Routes the attention calls of this context to `forward` while it is entered, or from start to
+    stop.
+    """
 
     def __init__(self, forward: Forward, switch: Switch) -> None:
         self._forward, self._switch = forward, switch

@@ -1,4 +1,6 @@
-"""What of a model must stay as it was while threads hold its keys and values, and what is known of it."""
+"""What of a model must stay as it was while threads hold its keys and values, and what is known of
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,16 @@ from apr.hf.probe import ModelSpec
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside of what compiles, adapts or replicates it; raises InvalidInput."""
+    """The transformers model inside of what compiles, adapts or replicates it; raises
+    InvalidInput.
+    """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
         adapters = getattr(inner, "peft_config", None) or {}
         if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
             raise InvalidInput(
-                f"model: got a {type(model).__name__} that learns a prompt: its virtual tokens are in no "
-                "thread's text; expected adapters of weights (LoRA and its like)"
+                f"model: got a {type(model).__name__} that learns a prompt: its virtual tokens are "
+                "in no thread's text; expected adapters of weights (LoRA and its like)"
             )
         base = getattr(inner, "get_base_model", None)
         inner = (
@@ -66,7 +70,9 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
 
 
 class Watch:
-    """Notices what would make stored keys and values, or the measurement, untrue; cheap enough for each step."""
+    """Notices what would make stored keys and values, or the measurement, untrue; cheap enough for
+    each step.
+    """
 
     def __init__(self, model: PreTrainedModel, weights: list[nn.Parameter]) -> None:
         self._model, self._weights = model, weights
@@ -76,7 +82,9 @@ class Watch:
         self._set = self._settings()
 
     def _settings(self) -> list[int]:
-        """What the configurations are set to, by identity: quick, and other where anything was set anew."""
+        """What the configurations are set to, by identity: quick, and other where anything was set
+        anew.
+        """
         return [sum(map(id, vars(config).values())) for config in self._configurations]
 
     def configured_anew(self) -> bool:
@@ -89,26 +97,31 @@ class Watch:
         return sum(p._version for p in self._weights)
 
     def _table(self) -> tuple[list[int], torch.dtype, torch.device]:
-        """Of the embeddings; hooks that offload make them anew for each forward, so no tensor is kept."""
+        """Of the embeddings; hooks that offload make them anew for each forward, so no tensor is
+        kept.
+        """
         table = self._model.get_input_embeddings().weight
         return list(table.shape), table.dtype, table.device
 
     def check(self, remedy: str) -> None:
-        """Raise InvalidInput where the model is not what it was; `remedy` makes things right again."""
+        """Raise InvalidInput where the model is not what it was; `remedy` makes things right
+        again.
+        """
         if self._model.training:
             raise InvalidInput(
-                "the model is in training mode (dropout would make every step differ); call model.eval()"
+                "the model is in training mode (dropout would make every step differ); call "
+                "model.eval()"
             )
         if self._table() != self._stood:
             (was, dtype, device), (now, now_dtype, now_device) = self._stood, self._table()
             raise InvalidInput(
-                f"the model was changed: its embeddings were {was}, {dtype} on {device}, and are {now}, "
-                f"{now_dtype} on {now_device}; {remedy}"
+                f"the model was changed: its embeddings were {was}, {dtype} on {device}, and are "
+                f"{now}, {now_dtype} on {now_device}; {remedy}"
             )
         if self._sum() != self._versions:
             raise InvalidInput(
-                "the model's weights were changed in place, so the stored keys and values belong to "
-                f"others; {remedy}"
+                "the model's weights were changed in place, so the stored keys and values belong "
+                f"to others; {remedy}"
             )
 
 
@@ -125,7 +138,8 @@ class Known:
     tested: bool = False
 
 
-# A memo, so that a second attach of an unchanged model costs no forward; nothing is written on the model.
+# A memo, so that a second attach of an unchanged model costs no forward; nothing is written on the
+# model.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -135,7 +149,8 @@ def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -
     with _LOCK:
         found, now = _KNOWN.get(model), structure(model)
         if found is None or found.structure != now:
-            # The switch counts the forwards that run, so one model has one as long as its parts stay.
+            # The switch counts the forwards that run, so one model has one as long as its parts
+            # stay.
             same = found is not None and found.structure[0] == now[0]
             switch = found.switch if found is not None and same else Switch(model)
             spec = measure(model, switch)
@@ -147,7 +162,9 @@ def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Measure a model and not its surroundings: no compiled graphs, no autocast, no default device."""
+    """Measure a model and not its surroundings: no compiled graphs, no autocast, no default
+    device.
+    """
     kind = device.type if device.type != "meta" else "cpu"
     with (
         torch.compiler.set_stance("force_eager"),

@@ -1,4 +1,6 @@
-"""Packed forwards: rows of many threads in one call of the model, attending by a plan; a step of them."""
+"""Packed forwards: rows of many threads in one call of the model, attending by a plan; a step of
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ def check_finite(logits: Tensor) -> None:
 def changed(model: Any, how_many: str) -> UnsupportedModel:
     """The exception that says that a model does not do what it did when it was measured."""
     return UnsupportedModel(
-        f"{type(model).__name__} made {how_many} attention calls than when it was measured: a module was "
-        "replaced, or adapters were added, after it was attached; call session.refresh() (or "
-        "cache.reset()), which releases its threads"
+        f"{type(model).__name__} made {how_many} attention calls than when it was measured: a "
+        "module was replaced, or adapters were added, after it was attached; call "
+        "session.refresh() (or cache.reset()), which releases its threads"
     )
 
 
@@ -121,7 +123,9 @@ def run_step(
     invariant: bool = False,
     vectors: Mapping[int, PathVectors] | None = None,
 ) -> Ran:
-    """Run a step's forwards one after the other and commit it; on any exception it is rolled back."""
+    """Run a step's forwards one after the other and commit it; on any exception it is rolled
+    back.
+    """
     ran, began = Ran(), time.perf_counter()
     try:
         while step.next():

@@ -63,12 +63,14 @@ class ModelSpec:
         ]
 
     def check_position(self, furthest: int) -> None:
-        """Raise UnsupportedRope where a position lies past what the model's frequencies hold for."""
+        """Raise UnsupportedRope where a position lies past what the model's frequencies hold
+        for.
+        """
         if self.position_limit is not None and furthest >= self.position_limit:
             raise UnsupportedRope(
-                f"step: position {furthest} passes {self.position_limit}, where this model's rope_type "
-                "(longrope or dynamic) changes all frequencies at once, those of cached keys too; keep "
-                "threads shorter"
+                f"step: position {furthest} passes {self.position_limit}, where this model's "
+                "rope_type (longrope or dynamic) changes all frequencies at once, those of cached "
+                "keys too; keep threads shorter"
             )
 
 
@@ -110,8 +112,9 @@ class _Probe:
 def refuse(model: Any, why: str) -> UnsupportedModel:
     """The exception that says why a model cannot be attached."""
     return UnsupportedModel(
-        f"{type(model).__name__} cannot be attached: {why}. apr needs a causal language model whose "
-        "attention layers all go through transformers' AttentionInterface and mix tokens nowhere else"
+        f"{type(model).__name__} cannot be attached: {why}. apr needs a causal language model "
+        "whose attention layers all go through transformers' AttentionInterface and mix tokens "
+        "nowhere else"
     )
 
 
@@ -209,7 +212,9 @@ def counts_padding(model: Any) -> bool:
 
 
 def measure(model: Any, switch: Switch) -> ModelSpec:
-    """Find the dispatching layers, their shapes, rotation, windows and chunks; raises UnsupportedModel."""
+    """Find the dispatching layers, their shapes, rotation, windows and chunks; raises
+    UnsupportedModel.
+    """
     parameters = inspect.signature(model.forward).parameters
     wild = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if "position_ids" not in parameters and not wild:

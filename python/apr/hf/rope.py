@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from apr.ops import Rotation
 from apr.ops.reference import rotate
 
-# Positions of the probe rows; the first is the reference. Small steps tell frequencies apart, the larger
-# ones make a wrong frequency visible.
+# Positions of the probe rows; the first is the reference. Small steps tell frequencies apart, the
+# larger ones make a wrong frequency visible.
 PROBE_POSITIONS = (0, 1, 2, 4, 16, 64, 100)
 
-# A fit must explain the queries to this part of their largest value: float32 and half-precision noise.
+# A fit must explain the queries to this part of their largest value: float32 and half-precision
+# noise.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -49,9 +50,9 @@ def _layouts(head_dim: int, inv_freq: tuple[float, ...]) -> Iterable[Rotation]:
 def fit(queries: Tensor, candidates: list[tuple[float, ...]]) -> Rotation | Positions:
     """Explain queries [probe rows, heads, head_dim] of one token at PROBE_POSITIONS.
 
-    With a single visible key every hidden state is free of position, so in a RoPE model each layer's query
-    obeys q(p) = R(p) q(0). Candidates are the model's own frequencies in every layout; the winner must
-    explain all rows.
+    With a single visible key every hidden state is free of position, so in a RoPE model each
+    layer's query obeys q(p) = R(p) q(0). Candidates are the model's own frequencies in every
+    layout; the winner must explain all rows.
     """
     q = queries.double()
     first, positions = q[0], torch.tensor(PROBE_POSITIONS)
@@ -74,8 +75,8 @@ def fit(queries: Tensor, candidates: list[tuple[float, ...]]) -> Rotation | Posi
 def position_limit(model: nn.Module) -> int | None:
     """The position from which a model turns everything by other frequencies than before, or None.
 
-    longrope and dynamic change all of them with the longest position of a forward, so that cached keys, and
-    threads in company, would be turned wrongly.
+    longrope and dynamic change all of them with the longest position of a forward, so that cached
+    keys, and threads in company, would be turned wrongly.
     """
     limits = []
     for module in model.modules():

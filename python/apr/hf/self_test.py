@@ -1,4 +1,6 @@
-"""Proves at attach time that a model's steps equal its stock forward, and that re-rotation holds."""
+"""Proves at attach time that a model's steps equal its stock forward, and that re-rotation
+holds.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from apr.ops.pages import PAGE_SIZE
 if TYPE_CHECKING:
     from apr.hf.attachment import Attachment
 
-# Largest logit difference that passes, in standard deviations of the stock logits. float32 differs by
-# about 1e-6; half precision rounds every layer's output, in another order than the stock kernel.
+# Largest logit difference that passes, in standard deviations of the stock logits. float32 differs
+# by about 1e-6; half precision rounds every layer's output, in another order than the stock kernel.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
@@ -47,8 +49,8 @@ class _Bench:
 def self_test(attachment: Attachment) -> None:
     """Fork two ragged children in one packed step, then read a far-off segment; compare with stock.
 
-    Raises UnsupportedModel when a plain fork differs: the model mixes tokens outside of attention (state
-    spaces, convolutions), or derives positions by itself.
+    Raises UnsupportedModel when a plain fork differs: the model mixes tokens outside of attention
+    (state spaces, convolutions), or derives positions by itself.
     """
     spec, bench = attachment.spec, _Bench(attachment)
     vocab, name = spec.vocab_size, type(attachment.model).__name__
@@ -81,7 +83,7 @@ def self_test(attachment: Attachment) -> None:
     error = float((bench.step([moved])[0] - want[0]).abs().max()) / scale
     if not error <= tolerance:
         raise UnsupportedModel(
-            f"{name} cannot be attached: a segment read 40 positions from where "
-            f"it was written changes the logits by {error:.2g} standard deviations (expected at most "
+            f"{name} cannot be attached: a segment read 40 positions from where it was written "
+            f"changes the logits by {error:.2g} standard deviations (expected at most "
             f"{tolerance:g}), so the measured rotation does not describe this model"
         )

@@ -1,4 +1,6 @@
-"""Vectors that a thread's tokens add to their keys, before rotation, and values (ParaThinker, arXiv 2509.04475)."""
+"""Vectors that a thread's tokens add to their keys, before rotation, and values (ParaThinker, arXiv
+2509.04475).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from apr.ops.reference import rotate
 
 
 class PathVectors(NamedTuple):
-    """keys [layers, kv_heads, head_dim] and values [layers, kv_heads, head_dim_v], added to every token that a
-    thread writes; keys before they are rotated."""
+    """keys [layers, kv_heads, head_dim] and values [layers, kv_heads, head_dim_v], added to every
+    token that a thread writes; keys before they are rotated.
+    """
 
     keys: Tensor
     values: Tensor
@@ -52,8 +55,9 @@ class RowVectors:
         return bool(self._owners)
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k [rows, kv_heads, head_dim], rotated, and v, with the rows' vectors added. Rotation is linear, so
-        that a vector is turned like the key that it would have been added to."""
+        """k [rows, kv_heads, head_dim], rotated, and v, with the rows' vectors added. Rotation is
+        linear, so that a vector is turned like the key that it would have been added to.
+        """
         keys = torch.stack([x.keys[layer] for x in self._owners]).to(k.device, torch.float32)
         values = torch.stack([x.values[layer] for x in self._owners]).to(v.device, torch.float32)
         rotation = self._spec.layers[layer].rotation

@@ -18,7 +18,9 @@ from apr.threads.thread import Thread
 
 @dataclass
 class Decoded:
-    """What one thread wrote in a run; `thread` is None in the Result of a method, which is data alone."""
+    """What one thread wrote in a run; `thread` is None in the Result of a method, which is data
+    alone.
+    """
 
     thread: Any  # the Thread, or None
     tokens: list[int] = field(default_factory=list)
@@ -54,10 +56,10 @@ def decode(
     """Let every thread write until it ends; one batched step a token for all of them.
 
     streamer: called once a thread, returns a transformers streamer (put, end) for it alone.
-    progress: show a bar of finished threads. prune: called after each step with what all threads have so
-    far; the threads that it returns end there ("pruned"). Other options are those of `stream`. Returns one
-    Decoded a thread, in order; with `tokenizer` its text, as it was written: special tokens stand in it, but for
-    the end token, unless `skip_special_tokens`.
+    progress: show a bar of finished threads. prune: called after each step with what all threads
+    have so far; the threads that it returns end there ("pruned"). Other options are those of
+    `stream`. Returns one Decoded a thread, in order; with `tokenizer` its text, as it was written:
+    special tokens stand in it, but for the end token, unless `skip_special_tokens`.
     """
     threads = list(threads)
     results = {thread: Decoded(thread) for thread in threads}

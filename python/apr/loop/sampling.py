@@ -1,4 +1,6 @@
-"""GenerationConfig -> logits processors and stopping rules, by transformers' public classes only."""
+"""GenerationConfig -> logits processors and stopping rules, by transformers' public classes
+only.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ from apr.errors import InvalidInput
 DEFAULT_NEW_TOKENS = 256
 UNSET_LENGTH = GenerationConfig().max_length
 
-# Fields that name a way of decoding which a loop over threads does not do; the value that is harmless.
+# Fields that name a way of decoding which a loop over threads does not do; the value that is
+# harmless.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -73,7 +76,7 @@ _OUTPUTS = {
 # Fields that mean nothing unless tokens are drawn.
 _WARPING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _INSTEAD = {
-    "num_return_sequences": "fork the thread, or use model.generate(past_key_values=apr.Cache(model))",
+    "num_return_sequences": "fork the thread, or model.generate(past_key_values=apr.Cache(model))",
     "num_beams": "leave it at 1",
 }
 
@@ -86,10 +89,11 @@ def resolve(
 ) -> GenerationConfig:
     """The configuration in force: keyword overrides, then `config`, then the model's own; checked.
 
-    As in generate(), a field that is None in `config` is taken from the model's configuration. Unlike
-    there, nothing is put where both are silent (generate() would sample with top_k=50). sample: whether to
-    sample where neither overrides nor `config` say; None: as the model's configuration says, and where it is
-    silent too, sampling if a temperature or its like is asked for.
+    As in generate(), a field that is None in `config` is taken from the model's configuration.
+    Unlike there, nothing is put where both are silent (generate() would sample with top_k=50).
+    sample: whether to sample where neither overrides nor `config` say; None: as the model's
+    configuration says, and where it is silent too, sampling if a temperature or its like is asked
+    for.
     """
     overrides = _plain(overrides)
     own = getattr(model, "generation_config", None)
@@ -100,12 +104,14 @@ def resolve(
     for name in overrides:
         if name not in known:
             raise InvalidInput(
-                f"generation option {name!r} is not a field of GenerationConfig; check its spelling "
-                f"(what a chat template takes goes into chat_template_kwargs={{{name!r}: ...}} of a method)"
+                f"generation option {name!r} is not a field of GenerationConfig; check its "
+                f"spelling (what a chat template takes goes into chat_template_kwargs={{{name!r}: "
+                "...} of a method)"
             )
     for name in _OUTPUTS & {n for n, value in overrides.items() if value}:
         raise InvalidInput(
-            f"generation option {name!r} belongs to generate(); here steps return tokens and logprobs"
+            f"generation option {name!r} belongs to generate(); here steps return tokens and "
+            "logprobs"
         )
     asked |= overrides
     merged = {**fields, **asked}
@@ -235,7 +241,9 @@ class Rules:
     def finish_reason(
         self, token: int, all_tokens: Callable[[], Tensor], scores: Callable[[], Tensor]
     ) -> str | None:
-        """Why the thread ends with `token`, or None; scores() [1, vocab] are those it was chosen by."""
+        """Why the thread ends with `token`, or None; scores() [1, vocab] are those it was chosen
+        by.
+        """
         if token in self.eos:
             return "eos"
         if self.stop is not None and self.stop(self.tokens):
@@ -251,12 +259,12 @@ class Rules:
 
 
 class Processors:
-    """Processors for each thread of a run, of one list or of a factory: a stateful one (a grammar's matcher)
-    must see the tokens of one thread alone.
+    """Processors for each thread of a run, of one list or of a factory: a stateful one (a grammar's
+    matcher) must see the tokens of one thread alone.
 
-    given: a list, of which the first thread gets the members themselves and every other copies; or a callable
-    on the thread that returns a list. allowed: generate()'s prefix_allowed_tokens_fn, on the thread's number in
-    the run and its tokens.
+    given: a list, of which the first thread gets the members themselves and every other copies; or
+    a callable on the thread that returns a list. allowed: generate()'s prefix_allowed_tokens_fn, on
+    the thread's number in the run and its tokens.
     """
 
     def __init__(
@@ -288,7 +296,8 @@ class Processors:
         if isinstance(self._kept, Exception):
             raise InvalidInput(
                 f"logits_processor: one of {self._first} cannot be copied for a second thread "
-                f"({self._kept}); give a factory that makes them: logits_processor=lambda thread: [...]"
+                f"({self._kept}); give a factory that makes them: logits_processor=lambda thread: "
+                "[...]"
             ) from self._kept
         return [_copied(processor) for processor in self._kept]
 
@@ -324,14 +333,14 @@ def make_rules(
             criteria.append(StopStringCriteria(tokenizer, strings))
         except ValueError as error:
             raise InvalidInput(
-                f"stop strings {strings}: this tokenizer cannot spell arbitrary text ({error}); pass "
-                "stop=a callable on the written token ids"
+                f"stop strings {strings}: this tokenizer cannot spell arbitrary text ({error}); "
+                "pass stop=a callable on the written token ids"
             ) from error
     limit = new_token_limit(config, prompt)
     if limit < 1:
         raise InvalidInput(
-            f"generation: a thread of {prompt} tokens leaves {limit} new ones; expected at least 1: "
-            "raise max_new_tokens (or max_length)"
+            f"generation: a thread of {prompt} tokens leaves {limit} new ones; expected at least "
+            "1: raise max_new_tokens (or max_length)"
         )
     try:
         history = _history_processors(config, prompt, device)
@@ -355,12 +364,16 @@ def forbid(words: Sequence[Sequence[int]]) -> LogitsProcessor:
 
 
 def forbid_first(token: int, length: int) -> LogitsProcessor:
-    """Keeps a thread that now has `length` visible tokens from taking `token` next; later it may."""
+    """Keeps a thread that now has `length` visible tokens from taking `token` next; later it
+    may.
+    """
     return SuppressTokensAtBeginLogitsProcessor([token], length)
 
 
 def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """Temperature, top-k, top-p and their like, to be called once for all threads of a configuration."""
+    """Temperature, top-k, top-p and their like, to be called once for all threads of a
+    configuration.
+    """
     try:
         return LogitsProcessorList(_row_warpers(config, device))
     except ValueError as error:

@@ -26,15 +26,17 @@ class StreamStep:
     tokens: dict[Thread, int]
     logprobs: dict[Thread, float]  # natural log-probability under the model, before any processor
     finished: dict[Thread, str]  # "eos", "stop", "length" or "time"
-    # float32 [threads, vocab], before any processor; rows in the order of `tokens`. None from beam search.
+    # float32 [threads, vocab], before any processor; rows in the order of `tokens`. None from beam
+    # search.
     logits: Tensor | None = None
 
 
 class Stream:
-    """A run over threads that may enter and leave at any step; iterate it, one StreamStep at a time.
+    """A run over threads that may enter and leave at any step; iterate it, one StreamStep at a
+    time.
 
-    The threads stay the user's: leaving a run, for whatever reason, releases nothing. The last sampled
-    token of a thread is queued on it, so a later join or step does not lose it.
+    The threads stay the user's: leaving a run, for whatever reason, releases nothing. The last
+    sampled token of a thread is queued on it, so a later join or step does not lose it.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class Stream:
         stopping_criteria: Sequence[Any] = (),
         written: Sequence[int] = (),
     ) -> None:
-        """Let `thread` write from the next step on; `stop` is stop strings or a callable on its tokens.
+        """Let `thread` write from the next step on; `stop` is stop strings or a callable on its
+        tokens.
 
-        logits_processor, stopping_criteria: for this thread alone, after those of the run. written: the last
-        visible tokens that count as written in this run already, towards limits and stops.
+        logits_processor, stopping_criteria: for this thread alone, after those of the run. written:
+        the last visible tokens that count as written in this run already, towards limits and stops.
         """
         if thread in self._rules:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
@@ -109,7 +112,9 @@ class Stream:
         del self._rules[thread]
 
     def _history(self, thread: Thread) -> list[int]:
-        """What it saw when it entered, and its own tokens since: a view may have grown by those of others."""
+        """What it saw when it entered, and its own tokens since: a view may have grown by those of
+        others.
+        """
         start, written = self._starts[thread]
         return [*start, *thread.own_tokens[written:]]
 
@@ -118,7 +123,9 @@ class Stream:
             yield self._step()
 
     def _scores(self, threads: list[Thread], logits: Tensor) -> Tensor:
-        """Processed scores [threads, vocab]: history processors row by row, warpers group by group."""
+        """Processed scores [threads, vocab]: history processors row by row, warpers group by
+        group.
+        """
         scores = logits.clone()
         groups: dict[int, list[int]] = {}
         for row, thread in enumerate(threads):
@@ -145,17 +152,18 @@ class Stream:
         where = f"{threads[row]!r}, step {self._steps + 1} of this run"
         if not bool(logits[row].amax().isfinite()):
             raise NonFiniteLogits(
-                f"{where}: the model's logits hold {float(logits[row].amax())}; nothing was sampled. Check its "
-                "dtype and weights"
+                f"{where}: the model's logits hold {float(logits[row].amax())}; nothing was "
+                "sampled. Check its dtype and weights"
             )
         if float(best[row]) == float("-inf"):
             raise InvalidInput(
-                f"{where}: no token is left, all scores are -inf; the logits processors (a grammar, bad words, "
-                "suppressed tokens) forbid everything: let them allow an end token"
+                f"{where}: no token is left, all scores are -inf; the logits processors (a "
+                "grammar, bad words, suppressed tokens) forbid everything: let them allow an end "
+                "token"
             )
         raise NonFiniteLogits(
-            f"{where}: a logits processor made scores of {float(best[row])}; expected numbers, or -inf for "
-            "what is forbidden"
+            f"{where}: a logits processor made scores of {float(best[row])}; expected numbers, or "
+            "-inf for what is forbidden"
         )
 
     def _sample(self, threads: list[Thread], scores: Tensor) -> list[int]:
@@ -172,7 +180,9 @@ class Stream:
         return tokens
 
     def _choose(self, threads: list[Thread], logits: Tensor) -> tuple[list[int], dict[Thread, str]]:
-        """Tokens and the threads that end with them; any exception leaves rules and generators as before."""
+        """Tokens and the threads that end with them; any exception leaves rules and generators as
+        before.
+        """
         sampled = [t for t in threads if self._rules[t].config.do_sample]
         states = [t.generator.get_state() for t in sampled]
         noted: list[Rules] = []
@@ -237,10 +247,10 @@ def stream(
 ) -> Stream:
     """A run over `threads`: `with apr.stream(s, threads) as run: for step in run: ...`.
 
-    `options` override fields of the configuration (the model's own by default). logits_processor: a list, of
-    which every thread gets copies of its own, or a callable on the thread that returns one. sample: what to
-    do where neither options nor generation_config say; None: as the model's configuration says. Raises
-    InvalidInput for a field that a loop over threads cannot honour.
+    `options` override fields of the configuration (the model's own by default). logits_processor: a
+    list, of which every thread gets copies of its own, or a callable on the thread that returns
+    one. sample: what to do where neither options nor generation_config say; None: as the model's
+    configuration says. Raises InvalidInput for a field that a loop over threads cannot honour.
     """
     run = Stream(
         session,

@@ -1,4 +1,6 @@
-"""What a thread wrote, as text: the one place where tokens become what users, extractors and verifiers read."""
+"""What a thread wrote, as text: the one place where tokens become what users, extractors and
+verifiers read.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from typing import Any
 def written_text(
     tokenizer: Any, tokens: Sequence[int], finish: str = "", skip_special_tokens: bool = False
 ) -> str:
-    """The text of `tokens` as the model wrote it: no blank is stripped, and special tokens stand in it.
+    """The text of `tokens` as the model wrote it: no blank is stripped, and special tokens stand in
+    it.
 
-    The end token that a thread `finish`ed with ("eos") is no text. skip_special_tokens: leave all of them out.
-    "" without a tokenizer.
+    The end token that a thread `finish`ed with ("eos") is no text. skip_special_tokens: leave all
+    of them out. "" without a tokenizer.
     """
     if tokenizer is None:
         return ""

@@ -21,10 +21,11 @@ class WidthCurve:
     context: int  # tokens that the threads share
 
     def free_width(self, price: float = 0.25) -> int:
-        """The widest measured step whose threads beyond the first cost at most `price` lone steps each.
+        """The widest measured step whose threads beyond the first cost at most `price` lone steps
+        each.
 
-        They must on average, and the last that were added too: a bump on the way (a kernel for one row is
-        another than that for two) does not end the search.
+        They must on average, and the last that were added too: a bump on the way (a kernel for one
+        row is another than that for two) does not end the search.
         """
         best, allowed = self.widths[0], price * self.seconds[0]
         for i in range(1, len(self.widths)):
@@ -65,7 +66,8 @@ def measure_width(
 ) -> WidthCurve:
     """Time decode steps of several widths on a shared context of random tokens.
 
-    The threads are made in `session` and released again. Widths that its pool cannot hold are left out.
+    The threads are made in `session` and released again. Widths that its pool cannot hold are left
+    out.
     """
     if not widths or min(widths) < 1 or context < 1 or repeats < 1:
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")

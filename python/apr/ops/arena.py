@@ -1,4 +1,6 @@
-"""Keeps the memory of a session's KV pages ahead of use, so that no decode step waits for a first touch."""
+"""Keeps the memory of a session's KV pages ahead of use, so that no decode step waits for a first
+touch.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from apr.ops.pools import Pool
 
-# Pages that are kept present beyond those in use: two a thread, and at least so many, or as many as this
-# memory holds if that is fewer.
+# Pages that are kept present beyond those in use: two a thread, and at least so many, or as many as
+# this memory holds if that is fewer.
 _AHEAD_PAGES = 64
 _AHEAD_BYTES = 256 << 20
 
 
 class Arena:
-    """The pools of a session, whose pages are handed out in order when they are used for the first time.
+    """The pools of a session, whose pages are handed out in order when they are used for the first
+    time.
 
-    The operating system gives memory at its first touch, which costs far more than writing the keys and
-    values of a token. A background thread touches pages before they are handed out. It is a convenience:
-    where no thread can be had, pages are touched when they are used.
+    The operating system gives memory at its first touch, which costs far more than writing the keys
+    and values of a token. A background thread touches pages before they are handed out. It is a
+    convenience: where no thread can be had, pages are touched when they are used.
     """
 
     def __init__(self, pools: Sequence[Pool]) -> None:
@@ -30,7 +33,9 @@ class Arena:
         self._last: Future[None] | None = None
 
     def keep_ahead(self, used: int, threads: int) -> None:
-        """Start touching what `threads` threads will need next, where pages [0, used) were handed out."""
+        """Start touching what `threads` threads will need next, where pages [0, used) were handed
+        out.
+        """
         ahead = max(self._least, 2 * threads)
         if not self._pools or self._present - used >= ahead // 2:
             return

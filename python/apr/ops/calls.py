@@ -82,8 +82,8 @@ def attention(
 
     q: [tokens, num_qo_heads, head_dim], rotated as written; it is turned by the plan's integer
     differences with `rotation`. softcap: scores become `softcap * tanh(score / softcap)`. sinks:
-    [num_qo_heads] float32 logits added once to each row's denominator. window, chunk: as in `plan`; chunk
-    shows a query only the keys of its own chunk of view positions.
+    [num_qo_heads] float32 logits added once to each row's denominator. window, chunk: as in `plan`;
+    chunk shows a query only the keys of its own chunk of view positions.
 
     Returns out [tokens, num_qo_heads, head_dim_v] in q's dtype and the natural-log LSE
     [tokens, num_qo_heads] in float32.
@@ -101,7 +101,8 @@ def attention(
     rows = _rows("attention: q", q, pool, (plan.num_rows, max(heads, 1), pool.head_dim))
     if heads % pool.num_kv_heads:
         raise InvalidInput(
-            f"attention: got {heads} query heads for {pool.num_kv_heads} KV heads; expected a multiple"
+            f"attention: got {heads} query heads for {pool.num_kv_heads} KV heads; expected a "
+            "multiple"
         )
     if sinks is not None:
         sinks = sinks.detach().to(torch.float32).contiguous()
@@ -134,14 +135,16 @@ def attention(
 def _merge_in_torch(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     outs, lses = torch.stack([o for o, _ in parts]), torch.stack([x.float() for _, x in parts])
     lse = torch.logsumexp(lses, 0)
-    # A part that saw nothing has weight 0 whatever its output holds; if none saw anything the sum is 0.
+    # A part that saw nothing has weight 0 whatever its output holds; if none saw anything the sum
+    # is 0.
     weight = torch.where(lses.isneginf(), 0.0, (lses - lse).exp())[..., None]
     out = torch.where(weight == 0, 0.0, outs.float() * weight).sum(0)
     return out.to(outs.dtype), lse
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge attention over disjoint key sets: parts of (out [tokens, heads, dim], lse [tokens, heads]).
+    """Merge attention over disjoint key sets: parts of (out [tokens, heads, dim], lse [tokens,
+    heads]).
 
     out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i) (natural logarithm), as in
     FlashAttention (arXiv 2205.14135).
@@ -155,8 +158,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     for out, lse in parts:
         if out.shape != first.shape or out.dtype != first.dtype or lse.shape != out.shape[:2]:
             raise InvalidInput(
-                f"merge: got out {list(out.shape)} {out.dtype} with lse {list(lse.shape)}; expected "
-                f"{list(first.shape)} {first.dtype} with {list(first.shape[:2])}"
+                f"merge: got out {list(out.shape)} {out.dtype} with lse {list(lse.shape)}; "
+                f"expected {list(first.shape)} {first.dtype} with {list(first.shape[:2])}"
             )
     if gpu.backend(first.device) is not None:
         return _merge_in_torch(parts)

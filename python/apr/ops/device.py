@@ -1,4 +1,6 @@
-"""The kernels on a GPU, or on the emulated one: plans in device memory, and launches on torch's stream."""
+"""The kernels on a GPU, or on the emulated one: plans in device memory, and launches on torch's
+stream.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,22 @@ def built(emulated: bool = False) -> _core.GpuBackend | None:
 def backend(device: torch.device) -> _core.GpuBackend | None:
     """The GPU back-end that serves tensors of a device; None where the CPU kernels do.
 
-    Raises InvalidInput for a device that this build has no kernels for: nothing is ever copied silently.
+    Raises InvalidInput for a device that this build has no kernels for: nothing is ever copied
+    silently.
     """
     if device.type == "cpu":
         return _core.gpu(True) if _core.instruction_set() == EMULATED else None
     built = _core.gpu(False) if device.type == "cuda" else None
     if built is None:
         raise InvalidInput(
-            f"got device {device}, but this build has kernels for: cpu"
-            f"{_also_cuda()}; move it to the CPU, or install a build with CUDA kernels (python -m apr info)"
+            f"got device {device}, but this build has kernels for: cpu{_also_cuda()}; move it to "
+            "the CPU, or install a build with CUDA kernels (python -m apr info)"
         )
     capability = built.capability(device.index or 0)
     if capability < 80:
         raise InvalidInput(
-            f"got device {device} of compute capability {capability / 10}; the CUDA kernels of this build "
-            f"({built.architectures}) need 8.0 or newer; run the model on the CPU"
+            f"got device {device} of compute capability {capability / 10}; the CUDA kernels of "
+            f"this build ({built.architectures}) need 8.0 or newer; run the model on the CPU"
         )
     return built
 
@@ -57,9 +60,9 @@ def check_pool(k: Tensor, v: Tensor) -> None:
     dims = (int(k.shape[3]), int(v.shape[3]))
     if k.dtype not in _DTYPES or any(d % 8 or d > MOST_HEAD_DIM for d in dims):
         raise InvalidInput(
-            f"pool: got {k.dtype} with head_dim {dims[0]} and {dims[1]}; the GPU kernels take bfloat16 or "
-            f"float16 and head_dim a multiple of 8 up to {MOST_HEAD_DIM}; convert the model, e.g. "
-            "model.to(torch.bfloat16), or run it on the CPU"
+            f"pool: got {k.dtype} with head_dim {dims[0]} and {dims[1]}; the GPU kernels take "
+            f"bfloat16 or float16 and head_dim a multiple of 8 up to {MOST_HEAD_DIM}; convert the "
+            "model, e.g. model.to(torch.bfloat16), or run it on the CPU"
         )
     check_page_size(int(k.shape[2]))
 

@@ -1,4 +1,6 @@
-"""What this build contains and what runs here; the machine's own rates, to set beside a kernel's."""
+"""What this build contains and what runs here; the machine's own rates, to set beside a
+kernel's.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ def kernels() -> Kernels:
 
 
 def use_kernels(name: str = "") -> None:
-    """Run the kernels of one instruction set from `kernels().cpu`; "" returns to the best. For benchmarks.
+    """Run the kernels of one instruction set from `kernels().cpu`; "" returns to the best. For
+    benchmarks.
 
-    "cuda_emulated" runs the CUDA kernels' source on CPU tensors, slowly, where the build has it (tests).
+    "cuda_emulated" runs the CUDA kernels' source on CPU tensors, slowly, where the build has it
+    (tests).
     """
     _core.force_instruction_set(name)
 

@@ -10,8 +10,9 @@ from apr.errors import InvalidInput
 
 PAGE_SIZE = 64  # tokens
 
-# Without max_tokens a pool takes this part of the free memory, and at most so many tokens. On the CPU
-# pages cost nothing before their use is near: memory is reserved, and touched a little ahead (arena.py).
+# Without max_tokens a pool takes this part of the free memory, and at most so many tokens. On the
+# CPU pages cost nothing before their use is near: memory is reserved, and touched a little ahead
+# (arena.py).
 _FREE_MEMORY_SHARE = 0.25
 _MOST_TOKENS = 1 << 22
 

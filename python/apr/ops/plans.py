@@ -1,4 +1,6 @@
-"""What a forward's rows see: views of segments, how keys turn, and the plan that all layers share."""
+"""What a forward's rows see: views of segments, how keys turn, and the plan that all layers
+share.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from apr.ops.pools import Pool
 class View(NamedTuple):
     """What one row set sees of one segment.
 
-    `pages` hold the segment's tokens in order; slots [lo, hi) of them are visible. Slot j stands at view
-    position `offset + stride * j` and was written at `base + stride * j`. With `own=True` the row set's
-    queries are the last `query_len` of these slots, and each sees no slot after its own. `hi` counts the
-    tokens that `append` is about to write. Equal page lists are one segment, read once for all.
+    `pages` hold the segment's tokens in order; slots [lo, hi) of them are visible. Slot j stands at
+    view position `offset + stride * j` and was written at `base + stride * j`. With `own=True` the
+    row set's queries are the last `query_len` of these slots, and each sees no slot after its own.
+    `hi` counts the tokens that `append` is about to write. Equal page lists are one segment, read
+    once for all.
     """
 
     pages: Sequence[int]
@@ -38,8 +41,8 @@ class View(NamedTuple):
 class Rotation:
     """How a layer turns queries with position (RoPE, arXiv 2104.09864).
 
-    inv_freq: angle per position of each pair of dimensions; dims: the (first, end) dimensions that turn;
-    interleaved: pairs are neighbours (2i, 2i+1), else (i, i + pairs).
+    inv_freq: angle per position of each pair of dimensions; dims: the (first, end) dimensions that
+    turn; interleaved: pairs are neighbours (2i, 2i+1), else (i, i + pairs).
     """
 
     inv_freq: tuple[float, ...]
@@ -55,7 +58,9 @@ class Rotation:
 
 
 class Plan:
-    """The work of one packed forward, shared by all layers; made by `plan` or by a session's step."""
+    """The work of one packed forward, shared by all layers; made by `plan` or by a session's
+    step.
+    """
 
     def __init__(
         self,
@@ -108,8 +113,8 @@ def plan(
 ) -> Plan:
     """Plan attention for row sets, each `(query_len, views)` with exactly one `own` view.
 
-    `window` hides keys whose view position lies `window` or more before the query's. `invariant` cuts at
-    fixed 512-token chunks, so that a row's bits do not depend on what else is planned.
+    `window` hides keys whose view position lies `window` or more before the query's. `invariant`
+    cuts at fixed 512-token chunks, so that a row's bits do not depend on what else is planned.
     """
     if num_qo_heads < 1 or num_qo_heads % pool.num_kv_heads:
         raise InvalidInput(
@@ -122,16 +127,18 @@ def plan(
         own = [v for v in views if v.own]
         if len(own) != 1 or query_len < 1 or query_len > own[0].hi - own[0].lo:
             raise InvalidInput(
-                f"plan: row set {number} has query_len {query_len} and {len(own)} own views; expected "
-                "at least one query and one own view that ends with the queries' own slots"
+                f"plan: row set {number} has query_len {query_len} and {len(own)} own views; "
+                "expected at least one query and one own view that ends with the queries' own "
+                "slots"
             )
         for view in views:
             if view.stride < 1:
                 raise InvalidInput(f"plan: got stride {view.stride}; expected at least 1")
             if not 0 <= view.lo <= view.hi <= len(view.pages) * pool.page_size:
                 raise InvalidInput(
-                    f"plan: row set {number}: got slots [{view.lo}, {view.hi}) on {len(view.pages)} "
-                    f"pages of {pool.page_size}; expected 0 <= lo <= hi <= their slots"
+                    f"plan: row set {number}: got slots [{view.lo}, {view.hi}) on "
+                    f"{len(view.pages)} pages of {pool.page_size}; expected 0 <= lo <= hi <= their "
+                    "slots"
                 )
             if view.pages and not 0 <= min(view.pages) <= max(view.pages) < pool.num_pages:
                 raise InvalidInput(

@@ -35,8 +35,8 @@ class Pool:
         same = (v.dtype, v.device, v.shape[:3]) == (k.dtype, k.device, k.shape[:3])
         if k.ndim != 4 or v.ndim != 4 or not (same and k.is_contiguous() and v.is_contiguous()):
             raise InvalidInput(
-                f"pool: got k {list(k.shape)} {k.dtype} and v {list(v.shape)} {v.dtype}; expected two "
-                "contiguous [pages, kv_heads, page_size, head_dim] of one dtype on one device"
+                f"pool: got k {list(k.shape)} {k.dtype} and v {list(v.shape)} {v.dtype}; expected "
+                "two contiguous [pages, kv_heads, page_size, head_dim] of one dtype on one device"
             )
         if on_gpu:
             gpu.check_pool(k, v)

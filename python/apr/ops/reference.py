@@ -1,4 +1,6 @@
-"""The dense oracle: attention over an explicit set of visible tokens, in float64, with no cleverness."""
+"""The dense oracle: attention over an explicit set of visible tokens, in float64, with no
+cleverness.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from apr.ops import Pool, Rotation, View
 
 
 def rotate(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
-    """Turn x [..., head_dim] by `positions` (broadcast over the leading dimensions), in x's dtype."""
+    """Turn x [..., head_dim] by `positions` (broadcast over the leading dimensions), in x's
+    dtype.
+    """
     first, end = rotation.dims
     inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64)
     angle = positions.to(torch.float64)[..., None] * inv_freq
@@ -44,8 +48,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`ops.attention` of the row sets that a plan was made of, row by row, in float64.
 
-    q: [tokens, num_qo_heads, head_dim]. Returns out [tokens, num_qo_heads, head_dim_v] and the natural-log
-    LSE [tokens, num_qo_heads], both float64.
+    q: [tokens, num_qo_heads, head_dim]. Returns out [tokens, num_qo_heads, head_dim_v] and the
+    natural-log LSE [tokens, num_qo_heads], both float64.
     """
     heads = q.shape[1]
     group = heads // pool.num_kv_heads

@@ -1,4 +1,6 @@
-"""Control grammars as data, and the scheduler that obeys them: `apr.run(s, thread, apr.protocols.multiverse)`."""
+"""Control grammars as data, and the scheduler that obeys them: `apr.run(s, thread,
+apr.protocols.multiverse)`.
+"""
 
 from apr.protocols.compare import JoinDifference, compare_joins
 from apr.protocols.grammar import Grammar

@@ -1,4 +1,6 @@
-"""One and the same text under several joins: what each way to come back does to the logits that follow."""
+"""One and the same text under several joins: what each way to come back does to the logits that
+follow.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ JOINS: tuple[Returns, ...] = ("max", "sum", "text", "message")
 
 @dataclass(frozen=True)
 class JoinDifference:
-    """How one join's logits differ from the run's own, over the tokens that parents sampled after joins."""
+    """How one join's logits differ from the run's own, over the tokens that parents sampled after
+    joins.
+    """
 
     returns: str
     tokens: int
@@ -75,11 +79,11 @@ def compare_joins(
     joins: Sequence[Returns] | None = None,
     budget: Budget | None = None,
 ) -> list[JoinDifference]:
-    """Run an outcome's text again under its own join and under each of `joins`; by default under all of
-    "max", "sum", "text" and "message" that its grammar could have.
+    """Run an outcome's text again under its own join and under each of `joins`; by default under
+    all of "max", "sum", "text" and "message" that its grammar could have.
 
-    The children's text is the same every time; what their parents sampled after a join is compared. Threads
-    that a limit or a winner had ended early end at the same token.
+    The children's text is the same every time; what their parents sampled after a join is compared.
+    Threads that a limit or a winner had ended early end at the same token.
     """
     script: dict[Path, list[int]] = script_of(outcome)
     prompt = outcome.record.pieces[0].ids[: outcome.prompt_tokens]

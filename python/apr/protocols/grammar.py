@@ -1,4 +1,6 @@
-"""A control grammar as data: which words of the model fork, end and join threads, and what they hand on."""
+"""A control grammar as data: which words of the model fork, end and join threads, and what they
+hand on.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +22,32 @@ MOST_RESERVED = 1 << 16  # positions; a model may write any number
 
 @dataclass(frozen=True)
 class Grammar:
-    """How one method writes its control flow. All words are text; how a tokenizer splits them is its matter.
+    """How one method writes its control flow. All words are text; how a tokenizer splits them is
+    its matter.
 
-    A block: the model writes `open`, then a head, then `launch`; every match of `outline` in the head is a
-    child. Without `launch` the block has no head and `width` children. Without `open` the driver opens one
-    block where the prompt ends.
+    A block: the model writes `open`, then a head, then `launch`; every match of `outline` in the
+    head is a child. Without `launch` the block has no head and `width` children. Without `open` the
+    driver opens one block where the prompt ends.
 
-    A child starts with the words `child`, in which {n} is its number from 1 on, {index} from 0 on, {outline}
-    its outline and {depth} its depth, and ends with `end` (the same fields) or with the model's EOS. It
-    sees, by `context`: "prefix" all that its parent sees, the head and the words `between` included;
-    "outline" the parent up to and with `open`; "fresh" nothing.
+    A child starts with the words `child`, in which {n} is its number from 1 on, {index} from 0 on,
+    {outline} its outline and {depth} its depth, and ends with `end` (the same fields) or with the
+    model's EOS. It sees, by `context`: "prefix" all that its parent sees, the head and the words
+    `between` included; "outline" the parent up to and with `open`; "fresh" nothing.
 
-    The block ends, by `until`, when "all" children have ended; at the first "success" (`success` is found
-    in the child's text), the rest is cancelled and the winner alone comes back (the first child, if none wins); or at the "first" end, the rest is taken as it is. Then the
-    parent takes, by `returns`: "max", "sum", "keep": the children's keys and values, side by side, one after
-    the other, or where they were written; "text": their tokens, run again; "message": what group 1 of
-    `message` finds in their text (all of it by default), put into `each` (into `otherwise`, where there is
-    one and `success` is not found); "nothing". With `rollback` the block is first cut out of the parent. It
-    goes on after the words `before`, what was taken, and `after`.
+    The block ends, by `until`, when "all" children have ended; at the first "success" (`success` is
+    found in the child's text), the rest is cancelled and the winner alone comes back (the first
+    child, if none wins); or at the "first" end, the rest is taken as it is. Then the parent takes,
+    by `returns`: "max", "sum", "keep": the children's keys and values, side by side, one after the
+    other, or where they were written; "text": their tokens, run again; "message": what group 1 of
+    `message` finds in their text (all of it by default), put into `each` (into `otherwise`, where
+    there is one and `success` is not found); "nothing". With `rollback` the block is first cut out
+    of the parent. It goes on after the words `before`, what was taken, and `after`.
 
     A child cannot write the words `forbidden`, nor `open` where `nested` is false.
 
-    With `blocking=False` the parent goes on at once, `reserve` positions further (a number, or a pattern
-    whose group 1 is one, to be found in the outline), and takes what has been written at the word `sync`.
+    With `blocking=False` the parent goes on at once, `reserve` positions further (a number, or a
+    pattern whose group 1 is one, to be found in the outline), and takes what has been written at
+    the word `sync`.
     """
 
     name: str
@@ -93,8 +98,8 @@ class Grammar:
         silent = self.returns in ("max", "sum", "keep", "nothing") and not self.after
         if silent and self.blocking:
             self._refuse(
-                f"returns={self.returns!r} leaves the parent without a token to go on from; name the words "
-                "`after`"
+                f"returns={self.returns!r} leaves the parent without a token to go on from; name "
+                "the words `after`"
             )
         if self.context == "fresh" and self.returns in ("max", "sum", "keep"):
             self._refuse("children of a fresh context have no place in their parent's positions")

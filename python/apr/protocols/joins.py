@@ -1,4 +1,6 @@
-"""What a block does to threads and to the record: forks with their first words, and every way to come back."""
+"""What a block does to threads and to the record: forks with their first words, and every way to
+come back.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +66,8 @@ def fork_child(
 def close_text(words: Words, grammar: Grammar, worker: Worker, reason: str) -> str:
     """The text of a thread that has ended, without its end word.
 
-    A child whose text will be read by others is closed in the tokens too: an EOS is taken off, a missing
-    end word is put in.
+    A child whose text will be read by others is closed in the tokens too: an EOS is taken off, a
+    missing end word is put in.
     """
     text = words.plain(worker.written())
     if worker.end is not None and reason == "end":
@@ -90,7 +92,9 @@ def cut_to(worker: Worker, length: int) -> None:
 
 
 def skip(session: Session, worker: Worker) -> None:
-    """Move the token that a worker has just written behind the positions that it leaves to its children."""
+    """Move the token that a worker has just written behind the positions that it leaves to its
+    children.
+    """
     thread, record, old = worker.thread, worker.record, worker.piece
     token = record.pieces[old].ids[-1]
     thread.trim(len(thread) - 1)
@@ -155,7 +159,9 @@ def _take_keys(parent: Worker, children: Sequence[Worker], positions: str) -> No
 
 
 def _take_where_written(parent: Worker, children: Sequence[Worker]) -> None:
-    """Keys and values at the positions that were reserved for them, behind what the children forked from."""
+    """Keys and values at the positions that were reserved for them, behind what the children forked
+    from.
+    """
     record, thread = parent.record, parent.thread
     entries: list[ViewEntry] = []
     joined: dict[int, list[Seen]] = {}  # by the piece that a child was forked from

@@ -19,15 +19,17 @@ class Words:
         for word in self.words:
             if word != word.strip():
                 raise InvalidInput(
-                    f"grammar: the control word {word!r} begins or ends with a blank, which tokenizers "
-                    "merge; leave it out"
+                    f"grammar: the control word {word!r} begins or ends with a blank, which "
+                    "tokenizers merge; leave it out"
                 )
             if word not in self.decode(self.encode(word)):
                 raise InvalidInput(
-                    f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the model knows"
+                    f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the "
+                    "model knows"
                 )
         last = {word[-1] for word in self.words}
-        # Vocabularies spell ASCII as it is, and other characters in ways of their own; "}" ends a field.
+        # Vocabularies spell ASCII as it is, and other characters in ways of their own; "}" ends a
+        # field.
         plain = all(c.isascii() and c != "}" for c in last)
         spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) if plain else []
         self._enders = (
@@ -45,7 +47,9 @@ class Words:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text that continues other text: without the blank that some tokenizers begin with."""
+        """Token ids of text that continues other text: without the blank that some tokenizers begin
+        with.
+        """
         if not text:
             return []
         before, both = self._ids("."), self._ids("." + text)

@@ -32,8 +32,8 @@ class Branch:
 class Outcome:
     """The result of one request.
 
-    total_tokens counts what was sampled, in cancelled threads too; critical_path_tokens what had to be
-    sampled one after the other; injected_tokens what the runtime put in.
+    total_tokens counts what was sampled, in cancelled threads too; critical_path_tokens what had to
+    be sampled one after the other; injected_tokens what the runtime put in.
     """
 
     text: str

@@ -1,6 +1,8 @@
-"""The grammars of published methods, as read in their code and papers; `replace(preset, width=4)` makes yours.
+"""The grammars of published methods, as read in their code and papers; `replace(preset, width=4)`
+makes yours.
 
-Where a release and its training disagree (positions of line breaks), the release's engine is followed.
+Where a release and its training disagree (positions of line breaks), the release's engine is
+followed.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ multiverse = Grammar(
 
 npr = Grammar(
     name="npr",
-    source="Native Parallel Reasoner, arXiv 2512.07461; github.com/bigai-nlco/Native-Parallel-Reasoner",
+    source="Native Parallel Reasoner, arXiv 2512.07461",
     open="<guideline>",
     outline=r"<plan>\s*" + _LABEL,
     launch="</guideline>",
@@ -90,8 +92,8 @@ pasta = Grammar(
     child="<async>",
     end="</async>",
     blocking=False,
-    # A child sees what stands before its promise and writes at the positions that were reserved for it, so
-    # its keys are those of its text run again there: they are taken as they are.
+    # A child sees what stands before its promise and writes at the positions that were reserved for
+    # it, so its keys are those of its text run again there: they are taken as they are.
     reserve=r"tokens=\"?(\d+)",
     returns="keep",
     sync="<sync/>",
@@ -114,7 +116,7 @@ parathinker = Grammar(
 
 sprint = Grammar(
     name="sprint",
-    source="SPRINT, arXiv 2506.05745: rounds of a plan and its executions; its tags carry numbers, ours do not",
+    source="SPRINT, arXiv 2506.05745: rounds of a plan and its executions; ours without numbers",
     open="<Plan>",
     outline=r"<prompt>(.*?)</prompt>",
     launch="</Plan>",
@@ -128,7 +130,7 @@ sprint = Grammar(
 
 recursive = Grammar(
     name="recursive",
-    source="a call with a string, answered by a string; as in recursive language models, arXiv 2512.24601",
+    source="a string answered by a string, as in recursive language models, arXiv 2512.24601",
     open="<call>",
     launch="</call>",
     context="fresh",

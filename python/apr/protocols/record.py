@@ -1,4 +1,6 @@
-"""What a run wrote, as pieces: tokens of one thread under one view; the form that training and replays read."""
+"""What a run wrote, as pieces: tokens of one thread under one view; the form that training and
+replays read.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from apr.errors import InvalidInput
 
 
 class Seen(NamedTuple):
-    """One line of a piece's view: the first `hi` tokens of another piece, `shift` positions later than written."""
+    """One line of a piece's view: the first `hi` tokens of another piece, `shift` positions later
+    than written.
+    """
 
     piece: int
     hi: int
@@ -53,7 +57,9 @@ class Record:
         return len(self.pieces) - 1
 
     def after(self, piece: int, hi: int | None = None, thread: int = 0) -> int:
-        """A new piece that goes on after the first `hi` tokens of another, as a fork or a cut does."""
+        """A new piece that goes on after the first `hi` tokens of another, as a fork or a cut
+        does.
+        """
         before = self.pieces[piece]
         hi = len(before.ids) if hi is None else hi
         if not 0 <= hi <= len(before.ids):
@@ -80,7 +86,9 @@ class Record:
         return len(self.pieces) - 1
 
     def move_last(self, source: int, target: int) -> None:
-        """Hand the last token over, which had not been run when its thread's view or place changed."""
+        """Hand the last token over, which had not been run when its thread's view or place
+        changed.
+        """
         before, after = self.pieces[source], self.pieces[target]
         after.ids.insert(0, before.ids.pop())
         after.sampled.insert(0, before.sampled.pop())

@@ -1,4 +1,6 @@
-"""Runs a given text through the runtime: the same threads and blocks, with what the model would have said."""
+"""Runs a given text through the runtime: the same threads and blocks, with what the model would
+have said.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ def replay(
     tokenizer: Any,
     budget: Budget | None = None,
 ) -> Replay:
-    """Run `script` (token ids of each thread by path, () is the root) as if the model had written it.
+    """Run `script` (token ids of each thread by path, () is the root) as if the model had written
+    it.
 
     A thread whose script is at its end writes EOS.
     """

@@ -40,16 +40,17 @@ def run(
     on_step: Callable[[StreamStep], None] | None = None,
     **options: Any,
 ) -> Any:
-    """Let each thread write, and fork, join and go on as its own words say; an Outcome a thread, in order.
+    """Let each thread write, and fork, join and go on as its own words say; an Outcome a thread, in
+    order.
 
-    All threads that can write, of all requests, take one token in one batch each step; children write from
-    the step after their launch.
+    All threads that can write, of all requests, take one token in one batch each step; children
+    write from the step after their launch.
 
-    width: children of a block that lists no outlines, and threads at once for the other grammars; "auto": as
-    many as this machine steps nearly for free. options: of the configuration; max_new_tokens (or
-    max_length) and max_time limit as `Budget.tokens_per_thread` and `seconds` do, min_new_tokens counts
-    from the last join. logits_processor: called once a thread with its worker (`.depth`, `.outline`,
-    `.path`), returns processors for it alone.
+    width: children of a block that lists no outlines, and threads at once for the other grammars;
+    "auto": as many as this machine steps nearly for free. options: of the configuration;
+    max_new_tokens (or max_length) and max_time limit as `Budget.tokens_per_thread` and `seconds`
+    do, min_new_tokens counts from the last join. logits_processor: called once a thread with its
+    worker (`.depth`, `.outline`, `.path`), returns processors for it alone.
 
     The threads given stay the caller's; all others are released, on any exception too. Raises
     BudgetExceeded with `Budget(at_limit="raise")`.
@@ -88,7 +89,9 @@ def run(
 
 
 def _with_config(budget: Budget, config: GenerationConfig, prompt: int) -> Budget:
-    """The budget, with what the configuration limits: a stream would begin to count anew at each join."""
+    """The budget, with what the configuration limits: a stream would begin to count anew at each
+    join.
+    """
     most, seconds = budget.tokens_per_thread, budget.seconds
     if config.max_new_tokens is not None or config.max_length not in (None, _UNSET_LENGTH):
         most = min(most or _ENDLESS, new_token_limit(config, prompt))

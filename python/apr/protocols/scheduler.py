@@ -1,4 +1,6 @@
-"""Obeys a grammar: forks when the model says so, joins when its children have ended, within a budget."""
+"""Obeys a grammar: forks when the model says so, joins when its children have ended, within a
+budget.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ class Scheduler:
             raise Error("run: a request came to a halt before its end; please report this")
 
     def _fill(self) -> None:
-        """Who waits for a place takes those that are free: parents that go on first, then children."""
+        """Who waits for a place takes those that are free: parents that go on first, then
+        children.
+        """
         for request in self.requests:
             while request.waiting and request.live < request.threads:
                 worker = request.waiting.pop(0)
@@ -142,8 +146,8 @@ class Scheduler:
         self._drop(root, limit)
         if request.budget.at_limit == "raise":
             raise BudgetExceeded(
-                f"run: a request reached its budget of {limit} after {request.tokens} tokens; raise "
-                f"Budget({limit}=...), or take what there is with at_limit='stop'"
+                f"run: a request reached its budget of {limit} after {request.tokens} tokens; "
+                f"raise Budget({limit}=...), or take what there is with at_limit='stop'"
             )
 
     def _react(self, worker: Worker, token: int, reason: str) -> None:

@@ -1,4 +1,6 @@
-"""One thread under a grammar: what it has written, the block that it has open, whom it waits for."""
+"""One thread under a grammar: what it has written, the block that it has open, whom it waits
+for.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ class Worker:
     pieces: list[int] = field(default_factory=list)  # all that it wrote, in order
     reserved: int = 0  # positions that its next token leaves free
     given: int = 0  # lines of its view that it was born with
-    head: int = 0  # tokens of its first piece that are not its own text: the prompt, or a child's first words
+    # tokens of its first piece that are not its own text: the prompt, or a child's first words
+    head: int = 0
     inherited: frozenset[int] = frozenset()  # segments, by number: a handle would keep their pages
 
     @property

@@ -1,4 +1,6 @@
-"""Methods of parallel thinking, one file each; `apr.majority_vote` and its like are functions of them."""
+"""Methods of parallel thinking, one file each; `apr.majority_vote` and its like are functions of
+them.
+"""
 
 from __future__ import annotations
 

@@ -30,21 +30,23 @@ def _spelled(number: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, in one spelling: "$1,234.50" is "1234.5", ".5" is "0.5", "1e3" is "1000".
+    """The last number of a text, in one spelling: "$1,234.50" is "1234.5", ".5" is "0.5", "1e3" is
+    "1000".
 
-    A minus counts (also \u2212) unless a word or number stands right before it: the last of "10-20" is "20".
-    Commas and thin blanks are left out where they set three digits apart, and part two numbers elsewhere.
-    None where there is no number.
+    A minus counts (also \u2212) unless a word or number stands right before it: the last of "10-20"
+    is "20". Commas and thin blanks are left out where they set three digits apart, and part two
+    numbers elsewhere. None where there is no number.
     """
     found: list[str] = _NUMBER.findall(text)
     return _spelled(found[-1]) if found else None
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` that is closed, braces counted; None where there is none, or nothing.
+    r"""What stands in the last `\boxed{...}` that is closed, braces counted; None where there is
+    none, or nothing.
 
-    A number, with a currency or percent sign or not, is given in the spelling of `last_number`; anything else as it
-    stands, without blanks around it.
+    A number, with a currency or percent sign or not, is given in the spelling of `last_number`;
+    anything else as it stands, without blanks around it.
     """
     for begin in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
@@ -59,12 +61,15 @@ def boxed(text: str) -> str | None:
 
 
 def matching(pattern: str) -> Callable[[str], str | None]:
-    """An extractor: the last match of a regular expression, its first group where it has one, as it stands."""
+    """An extractor: the last match of a regular expression, its first group where it has one, as it
+    stands.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise InvalidInput(
-            f"pattern: got {pattern!r}, no regular expression ({error}); expected one, e.g. 'x = (.*)'"
+            f"pattern: got {pattern!r}, no regular expression ({error}); expected one, e.g. 'x = "
+            "(.*)'"
         ) from error
 
     def extract(text: str) -> str | None:

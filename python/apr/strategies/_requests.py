@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 from apr.errors import InvalidInput
 from apr.loop.decode import Decoded, decode
@@ -35,8 +35,8 @@ class Result:
     trace: Trace
     votes: dict[Any, float] = field(default_factory=dict)
     scores: list[float] = field(default_factory=list)
-    # Tokens that were sampled for this prompt, those of dropped threads included; and those that had to be
-    # sampled one after the other.
+    # Tokens that were sampled for this prompt, those of dropped threads included; and those that
+    # had to be sampled one after the other.
     total_tokens: int = -1
     critical_path_tokens: int = -1
 
@@ -53,9 +53,9 @@ class Result:
 class Writing:
     """How the threads of a method write and are read: what every method takes and hands on.
 
-    sample: whether they sample where neither options nor generation_config say. Of the options of a call,
-    chat_template_kwargs go to the tokenizer's chat template and skip_special_tokens to the texts; all others
-    are fields of the configuration or arguments of `apr.stream`.
+    sample: whether they sample where neither options nor generation_config say. Of the options of a
+    call, chat_template_kwargs go to the tokenizer's chat template and skip_special_tokens to the
+    texts; all others are fields of the configuration or arguments of `apr.stream`.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Writing:
         self.options = {"sample": sample, **options}
         self.skip_special_tokens = bool(self.options.pop("skip_special_tokens", False))
         if "logits_processor" in self.options:
-            # One source for all runs of the method, so that no thread meets what another left behind.
+            # One source for all runs of the method, so that no thread meets what another left
+            # behind.
             self.options["logits_processor"] = Processors(self.options["logits_processor"]).of
         self._template = dict(self.options.pop("chat_template_kwargs", None) or {})
 
@@ -100,14 +101,26 @@ class Writing:
 
 
 @contextlib.contextmanager
-def released(threads: list[Thread]) -> Iterator[list[Thread]]:
-    """Threads that a method made are let go when it ends, however it ends."""
+def released() -> Iterator[list[Any]]:
+    """A list for what a method makes, threads or what holds some: let go when it ends, however it
+    ends.
+    """
+    made: list[Any] = []
     try:
-        yield threads
+        yield made
     finally:
-        for thread in threads:
-            if thread.alive:
-                thread.release()
+        for one in made:
+            if isinstance(one, Thread):
+                let_go(one)
+            else:
+                one.release()
+
+
+def let_go(thread: Thread) -> None:
+    """Release a thread, if that was not done yet, and what it adds to keys and values."""
+    thread.forget_vectors()
+    if thread.alive:
+        thread.release()
 
 
 def _is_message(item: Any) -> bool:
@@ -120,25 +133,28 @@ def is_batch(prompt: Any) -> bool:
         return False
     if not isinstance(prompt, Sequence) or not prompt:
         raise InvalidInput(
-            f"prompt: got {prompt!r:.60}; expected a string, chat messages, token ids, or a list of them"
+            f"prompt: got {prompt!r:.60}; expected a string, chat messages, token ids, or a list "
+            "of them"
         )
     return not _is_message(prompt[0]) and not isinstance(prompt[0], Integral)
 
 
 def encode(tokenizer: Any, prompt: Any, template: dict[str, Any] | None = None) -> list[int]:
-    """Token ids of one prompt; chat messages go through the tokenizer's chat template, with its own options in
-    `template`. A last message of the assistant is a beginning, which is continued."""
+    """Token ids of one prompt; chat messages go through the tokenizer's chat template, with its own
+    options in `template`. A last message of the assistant is a beginning, which is continued.
+    """
     is_chat = not isinstance(prompt, str) and len(prompt) > 0 and _is_message(prompt[0])
     if template and not is_chat:
         raise InvalidInput(
-            f"chat_template_kwargs: got {sorted(template)} for a prompt that is no list of messages; expected "
+            f"chat_template_kwargs: got {sorted(template)} for a prompt that is no list of "
+            "messages; expected "
             'messages, e.g. [{"role": "user", "content": ...}]'
         )
     if is_chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise InvalidInput(
-                "prompt: got chat messages, but the tokenizer has no chat template; pass a string, or "
-                "set tokenizer.chat_template"
+                "prompt: got chat messages, but the tokenizer has no chat template; pass a string, "
+                "or set tokenizer.chat_template"
             )
         begun = prompt[-1]["role"] == "assistant"
         options = {"add_generation_prompt": not begun, "continue_final_message": begun}
@@ -161,7 +177,9 @@ def need(tokenizer: Any, what: str) -> Any:
 
 
 def encode_plain(tokenizer: Any, text: Any) -> list[int]:
-    """Token ids of a piece of text that continues another, without special tokens; ids stay as they are."""
+    """Token ids of a piece of text that continues another, without special tokens; ids stay as they
+    are.
+    """
     if not isinstance(text, str):
         return list(text)
     if not text:
@@ -181,15 +199,20 @@ def as_session(model_or_session: Any, seed: int) -> Iterator[Session]:
             yield session
 
 
+PromptT = TypeVar("PromptT")
+# Of (session, prompts, their numbers, a list that takes what is to be let go in the end).
+Run = Callable[[Session, list[PromptT], list[int], list[Any]], list[Result]]
+
+
 def run_requests(
     model_or_session: Any,
     writing: Writing,
     prompt: Any,
     seed: int,
     threads_each: int,
-    run: Callable[[Session, list[list[int]], list[int]], list[Result]],
+    run: Run[list[int]],
 ) -> Any:
-    """Call `run(session, prompts, request numbers)` on waves of prompts; a Result, or a list of them."""
+    """Call `run` on waves of prompts; a Result, or a list of them."""
     batch = is_batch(prompt)
     prompts = [writing.encode(p) for p in (prompt if batch else [prompt])]
     return _in_waves(model_or_session, prompts, batch, seed, threads_each, run)
@@ -200,15 +223,15 @@ def run_texts(
     question: Any,
     seed: int,
     threads_each: int,
-    run: Callable[[Session, list[str], list[int]], list[Result]],
+    run: Run[str],
 ) -> Any:
-    """The same for methods that make prompts of a question: `run(session, questions, request numbers)`."""
+    """The same for methods that make prompts of a question."""
     batch = not isinstance(question, str)
     questions = list(question) if batch else [question]
     if not questions or not all(isinstance(q, str) and q for q in questions):
         raise InvalidInput(
-            f"prompt: got {question!r:.60}; this method makes prompts of a question: expected a string, or "
-            "a list of them"
+            f"prompt: got {question!r:.60}; this method makes prompts of a question: expected a "
+            "string, or a list of them"
         )
     return _in_waves(model_or_session, questions, batch, seed, threads_each, run)
 
@@ -219,12 +242,13 @@ def _in_waves(
     batch: bool,
     seed: int,
     threads_each: int,
-    run: Callable[[Session, list[Any], list[int]], list[Result]],
+    run: Run[Any],
 ) -> Any:
     wave = max(1, MOST_THREADS // threads_each)
     results: list[Result] = []
     with as_session(model_or_session, seed) as session:
         for first in range(0, len(prompts), wave):
             part = prompts[first : first + wave]
-            results += run(session, part, list(range(first, first + len(part))))
+            with released() as made:
+                results += run(session, part, list(range(first, first + len(part))), made)
     return results if batch else results[0]

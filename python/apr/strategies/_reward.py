@@ -25,9 +25,10 @@ def number(who: str, value: Any) -> float:
 class RewardModel:
     """Scores (prompt, text) pairs with a sequence classifier of its own tokenizer.
 
-    One label: its logit is the score. More: the log-probability of the last. render(prompt, text) makes what
-    the classifier reads; by default one after the other. The prompt is the text that the model saw: of chat messages
-    with the roles and tags of its chat template; a classifier with a template of its own wants a `render`.
+    One label: its logit is the score. More: the log-probability of the last. render(prompt, text)
+    makes what the classifier reads; by default one after the other. The prompt is the text that the
+    model saw: of chat messages with the roles and tags of its chat template; a classifier with a
+    template of its own wants a `render`.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class RewardModel:
     ) -> None:
         if not hasattr(getattr(model, "config", None), "num_labels"):
             raise InvalidInput(
-                f"reward model: got {type(model).__name__}; expected a transformers sequence classifier, "
-                "e.g. AutoModelForSequenceClassification.from_pretrained(...)"
+                f"reward model: got {type(model).__name__}; expected a transformers sequence "
+                "classifier, e.g. AutoModelForSequenceClassification.from_pretrained(...)"
             )
         if tokenizer.pad_token_id is None and batch_size > 1:
             raise InvalidInput(

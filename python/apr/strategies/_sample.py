@@ -1,4 +1,6 @@
-"""Forks n threads a request, lets all of them write in one batch, and hands back what each wrote."""
+"""Forks n threads a request, lets all of them write in one batch, and hands back what each
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,15 @@ def sample(
 ) -> tuple[list[list[Decoded]], Stats]:
     """n samples of each prompt, and the session's figures while all threads still lived.
 
-    The prompt is run and stored once; the threads are released after. more: arguments of `apr.decode`.
+    The prompt is run and stored once; the threads are released after. more: arguments of
+    `apr.decode`.
     """
-    groups: list[list[Thread]] = []
-    with released([]) as made:
+    everyone: list[Thread] = []
+    with released() as made:
         for prompt, request in zip(prompts, requests, strict=True):
             made.append(session.thread(prompt, request=(seed, request)))
-            groups.append(made[-1].fork(n))
-            made += groups[-1]
-        everyone = [thread for group in groups for thread in group]
+            everyone += made[-1].fork(n)
+            made += everyone[-n:]
         decoded = writing.decode(session, everyone, **more)
         stats = session.stats
     for i, item in enumerate(decoded):

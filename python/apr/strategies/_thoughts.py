@@ -9,7 +9,7 @@ from typing import Any
 
 from apr.errors import InvalidInput
 from apr.loop.decode import Decoded
-from apr.strategies._requests import Writing, encode_plain
+from apr.strategies._requests import Writing, encode_plain, let_go, released
 from apr.strategies._reward import number
 from apr.threads.session import Session
 from apr.threads.thread import Thread
@@ -17,7 +17,9 @@ from apr.threads.thread import Thread
 
 @dataclass(eq=False)
 class Node:
-    """A beginning of a text: its thread can be forked at any time, without running anything again."""
+    """A beginning of a text: its thread can be forked at any time, without running anything
+    again.
+    """
 
     session: Session
     thread: Thread
@@ -47,8 +49,9 @@ Evaluate = Callable[[Sequence[Node]], Sequence[float]]
 class ModelValue:
     """Values of texts by the model itself: it is asked after each, and its words are weighed.
 
-    question: what follows a text, e.g. "\\nCan this reach the goal (sure, likely, impossible)?"; values: the
-    value of each answer. The score is the mean value under the probabilities of the answers' first tokens.
+    question: what follows a text, e.g. "\\nCan this reach the goal (sure, likely, impossible)?";
+    values: the value of each answer. The score is the mean value under the probabilities of the
+    answers' first tokens.
     """
 
     def __init__(self, tokenizer: Any, question: Any, values: dict[Any, float]) -> None:
@@ -61,7 +64,8 @@ class ModelValue:
         self._first = [ids[0] for ids in words]
         if len(set(self._first)) != len(self._first):
             raise InvalidInput(
-                f"ModelValue: answers {list(values)} begin with the same token; expected different ones"
+                f"ModelValue: answers {list(values)} begin with the same token; expected different "
+                "ones"
             )
         self._values = list(values.values())
 
@@ -70,15 +74,11 @@ class ModelValue:
         if not nodes:
             return []
         session = nodes[0].session
-        asked = [node.thread.fork(1)[0] for node in nodes]
-        try:
+        with released() as asked:
+            asked += [node.thread.fork(1)[0] for node in nodes]
             for thread in asked:
                 thread.extend(self._question)
             logits = session.step(asked)
-        finally:
-            for thread in asked:
-                if thread.alive:
-                    thread.release()
         weights = logits[:, self._first].softmax(-1).tolist()
         return [sum(w * v for w, v in zip(row, self._values, strict=True)) for row in weights]
 
@@ -88,7 +88,8 @@ def judged(who: str, value: Any) -> float:
     found = number(who, value)
     if math.isnan(found):
         raise InvalidInput(
-            f"{who}: got {value!r}; a search cannot go on from a thought without a value: return a number"
+            f"{who}: got {value!r}; a search cannot go on from a thought without a value: return a "
+            "number"
         )
     return found
 
@@ -116,12 +117,12 @@ class Grove:
         self._session, self.writing = session, writing
         self._most_nodes, self._most_tokens = most_nodes, most_tokens
         self.count = self.tokens = self.longest = 0  # longest: tokens one after the other
-        self.nodes: list[Node] = []
+        self.threads: list[Thread] = []  # all that were made for it
 
     def plant(self, ids: list[int], key: tuple[int, int]) -> Node:
         """The root of a prompt."""
         node = Node(self._session, self._session.thread(ids, request=key))
-        self.nodes.append(node)
+        self.threads.append(node.thread)
         return node
 
     @property
@@ -150,7 +151,6 @@ class Grove:
             self._session, item.thread, parent, text, tokens, logprobs, parent.depth + 1, ended
         )
         parent.children.append(child)
-        self.nodes.append(child)
         self.count += 1
         return child
 
@@ -160,25 +160,38 @@ class Grove:
         self.longest += max(lengths, default=0)
 
     def release(self) -> None:
-        for node in self.nodes:
-            node.release()
+        for thread in self.threads:
+            let_go(thread)
+
+
+def plant_all(
+    session: Session,
+    writing: Writing,
+    prompts: Sequence[list[int]],
+    keys: Sequence[tuple[int, int]],
+    most_nodes: int | None,
+    most_tokens: int | None,
+    made: list[Any],
+) -> list[tuple[Grove, Node]]:
+    """A search a prompt, and its root; all within budgets of their own."""
+    planted = []
+    for ids, key in zip(prompts, keys, strict=True):
+        grove = Grove(session, writing, most_nodes, most_tokens)
+        made.append(grove)
+        planted.append((grove, grove.plant(ids, key)))
+    return planted
 
 
 def _write(
     groves: Sequence[Grove], forks: Sequence[tuple[Grove, Node, Thread]], more: dict[str, Any]
 ) -> list[Decoded]:
-    """Let forks of nodes of any searches write, in one batch; released again if that fails."""
+    """Let forks of nodes of any searches write, in one batch."""
     if not forks:
         return []
+    for grove, _, thread in forks:
+        grove.threads.append(thread)
     first = groves[0]
-    try:
-        threads = [thread for _, _, thread in forks]
-        written = first.writing.decode(first._session, threads, **more)
-    except BaseException:
-        for _, _, thread in forks:
-            if thread.alive:
-                thread.release()
-        raise
+    written = first.writing.decode(first._session, [thread for _, _, thread in forks], **more)
     for grove in groves:
         mine = zip(forks, written, strict=True)
         grove.note([len(item.tokens) for (owner, _, _), item in mine if owner is grove])
@@ -186,7 +199,9 @@ def _write(
 
 
 def grow_all(asked: Sequence[tuple[Grove, Sequence[Node]]], n: int, stop: Any) -> list[list[Node]]:
-    """`n` children of each node, for several searches in one batch; equal siblings are kept once."""
+    """`n` children of each node, for several searches in one batch; equal siblings are kept
+    once.
+    """
     forks = []
     for grove, parents in asked:
         for parent, count in grove.allowed(parents, n):

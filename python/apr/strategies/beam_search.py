@@ -1,7 +1,7 @@
 """Beam search, with the scores and the end rules of transformers' `generate(num_beams=...)`.
 
-Beams are threads: a beam that goes on twice is forked, one that drops out is released, so the prompt and every
-common beginning are stored once and no cache is reordered.
+Beams are threads: a beam that goes on twice is forked, one that drops out is released, so the
+prompt and every common beginning are stored once and no cache is reordered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apr.errors import InvalidInput
 from apr.loop.decode import Decoded
 from apr.loop.sampling import Rules, make_rules, resolve
 from apr.loop.stream import StreamStep
-from apr.strategies._requests import Result, Writing, run_requests
+from apr.strategies._requests import Result, Writing, let_go, run_requests
 from apr.threads.session import Session
 from apr.threads.thread import Thread
 
@@ -127,6 +127,10 @@ class _Search:
         stop_now = self.early_stopping is True and self._full()
         self.done = nothing_goes_on or stop_now or not self.improvable
 
+    def release(self) -> None:
+        for thread in self.threads:
+            let_go(thread)
+
     def _move(self, chosen: list[tuple[int, int]], scores: Tensor, logits: Tensor) -> None:
         """Threads, texts and scores of the chosen (beam, token); the others are released."""
         if self.done:
@@ -183,12 +187,11 @@ def beam_search(
 ) -> Any:
     """The `num_beams` best texts by log-probability / length ** length_penalty.
 
-    Tokens are those of transformers' `generate(num_beams=...)`; length_penalty and early_stopping (False, True,
-    "never") mean the same as there, and come from the configuration where they are not given. on_step gets the
-    tokens of the beams that go on. `threads` holds the texts, best first, `scores` their scores.
-    logits_processor: called with one beam's tokens at a time, so none that keeps a state between calls. prompt,
-    options: as in
-    `majority_vote`, without sampling.
+    Tokens are those of transformers' `generate(num_beams=...)`; length_penalty and early_stopping
+    (False, True, "never") mean the same as there, and come from the configuration where they are
+    not given. on_step gets the tokens of the beams that go on. `threads` holds the texts, best
+    first, `scores` their scores. logits_processor: called with one beam's tokens at a time, so none
+    that keeps a state between calls. prompt, options: as in `majority_vote`, without sampling.
     """
     writing = Writing(tokenizer, generation_config, options, sample=False)
     settings = {name: value for name, value in writing.options.items() if name != "sample"}
@@ -199,7 +202,9 @@ def beam_search(
             f'early_stopping: got {early_stopping!r}; expected True, False or "never"'
         )
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         config = resolve(session.model, generation_config, settings, sample=False)
         penalty = _or(length_penalty, config.length_penalty, 1.0)
         ends_early = _or(early_stopping, config.early_stopping, False)
@@ -208,42 +213,37 @@ def beam_search(
                 "beam_search: got do_sample=True; expected False: beams are not sampled"
             )
         searches: list[_Search] = []
-        try:
-            for ids, request in zip(prompts, requests, strict=True):
-                root = session.thread(ids, request=(seed, request))
-                device = session.spec.device
-                searches.append(
-                    _Search(
-                        make_rules(
-                            config,
-                            len(ids),
-                            device,
-                            tokenizer=tokenizer,
-                            stop=stop,
-                            logits_processor=logits_processor,
-                            stopping_criteria=stopping_criteria,
-                        ),
-                        num_beams,
-                        penalty,
-                        ends_early,
-                        request,
-                        [root],
-                        torch.zeros(1, device=device),
-                    )
+        for ids, request in zip(prompts, requests, strict=True):
+            root = session.thread(ids, request=(seed, request))
+            device = session.spec.device
+            searches.append(
+                _Search(
+                    make_rules(
+                        config,
+                        len(ids),
+                        device,
+                        tokenizer=tokenizer,
+                        stop=stop,
+                        logits_processor=logits_processor,
+                        stopping_criteria=stopping_criteria,
+                    ),
+                    num_beams,
+                    penalty,
+                    ends_early,
+                    request,
+                    [root],
+                    torch.zeros(1, device=device),
                 )
-            while open_ones := [s for s in searches if not s.done]:
-                logits = session.step([t for s in open_ones for t in s.threads])
-                parts = torch.split(logits, [len(s.threads) for s in open_ones])
-                for search, part in zip(open_ones, parts, strict=True):
-                    search.advance(part)
-                if on_step is not None:
-                    on_step(_step_of([s for s in open_ones if not s.done]))
-            stats = session.stats
-        finally:
-            for search in searches:
-                for thread in search.threads:
-                    if thread.alive:
-                        thread.release()
+            )
+            made.append(searches[-1])
+        while open_ones := [s for s in searches if not s.done]:
+            logits = session.step([t for s in open_ones for t in s.threads])
+            parts = torch.split(logits, [len(s.threads) for s in open_ones])
+            for search, part in zip(open_ones, parts, strict=True):
+                search.advance(part)
+            if on_step is not None:
+                on_step(_step_of([s for s in open_ones if not s.done]))
+        stats = session.stats
         results = []
         for search in searches:
             items = [h.item for h in search.finished]

@@ -17,7 +17,9 @@ Verifier = Callable[[str, Decoded], float | None]
 
 
 def _without_first(tokenizer: Any, prompt: list[int]) -> str:
-    """The text of a prompt, tags and roles too; a classifier's tokenizer adds the first token itself."""
+    """The text of a prompt, tags and roles too; a classifier's tokenizer adds the first token
+    itself.
+    """
     first = getattr(tokenizer, "bos_token_id", None)
     text: str = tokenizer.decode(prompt[1:] if prompt[0] == first else prompt)
     return text
@@ -49,10 +51,11 @@ def best_of_n(
 ) -> Any:
     """Sample `n` threads and keep the best by a verifier; ties go to the earliest.
 
-    verifier: "logprob", "mean_logprob", a callable on (text, Decoded thread), whose `request` is the number of
-    the prompt in the list, or a `RewardModel`, which scores all threads of a prompt in batches. One that
-    returns None or NaN abstains: its score is NaN, and the thread is taken only where all are, with `answer`
-    None. `answer` is the chosen text, `scores` has one number a thread. Other arguments are those of `majority_vote`.
+    verifier: "logprob", "mean_logprob", a callable on (text, Decoded thread), whose `request` is
+    the number of the prompt in the list, or a `RewardModel`, which scores all threads of a prompt
+    in batches. One that returns None or NaN abstains: its score is NaN, and the thread is taken
+    only where all are, with `answer` None. `answer` is the chosen text, `scores` has one number a
+    thread. Other arguments are those of `majority_vote`.
     """
     writing = Writing(tokenizer, generation_config, options)
     check_count(n)
@@ -67,7 +70,9 @@ def best_of_n(
         score = _NAMED[verifier] if isinstance(verifier, str) else verifier
         return [number("verifier", score(item.text, item)) for item in group]
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         groups, stats = sample(session, writing, prompts, requests, n, seed)
         results = []
         for group, ids in zip(groups, prompts, strict=True):

@@ -1,4 +1,6 @@
-"""A vote that widens where the model is unsure: threads fork at tokens of high entropy, and settle early."""
+"""A vote that widens where the model is unsure: threads fork at tokens of high entropy, and settle
+early.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,21 @@ class _Vote:
     """The threads of one prompt."""
 
     def __init__(
-        self, session: Session, ids: list[int], request: tuple[int, int], most: int
+        self,
+        session: Session,
+        ids: list[int],
+        request: tuple[int, int],
+        most: int,
+        made: list[Any],
     ) -> None:
-        self.most = most
-        self.root = session.thread(ids, request=request)
+        self.most, self._made = most, made
+        root = session.thread(ids, request=request)
+        made.append(root)
         self.items: dict[Thread, Decoded] = {}
-        self.enter(self.root.fork()[0], Decoded(self.root))
+        self.enter(root.fork()[0], Decoded(root))
 
     def enter(self, thread: Thread, so_far: Decoded) -> None:
+        self._made.append(thread)
         self.items[thread] = Decoded(thread, list(so_far.tokens), list(so_far.logprobs))
 
     def writing(self) -> list[Thread]:
@@ -49,12 +58,13 @@ def branching_vote(
     stop: Any = None,
     **options: Any,
 ) -> Any:
-    """Begin with one thread; wherever the model's own distribution has more than `entropy` nats, fork
-    another that takes a different token there, up to `n` threads; end once the vote over `extract(text)` is settled.
+    """Begin with one thread; wherever the model's own distribution has more than `entropy` nats,
+    fork another that takes a different token there, up to `n` threads; end once the vote over
+    `extract(text)` is settled.
 
-    No training is needed: a prompt that the model is sure of costs one thread. The fork runs one token
-    again and stores none twice. n: threads at most, or "auto". Other arguments as in `majority_vote`.
-    `total_tokens` counts each token once, however many threads share it.
+    No training is needed: a prompt that the model is sure of costs one thread. The fork runs one
+    token again and stores none twice. n: threads at most, or "auto". Other arguments as in
+    `majority_vote`. `total_tokens` counts each token once, however many threads share it.
     """
     n = resolve_width(model_or_session, n, seed)
     check_count(n)
@@ -64,28 +74,24 @@ def branching_vote(
     if extract is last_number:
         write.need_tokenizer("branching_vote: extract=last_number")
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         votes: list[_Vote] = []
         with write.stream(session) as writing:
-            try:
-                for ids, request in zip(prompts, requests, strict=True):
-                    votes.append(_Vote(session, ids, (seed, request), n))
-                    writing.add(next(iter(votes[-1].items)), stop=stop)
-                sampled = [0] * len(votes)
-                while writing.threads:
-                    step = next(iter(writing))
-                    for i, vote in enumerate(votes):
-                        sampled[i] += _note(vote, step, write)
-                        _branch(vote, step, writing, entropy, stop)
-                        _settle(vote, writing, extract)
-                    if on_step is not None:
-                        on_step(step)
-                stats = session.stats
-            finally:
-                for vote in votes:
-                    for thread in (*vote.items, vote.root):
-                        if thread.alive:
-                            thread.release()
+            for ids, request in zip(prompts, requests, strict=True):
+                votes.append(_Vote(session, ids, (seed, request), n, made))
+                writing.add(next(iter(votes[-1].items)), stop=stop)
+            sampled = [0] * len(votes)
+            while writing.threads:
+                step = next(iter(writing))
+                for i, vote in enumerate(votes):
+                    sampled[i] += _note(vote, step, write)
+                    _branch(vote, step, writing, entropy, stop)
+                    _settle(vote, writing, extract)
+                if on_step is not None:
+                    on_step(step)
+            stats = session.stats
         return [
             _result(vote, extract, total, stats, session)
             for vote, total in zip(votes, sampled, strict=True)

@@ -1,4 +1,6 @@
-"""Self-consistency (arXiv 2203.11171): sample n threads from one prompt, return the most common answer."""
+"""Self-consistency (arXiv 2203.11171): sample n threads from one prompt, return the most common
+answer.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +61,15 @@ def majority_vote(
 
     n "auto": as many as this machine steps nearly for free with this model (`apr.measure_width`).
 
-    prompt: a string, chat messages, or a list of them (then a list of Results comes back). Samples with
-    the model's own GenerationConfig unless one is given, and samples unless do_sample is False; `options` override its fields, or go to
-    `apr.decode` (streamer, progress, stop, logits_processor, skip_special_tokens), or to the chat template
-    (chat_template_kwargs). Texts are what the model wrote, blanks and special tokens too. extract: `last_number`, `boxed`, `matching(pattern)` of
-    `apr.strategies`, or a callable of yours. weight(text, thread): what a vote counts, 1 if not given; a
-    thread of weight None or NaN does not vote.
-    stop_early: once threads that still write cannot change the outcome they end ("pruned"); for votes of
-    weight 1. `answer` is None where nothing could be extracted.
+    prompt: a string, chat messages, or a list of them (then a list of Results comes back). Samples
+    with the model's own GenerationConfig unless one is given, and samples unless do_sample is
+    False; `options` override its fields, or go to `apr.decode` (streamer, progress, stop,
+    logits_processor, skip_special_tokens), or to the chat template (chat_template_kwargs). Texts
+    are what the model wrote, blanks and special tokens too. extract: `last_number`, `boxed`,
+    `matching(pattern)` of `apr.strategies`, or a callable of yours. weight(text, thread): what a
+    vote counts, 1 if not given; a thread of weight None or NaN does not vote. stop_early: once
+    threads that still write cannot change the outcome they end ("pruned"); for votes of weight 1.
+    `answer` is None where nothing could be extracted.
     """
     writing = Writing(tokenizer, generation_config, options)
     if extract is last_number:
@@ -74,15 +77,18 @@ def majority_vote(
     width = resolve_width(model_or_session, n, seed)
     if stop_early and "prune" in options:
         raise InvalidInput(
-            "majority_vote: got stop_early and prune, which both say who ends; leave one of them out"
+            "majority_vote: got stop_early and prune, which both say who ends; leave one of them "
+            "out"
         )
     if stop_early and weight is not None:
         raise InvalidInput(
-            "majority_vote: got stop_early with a weight; a vote of unknown weight may always change the "
-            "outcome; leave one of them out"
+            "majority_vote: got stop_early with a weight; a vote of unknown weight may always "
+            "change the outcome; leave one of them out"
         )
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         def prune(step: StreamStep, results: dict[Thread, Decoded]) -> Iterable[Thread]:
             everyone = list(results.values())
             for first in range(0, len(everyone) if step.finished else 0, width):

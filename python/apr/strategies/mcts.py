@@ -1,4 +1,6 @@
-"""Monte Carlo tree search by UCT (Kocsis and Szepesvari, 2006) over thoughts: every node stays a thread."""
+"""Monte Carlo tree search by UCT (Kocsis and Szepesvari, 2006) over thoughts: every node stays a
+thread.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from typing import Any
 from apr.errors import InvalidInput
 from apr.strategies._requests import Result, Writing, run_requests
 from apr.strategies._sample import check_count
-from apr.strategies._thoughts import Grove, Node, check_budget, grow_all, judged, roll_all
+from apr.strategies._thoughts import (
+    Grove,
+    Node,
+    check_budget,
+    grow_all,
+    judged,
+    plant_all,
+    roll_all,
+)
 from apr.threads.session import Session
 
 
@@ -36,12 +46,13 @@ def mcts(
 ) -> Any:
     """Search for the text of highest reward; rewards are best in [0, 1].
 
-    An iteration descends from the root by UCT, gives the leaf it meets up to `n` children (thoughts, ended by
-    `stop`, an end token or `max_new_tokens`), lets a fork of one child write to the end (`rollout_tokens`) and
-    adds reward(text since the prompt) to all nodes above it. parallel: leaves that are taken at a time, each under
-    a virtual loss so that the next goes elsewhere; their thoughts and rollouts are one batch each. Old nodes
-    are forked again without running their text. enough: a reward that ends the search; most_nodes,
-    most_tokens: budgets (None: none). The best rollout is the text; `threads` holds the most visited line.
+    An iteration descends from the root by UCT, gives the leaf it meets up to `n` children
+    (thoughts, ended by `stop`, an end token or `max_new_tokens`), lets a fork of one child write to
+    the end (`rollout_tokens`) and adds reward(text since the prompt) to all nodes above it.
+    parallel: leaves that are taken at a time, each under a virtual loss so that the next goes
+    elsewhere; their thoughts and rollouts are one batch each. Old nodes are forked again without
+    running their text. enough: a reward that ends the search; most_nodes, most_tokens: budgets
+    (None: none). The best rollout is the text; `threads` holds the most visited line.
     """
     for name, value in (("iterations", iterations), ("parallel", parallel), ("depth", depth)):
         check_budget(name, value)
@@ -52,25 +63,21 @@ def mcts(
     if exploration < 0:
         raise InvalidInput(f"exploration: got {exploration}; expected 0 or more")
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
-        budget = (most_nodes, most_tokens)
-        groves = [Grove(session, writing, *budget) for _ in prompts]
-        try:
-            searches = []
-            for grove, ids, request in zip(groves, prompts, requests, strict=True):
-                root = grove.plant(ids, (seed, request))
-                searches.append(
-                    _Search(grove, root, iterations, parallel, exploration, depth, enough)
-                )
-            while going := [search for search in searches if not search.over]:
-                grow_all([(s.grove, s.descend()) for s in going], n, stop)
-                texts = roll_all([(s.grove, s.leaves_to_roll()) for s in going], rollout_tokens)
-                for search, found in zip(going, texts, strict=True):
-                    search.learn(found, reward)
-            stats = session.stats
-        finally:
-            for grove in groves:
-                grove.release()
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
+        keys = [(seed, request) for request in requests]
+        planted = plant_all(session, writing, prompts, keys, most_nodes, most_tokens, made)
+        searches = [
+            _Search(grove, root, iterations, parallel, exploration, depth, enough)
+            for grove, root in planted
+        ]
+        while going := [search for search in searches if not search.over]:
+            grow_all([(s.grove, s.descend()) for s in going], n, stop)
+            texts = roll_all([(s.grove, s.leaves_to_roll()) for s in going], rollout_tokens)
+            for search, found in zip(going, texts, strict=True):
+                search.learn(found, reward)
+        stats = session.stats
         return [
             Result(
                 text=search.best_text,
@@ -97,7 +104,9 @@ def uct(node: Node, exploration: float) -> float:
 
 
 def _leaves(root: Node, count: int, exploration: float) -> list[Node]:
-    """Leaves to work on, found one after the other; each descent counts as a visit without reward."""
+    """Leaves to work on, found one after the other; each descent counts as a visit without
+    reward.
+    """
     found = []
     for _ in range(count):
         node = root

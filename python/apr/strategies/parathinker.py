@@ -1,4 +1,6 @@
-"""ParaThinker (arXiv 2509.04475): paths of thought that do not see each other, then a summary of them all."""
+"""ParaThinker (arXiv 2509.04475): paths of thought that do not see each other, then a summary of
+them all.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,13 @@ def parathinker(
 ) -> Any:
     """`n` paths think in parallel behind the prompt; then the summary reads all of them.
 
-    Path i begins with `think` and ends with `end_think`, formatted with i from 1 on (or callables of i that
-    give token ids); all start at the same position and see the prompt and themselves. first_finish: when one
-    path ends, all do. A path that did not write its end tag is given it. Their keys and values are joined
-    side by side, not run again, and the summary goes on after the longest path until `end_summary` or
-    `summary_tokens`. vectors: for checkpoints that learned one a path, what path i adds to its keys (before
-    rotation) and values. `threads` holds the paths, then the summary, which is the text. Other arguments: as
-    in `majority_vote`.
+    Path i begins with `think` and ends with `end_think`, formatted with i from 1 on (or callables
+    of i that give token ids); all start at the same position and see the prompt and themselves.
+    first_finish: when one path ends, all do. A path that did not write its end tag is given it.
+    Their keys and values are joined side by side, not run again, and the summary goes on after the
+    longest path until `end_summary` or `summary_tokens`. vectors: for checkpoints that learned one
+    a path, what path i adds to its keys (before rotation) and values. `threads` holds the paths,
+    then the summary, which is the text. Other arguments: as in `majority_vote`.
     """
     check_count(n)
     if "prune" in options:
@@ -61,41 +63,38 @@ def parathinker(
         raise InvalidInput(f"vectors: got {len(vectors)} for {n} paths; expected one each")
     writing = Writing(tokenizer, generation_config, options)
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         begins = [_tag_ids(tokenizer, think, i + 1) for i in range(n)]
         ends = [_tag_ids(tokenizer, end_think, i + 1) for i in range(n)]
         roots: list[Thread] = []
         paths: list[list[Thread]] = []
-        try:
-            for ids, request in zip(prompts, requests, strict=True):
-                roots.append(session.thread(ids, request=(seed, request)))
-                paths.append(roots[-1].fork(n))
-                for i, (thread, begin) in enumerate(zip(paths[-1], begins, strict=True)):
-                    thread.vectors = None if vectors is None else vectors[i]
-                    thread.extend(begin)
-            everyone = [thread for group in paths for thread in group]
-            thoughts = _think(session, writing, everyone, ends, n, first_finish, on_step)
-            for i, item in enumerate(thoughts):
-                end = ends[i % n]
-                if item.tokens[-len(end) :] != end:
-                    item.thread.extend(end)
-            for root, group in zip(roots, paths, strict=True):
-                root.join(group, positions="max")
-                root.extend(_tag_ids(tokenizer, summary, 0))
-            closing = _tag_ids(tokenizer, end_summary, 0)
-            summaries = writing.decode(
-                session,
-                roots,
-                max_new_tokens=summary_tokens,
-                on_step=on_step,
-                stop=lambda written: written[-len(closing) :] == closing,
-            )
-            stats = session.stats
-        finally:
-            for thread in (*(t for group in paths for t in group), *roots):
-                thread.forget_vectors()
-                if thread.alive:
-                    thread.release()
+        for ids, request in zip(prompts, requests, strict=True):
+            roots.append(session.thread(ids, request=(seed, request)))
+            paths.append(roots[-1].fork(n))
+            made += [roots[-1], *paths[-1]]
+            for i, (thread, begin) in enumerate(zip(paths[-1], begins, strict=True)):
+                thread.vectors = None if vectors is None else vectors[i]
+                thread.extend(begin)
+        everyone = [thread for group in paths for thread in group]
+        thoughts = _think(session, writing, everyone, ends, n, first_finish, on_step)
+        for i, item in enumerate(thoughts):
+            end = ends[i % n]
+            if item.tokens[-len(end) :] != end:
+                item.thread.extend(end)
+        for root, group in zip(roots, paths, strict=True):
+            root.join(group, positions="max")
+            root.extend(_tag_ids(tokenizer, summary, 0))
+        closing = _tag_ids(tokenizer, end_summary, 0)
+        summaries = writing.decode(
+            session,
+            roots,
+            max_new_tokens=summary_tokens,
+            on_step=on_step,
+            stop=lambda written: written[-len(closing) :] == closing,
+        )
+        stats = session.stats
         results = []
         for k, (item, request) in enumerate(zip(summaries, requests, strict=True)):
             parts = [*thoughts[k * n : (k + 1) * n], item]

@@ -18,7 +18,8 @@ Ask = Callable[..., Any]  # returns a prompt: a string, chat messages, or token 
 def outline_prompt(question: str) -> str:
     """What asks for the skeleton, unless a callable of yours does."""
     return (
-        f"{question}\n\nDo not answer yet. Outline the answer: a numbered list of 3 to 8 points, one line and "
+        f"{question}\n\nDo not answer yet. Outline the answer: a numbered list of 3 to 8 points, "
+        "one line and "
         "at most five words each.\n1."
     )
 
@@ -26,7 +27,8 @@ def outline_prompt(question: str) -> str:
 def point_prompt(question: str, outline: str, number: int, point: str) -> str:
     """What asks for one point; prompts of one outline share their beginning, which is run once."""
     return (
-        f"{question}\n\nThe outline of the answer:\n{outline}\n\nWrite only point {number} in one or two "
+        f"{question}\n\nThe outline of the answer:\n{outline}\n\nWrite only point {number} in one "
+        "or two "
         f"sentences, and nothing of the other points.\n{number}. {point}:"
     )
 
@@ -63,54 +65,48 @@ def skeleton(
     route: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> Any:
-    """Let the model outline its answer, then write at most `n` points in parallel; the text is all of them.
+    """Let the model outline its answer, then write at most `n` points in parallel; the text is all
+    of them.
 
-    prompt: a question, or a list of them. outline(question) and expand(question, outline, number, point)
-    return prompts in any form; parse(outline) its points. route(question): False answers at once, without an
-    outline; so does an outline without points. `threads` holds the outline and the points, in order. Other
-    arguments: as in `majority_vote`; greedy unless told otherwise.
+    prompt: a question, or a list of them. outline(question) and expand(question, outline, number,
+    point) return prompts in any form; parse(outline) its points. route(question): False answers at
+    once, without an outline; so does an outline without points. `threads` holds the outline and the
+    points, in order. Other arguments: as in `majority_vote`; greedy unless told otherwise.
     """
     check_count(n)
 
     writing = Writing(tokenizer, generation_config, options, sample=False)
     writing.need_tokenizer("skeleton")
 
-    def run(session: Session, questions: list[str], requests: list[int]) -> list[Result]:
+    def run(
+        session: Session, questions: list[str], requests: list[int], made: list[Any]
+    ) -> list[Result]:
         routed = [route is None or route(question) for question in questions]
-        living: list[Thread] = []
-        try:
-            first = []
-            for question, request, parallel in zip(questions, requests, routed, strict=True):
-                ids = writing.encode(outline(question) if parallel else question)
-                first.append(session.thread(ids, request=(seed, request)))
-                living.append(first[-1])
-            outlines = writing.decode(session, first)
-            groups = [
-                parse(item.text)[:n] if parallel else []
-                for item, parallel in zip(outlines, routed, strict=True)
+        for question, request, parallel in zip(questions, requests, routed, strict=True):
+            ids = writing.encode(outline(question) if parallel else question)
+            made.append(session.thread(ids, request=(seed, request)))
+        outlines = writing.decode(session, list(made))
+        groups = [
+            parse(item.text)[:n] if parallel else []
+            for item, parallel in zip(outlines, routed, strict=True)
+        ]
+        asked: list[Thread] = []
+        for question, item, points, request in zip(
+            questions, outlines, groups, requests, strict=True
+        ):
+            prompts = [
+                writing.encode(expand(question, item.text, i + 1, point))
+                for i, point in enumerate(points)
             ]
-            asked: list[list[Thread]] = []
-            for question, item, points, request in zip(
-                questions, outlines, groups, requests, strict=True
-            ):
-                prompts = [
-                    writing.encode(expand(question, item.text, i + 1, point))
-                    for i, point in enumerate(points)
-                ]
-                asked.append(_ask(session, prompts, (seed, request, 1), living))
-            written = writing.decode(session, [t for threads in asked for t in threads])
-            stats = session.stats
-        finally:
-            for thread in living:
-                if thread.alive:
-                    thread.release()
-        return _results(session, stats, requests, outlines, groups, written)
+            asked += _ask(session, prompts, (seed, request, 1), made)
+        written = writing.decode(session, asked)
+        return _results(session, session.stats, requests, outlines, groups, written)
 
     return run_texts(model_or_session, prompt, seed, n, run)
 
 
 def _ask(
-    session: Session, prompts: list[list[int]], key: tuple[int, ...], living: list[Thread]
+    session: Session, prompts: list[list[int]], key: tuple[int, ...], made: list[Any]
 ) -> list[Thread]:
     """A thread a prompt, forked from what they have in common."""
     if not prompts:
@@ -118,12 +114,12 @@ def _ask(
     shared = shared_beginning(prompts) if len(prompts) > 1 else 0
     if shared == 0:
         threads = [session.thread(ids, request=(*key, i)) for i, ids in enumerate(prompts)]
-        living += threads
+        made += threads
         return threads
     root = session.thread(prompts[0][:shared], request=key)
-    living.append(root)
+    made.append(root)
     threads = root.fork(len(prompts))
-    living += threads
+    made += threads
     for thread, ids in zip(threads, prompts, strict=True):
         thread.extend(ids[shared:])
     return threads

@@ -1,4 +1,6 @@
-"""Tree of thoughts (arXiv 2305.10601): thoughts are sampled, valued and searched breadth, depth or best first."""
+"""Tree of thoughts (arXiv 2305.10601): thoughts are sampled, valued and searched breadth, depth or
+best first.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from apr.strategies._thoughts import (
     check_budget,
     grow_all,
     per_text,
+    plant_all,
 )
 from apr.threads.session import Session
 
@@ -41,15 +44,17 @@ def tree_search(
     stop: Any = "\n",
     **options: Any,
 ) -> Any:
-    """Grow thoughts until one meets the goal, the tree ends, or the budget is spent; the best text wins.
+    """Grow thoughts until one meets the goal, the tree ends, or the budget is spent; the best text
+    wins.
 
-    n: thoughts that are sampled at a node; equal ones are kept once. A thought ends with `stop`, an end token
-    or `max_new_tokens`. evaluate: a callable on the text since the prompt, or `ModelValue`; higher is better.
-    goal(text) ends the search. order: "bfs" keeps the `width` best of each level; "dfs" goes on with the best
-    child of the latest node and comes back; "best_first" expands the `width` best of all open nodes at a
-    time. cutoff: nodes below it are dropped. A dropped node's pages are free at once. depth: thoughts of a
-    text at most; most_nodes, most_tokens: budgets (None: none). `threads` holds the ended and the best open
-    texts, best first, `scores` their values. Other arguments: as in `majority_vote`.
+    n: thoughts that are sampled at a node; equal ones are kept once. A thought ends with `stop`, an
+    end token or `max_new_tokens`. evaluate: a callable on the text since the prompt, or
+    `ModelValue`; higher is better. goal(text) ends the search. order: "bfs" keeps the `width` best
+    of each level; "dfs" goes on with the best child of the latest node and comes back; "best_first"
+    expands the `width` best of all open nodes at a time. cutoff: nodes below it are dropped. A
+    dropped node's pages are free at once. depth: thoughts of a text at most; most_nodes,
+    most_tokens: budgets (None: none). `threads` holds the ended and the best open texts, best
+    first, `scores` their values. Other arguments: as in `majority_vote`.
     """
     writing = Writing(tokenizer, generation_config, options)
     check_count(n)
@@ -61,37 +66,31 @@ def tree_search(
         raise InvalidInput(f"order: got {order!r}; expected one of {ORDERS}")
     value: Evaluate = evaluate if isinstance(evaluate, ModelValue) else per_text(evaluate)
 
-    def run(session: Session, prompts: list[list[int]], requests: list[int]) -> list[Result]:
-        budget = (most_nodes, most_tokens)
-        groves = [Grove(session, writing, *budget) for _ in prompts]
+    def run(
+        session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
+    ) -> list[Result]:
+        keys = [(seed, request) for request in requests]
+        planted = plant_all(session, writing, prompts, keys, most_nodes, most_tokens, made)
+        searches = [
+            _search(grove, root, goal, order, width, depth, cutoff) for grove, root in planted
+        ]
         ended: dict[int, list[Node]] = {}
-        try:
-            roots = [
-                grove.plant(ids, (seed, request))
-                for grove, ids, request in zip(groves, prompts, requests, strict=True)
-            ]
-            searches = [
-                _search(grove, root, goal, order, width, depth, cutoff)
-                for grove, root in zip(groves, roots, strict=True)
-            ]
-            asked = {i: next(search) for i, search in enumerate(searches)}
-            while asked:  # all searches that still go on take one turn
-                grown = grow_all([(groves[i], parents) for i, parents in asked.items()], n, stop)
-                fresh = [node for nodes in grown for node in nodes]
-                for node, score in zip(fresh, value(fresh), strict=True):
-                    node.score = score
-                for i, nodes in zip(list(asked), grown, strict=True):
-                    try:
-                        asked[i] = searches[i].send(nodes)
-                    except StopIteration as end:
-                        ended[i] = end.value
-                        del asked[i]
-            stats = session.stats
-        finally:
-            for grove in groves:
-                grove.release()
+        asked = {i: next(search) for i, search in enumerate(searches)}
+        while asked:  # all searches that still go on take one turn
+            turn = [(planted[i][0], parents) for i, parents in asked.items()]
+            grown = grow_all(turn, n, stop)
+            fresh = [node for nodes in grown for node in nodes]
+            for node, score in zip(fresh, value(fresh), strict=True):
+                node.score = score
+            for i, nodes in zip(list(asked), grown, strict=True):
+                try:
+                    asked[i] = searches[i].send(nodes)
+                except StopIteration as end:
+                    ended[i] = end.value
+                    del asked[i]
+        stats = session.stats
         return [
-            _result(groves[i], roots[i], ended[i], goal, request, stats, session)
+            _result(*planted[i], ended[i], goal, request, stats, session)
             for i, request in enumerate(requests)
         ]
 
@@ -132,8 +131,9 @@ def _search(
     depth: int,
     cutoff: float | None,
 ) -> Generator[Sequence[Node], list[Node], list[Node]]:
-    """Yields the nodes to expand, is sent their children with scores, and returns the nodes that ended and
-    those that were still open when the search did."""
+    """Yields the nodes to expand, is sent their children with scores, and returns the nodes that
+    ended and those that were still open when the search did.
+    """
     open_nodes: list[Node] = [root]
     ended: list[Node] = []
     while open_nodes and not grove.spent:

@@ -11,10 +11,11 @@ Row = tuple[Tensor, int]  # a tensor [rows, vocab], and which row of it
 
 
 class HeldLogits:
-    """Float32 logits [vocab] of the last tokens of threads, by their numbers; children inherit them.
+    """Float32 logits [vocab] of the last tokens of threads, by their numbers; children inherit
+    them.
 
-    Threads that take part in every step hold a row of its tensor. One that leaves, or waits, keeps a copy of
-    its row, not the whole tensor.
+    Threads that take part in every step hold a row of its tensor. One that leaves, or waits, keeps
+    a copy of its row, not the whole tensor.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""A model with a multi-thread KV cache: sessions make threads and segments, and step them together."""
+"""A model with a multi-thread KV cache: sessions make threads and segments, and step them
+together.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,13 @@ from apr.threads.trace import Stats, Trace
 class Session:
     """Owns the KV pages of one model and every thread on them.
 
-    max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one forward;
-    longer prefills are split and are still one transaction. invariant: attention bits of a thread do not
-    depend on its neighbours. cuda_graphs: capture the model's decode step and replay it (hf/graph.py): its
-    forward must be capturable, and weights must stay where they are while the session is open. seed: with
-    the request index and the fork path it keys every thread's generator. Raises UnsupportedModel with the reason where the model cannot be attached; `self_test=False`
-    skips the proof (three tiny forwards, once a model).
+    max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one
+    forward; longer prefills are split and are still one transaction. invariant: attention bits of a
+    thread do not depend on its neighbours. cuda_graphs: capture the model's decode step and replay
+    it (hf/graph.py): its forward must be capturable, and weights must stay where they are while the
+    session is open. seed: with the request index and the fork path it keys every thread's
+    generator. Raises UnsupportedModel with the reason where the model cannot be attached;
+    `self_test=False` skips the proof (three tiny forwards, once a model).
     """
 
     def __init__(
@@ -106,8 +109,9 @@ class Session:
     def refresh(self) -> None:
         """Take the model as it is now, after its weights, dtype or device were changed.
 
-        Every thread is released and every segment let go: their keys and values belong to the model of
-        before. Raises InvalidInput where the model is another one, which wants a session of its own.
+        Every thread is released and every segment let go: their keys and values belong to the model
+        of before. Raises InvalidInput where the model is another one, which wants a session of its
+        own.
         """
         table = self.table.edit()
         now = attach(self.model, prove=False)  # it was proved, or not, when this was opened
@@ -130,11 +134,12 @@ class Session:
         visibility: str = "previous",
         request: int | tuple[int, ...] | None = None,
     ) -> Thread:
-        """A new thread with `ids` queued; with `view` (and `writes`) one that reads and writes regions.
+        """A new thread with `ids` queued; with `view` (and `writes`) one that reads and writes
+        regions.
 
-        visibility: whether live segments show the "current" step's tokens too, or only "previous" ones.
-        request: the index that keys its random generator; by default the number of threads made before
-        in this way, so give it where runs with other company must sample the same.
+        visibility: whether live segments show the "current" step's tokens too, or only "previous"
+        ones. request: the index that keys its random generator; by default the number of threads
+        made before in this way, so give it where runs with other company must sample the same.
         """
         return self.table.thread(ids, view, writes, visibility, request)
 
@@ -143,7 +148,9 @@ class Session:
         return self.table.segment(ids, base, after)
 
     def region(self, ids: TokenIds = (), base: int = 0, stride: int = 1) -> Segment:
-        """An open segment that one thread at a time may write; token i lies at base + stride * i."""
+        """An open segment that one thread at a time may write; token i lies at base + stride *
+        i.
+        """
         return self.table.region(ids, base, stride)
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -151,8 +158,8 @@ class Session:
     def step(self, threads: Sequence[Thread]) -> Tensor:
         """Run the queued tokens of `threads`, and what they need, in one packed forward.
 
-        Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception lengths,
-        pages, logits and generators are as they were before.
+        Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception
+        lengths, pages, logits and generators are as they were before.
         """
         numbers = self._numbers(threads)
         began = self.trace.clock()
@@ -211,7 +218,9 @@ class Session:
         return Ran(rows, num_rows=len(numbers), forwards=1, forward_seconds=seconds)
 
     def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
-        """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`, whatever happens."""
+        """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,
+        whatever happens.
+        """
         table = self._start_step(who)
         return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
 

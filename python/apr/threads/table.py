@@ -1,4 +1,6 @@
-"""The threads and segments of a session: made, found again, and given back when Python drops them."""
+"""The threads and segments of a session: made, found again, and given back when Python drops
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _MOST_VECTORS = 1 << 12
 
 
 class ThreadTable:
-    """What threads know of their session: the core's table, logits, vectors and trace, and whose turn it is."""
+    """What threads know of their session: the core's table, logits, vectors and trace, and whose
+    turn it is.
+    """
 
     def __init__(self, pages: int, page_size: int, spec: ModelSpec, seed: int) -> None:
         self._core: _core.ThreadTable | None = _core.ThreadTable(pages, page_size, spec.can_rotate)
@@ -84,8 +88,8 @@ class ThreadTable:
         with self._turn:
             if self.stepping is not None:
                 raise InvalidInput(
-                    "step: another Python thread is stepping this session; take turns, or give each Python "
-                    "thread a session of its own on the same model"
+                    "step: another Python thread is stepping this session; take turns, or give "
+                    "each Python thread a session of its own on the same model"
                 )
             self.stepping = who
         return core
@@ -135,7 +139,9 @@ class ThreadTable:
         return isinstance(thread, Thread) and thread.table is self
 
     def set_vectors(self, number: int, vectors: PathVectors | None) -> None:
-        """A released thread's last token may still be queued, so entries outlive their threads for a while."""
+        """A released thread's last token may still be queued, so entries outlive their threads for
+        a while.
+        """
         if vectors is None:
             self.vectors.pop(number, None)
             return

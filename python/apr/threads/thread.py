@@ -1,4 +1,6 @@
-"""What users hold: threads that read views and append to a tail, and the segments that views list."""
+"""What users hold: threads that read views and append to a tail, and the segments that views
+list.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,12 @@ def check_position(name: str, value: Any) -> int:
 
 
 class ViewEntry(NamedTuple):
-    """One line of a view: the segment, the view position of its token 0, and how much of it is seen.
+    """One line of a view: the segment, the view position of its token 0, and how much of it is
+    seen.
 
-    offset None: it starts where everything before it ends, and moves as that grows. hi None: all of it,
-    growing if it is still being written. `lo` is negative where a thread's own tail begins with a copy of
-    a short inherited part.
+    offset None: it starts where everything before it ends, and moves as that grows. hi None: all of
+    it, growing if it is still being written. `lo` is negative where a thread's own tail begins with
+    a copy of a short inherited part.
     """
 
     segment: Segment
@@ -79,7 +82,8 @@ def view_entries(view: ViewLike) -> list[ViewEntry]:
         parts: tuple[Any, ...] = item if isinstance(item, tuple) else (item,)
         if not 1 <= len(parts) <= 4:
             raise InvalidInput(
-                f"view: got {item!r}; expected a segment, (segment, offset) or (segment, offset, hi)"
+                f"view: got {item!r}; expected a segment, (segment, offset) or (segment, offset, "
+                "hi)"
             )
         entry = ViewEntry(*parts)
         for name in ("offset", "hi", "lo"):
@@ -140,7 +144,8 @@ class Thread:
         self.table, self._id = table, number
         self.seed_path = seed_path
         self.label: str | None = None
-        # Whether its tokens are one line, each seeing all before it: no view but by forks, no joined keys.
+        # Whether its tokens are one line, each seeing all before it: no view but by forks, no
+        # joined keys.
         self.is_line = True
         self._forks = 0
         self._generator: torch.Generator | None = None
@@ -150,7 +155,8 @@ class Thread:
 
     def __reduce__(self) -> Any:
         raise InvalidInput(
-            "copy: a thread is a handle of its session; thread.fork() makes another, thread.tokens are data"
+            "copy: a thread is a handle of its session; thread.fork() makes another, thread.tokens "
+            "are data"
         )
 
     def __repr__(self) -> str:
@@ -189,9 +195,9 @@ class Thread:
         """Take the children's own parts in, and release them.
 
         positions "max": side by side at the fork point, this thread goes on after the longest
-        (Multiverse, arXiv 2506.09991); "sum": one after the other; "keep": where they were written. Keys
-        and values are reused as they are; with `reencode` the children's tokens are queued here instead.
-        Raises ForeignThread for a thread that was not forked from this one.
+        (Multiverse, arXiv 2506.09991); "sum": one after the other; "keep": where they were written.
+        Keys and values are reused as they are; with `reencode` the children's tokens are queued
+        here instead. Raises ForeignThread for a thread that was not forked from this one.
         """
         if positions not in JOIN_POSITIONS:
             raise InvalidInput(
@@ -268,7 +274,9 @@ class Thread:
 
     @property
     def visibility(self) -> str:
-        """What of live segments is seen in a step: "previous" steps only, or the "current" one too."""
+        """What of live segments is seen in a step: "previous" steps only, or the "current" one
+        too.
+        """
         return "current" if self.table.ask().is_current(self._id) else "previous"
 
     @property
@@ -303,7 +311,8 @@ class Thread:
     def vectors(self) -> PathVectors | None:
         """What this thread's tokens add to their keys and values; children do not inherit it.
 
-        Set it before the tokens are run. Steps of a session with such threads are planned, not replayed.
+        Set it before the tokens are run. Steps of a session with such threads are planned, not
+        replayed.
         """
         return self.table.vectors.get(self._id)
 

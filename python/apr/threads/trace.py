@@ -43,7 +43,9 @@ class Stats:
         self.forward_seconds += ran.forward_seconds
 
     def with_sharing(self, table: Any, page_bytes: int) -> Stats:
-        """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all layers."""
+        """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all
+        layers.
+        """
         stored, seen, shared, replicated = table.sharing()
         return replace(
             self,
