@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test test-versions lint cuda cuda-all cross sanitize format stubs clean
+.PHONY: demo test test-quick test-versions lint docs wheel cuda cuda-all cross sanitize format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -17,7 +17,11 @@ demo: $(VENV)/installed
 	cd $(VENV) && OMP_WAIT_POLICY=passive bin/python -m apr run
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
+
+# For work in progress: the core, the oracles on one model, the rules of the house.
+test-quick: $(VENV)/installed
+	$(RUN) -m pytest --quick
 
 # The border with transformers on the oldest and the newest that pip serves.
 test-versions:
@@ -46,6 +50,16 @@ cross:
 sanitize: $(VENV)/installed
 	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh
 
+# The site of docs/, in site/; pictures of the idea are drawn anew by tools/picture.py.
+docs:
+	test -d $(VENV)-docs || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q mkdocs-material "mkdocstrings[python]" ruff
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build -q --strict
+
+# A manylinux wheel and the sdist, in dist/.
+wheel:
+	PYTHON=$(PYTHON) tools/wheel.sh
+
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -55,4 +69,4 @@ stubs: $(VENV)/installed
 	$(RUN) tools/stubs.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-cross build dist
+	rm -rf $(VENV) $(VENV)-cross $(VENV)-docs build dist site

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -61,6 +63,24 @@ def instruction_set(request):
         pytest.skip("the CUDA kernels take 16-bit numbers, and pages of a power of two")
     yield _core.instruction_set()
     _core.force_instruction_set("")
+
+
+# What `make test-quick` runs: the core, the rules of the house, and the oracles on one model.
+QUICK = ("test_core", "test_core_machine", "test_layering", "test_oracles", "test_session")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="the core, and the oracles on one model")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        others = set(models.FAMILIES) - {"llama"}
+        items[:] = [
+            item
+            for item in items
+            if item.path.stem in QUICK and not others & set(re.split(r"[\[\]-]", item.name))
+        ]
 
 
 def traps(items) -> dict[int, list[str]]:

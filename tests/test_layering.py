@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import apr
+import apr.hf
 from apr import _core
 from conftest import traps
 
@@ -147,11 +150,31 @@ def test_every_file_says_what_it_owns():
         assert path.read_text().startswith("//"), path
 
 
+def test_everything_public_is_described():
+    """Names of `apr` and its rooms, and the methods that their classes define."""
+    rooms = (apr, apr.ops, apr.hf, apr.training, apr.protocols, apr.strategies)
+    bare = []
+    for room in rooms:
+        for name in getattr(room, "__all__", [n for n in vars(room) if n[0] != "_"]):
+            thing = getattr(room, name)
+            if not getattr(thing, "__module__", "").startswith("apr"):
+                continue
+            bare += [] if inspect.getdoc(thing) else [name]
+            for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+                is_code = inspect.isfunction(value) or isinstance(value, property)
+                # A class of others that it extends may say it.
+                said = any(vars(c)[member].__doc__ for c in thing.__mro__ if member in vars(c))
+                if is_code and member[0] != "_" and not said:
+                    bare.append(f"{name}.{member}")
+    assert not bare, sorted(set(bare))
+
+
 def test_every_trap_is_covered(request):
     """The traps of docs/kernels.md, by the marks of the tests that were collected; 15 wants a GPU
     to run.
     """
-    if any(not p.name.startswith("tests") for p in map(Path, request.config.args)):
+    named = any(not p.name.startswith("tests") for p in map(Path, request.config.args))
+    if named or request.config.getoption("--quick"):
         pytest.skip("only with the whole suite")
     if _core.gpu(True) is None:
         pytest.skip("some of them need the emulated GPU (APR_EMULATION=ON)")

@@ -210,12 +210,28 @@ def test_mcts():
         )
         assert again.text == result.text  # seeds, not luck
         one = apr.mcts(s, Words(), PROMPT, n=3, reward=value, iterations=1, **OPTIONS)
+        found: list[float] = []
+
+        def noted(text: str) -> float:
+            found.append(value(text))
+            return found[-1]
+
+        enough = one.scores[0]
         early = apr.mcts(
-            s, Words(), PROMPT, n=3, reward=value, iterations=50, enough=0.0, **OPTIONS
+            s,
+            Words(),
+            PROMPT,
+            n=3,
+            reward=noted,
+            iterations=50,
+            parallel=1,
+            enough=enough,
+            **OPTIONS,
         )
     assert result.scores == [value(result.text)]
     assert result.scores[0] >= one.scores[0]
-    assert early.scores[0] >= 0.0 and len(early.threads) <= 2
+    assert found.index(max(found)) == len(found) - 1  # the reward that was enough is the last
+    assert early.scores == [max(found)] and max(found) >= enough
     held_is_right(model, result)
 
 

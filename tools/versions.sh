@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=passive
 python=${PYTHON:-python3}
 work=${ENVIRONMENTS:-$(mktemp -d)}
-oldest=$(sed -n 's/^OLDEST, NEWEST = "\([0-9.]*\)".*/\1/p' python/apr/compatibility.py)
+oldest=$(sed -n 's/^OLDEST, NEWEST = "\([0-9.]*\)".*/\1/p' python/apr/hf/compatibility.py)
 if [ -z "${WHEEL:-}" ]; then
   "$python" -m venv "$work/build"
   "$work/build/bin/pip" wheel -q --no-deps --config-settings=cmake.define.APR_CUDA=OFF -w "$work" .

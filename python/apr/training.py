@@ -163,6 +163,7 @@ class Batch:
     rows: Tensor  # int64 [B]: which of the given sequences each row is
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same with all tensors on a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def loss(self, logits: Tensor, reduction: str = "mean") -> Tensor:

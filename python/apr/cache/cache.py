@@ -142,7 +142,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return self._begin(read_call(arguments, 0, begun, whole))
 
     def _begin(self, call: Call) -> dict[str, Any]:
-        """Make the threads of a call's rows and start its forward; the arguments it goes on with."""
+        """Make the threads of a call's rows and start its forward; returns its arguments."""
         step = Step(self.threads, self._stored)
         try:
             self._arrange(call, step)
@@ -326,9 +326,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def batch_size(self) -> int:
         return len(self.threads) or -1
 
-    @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
+    max_batch_size = batch_size
 
     def reset(self) -> None:
         """Forget everything; the next call starts anew, with the model as it is then.

@@ -1,6 +1,4 @@
-"""What this build contains and what runs here; the machine's own rates, to set beside a
-kernel's.
-"""
+"""What this build contains and what runs here."""
 
 from __future__ import annotations
 

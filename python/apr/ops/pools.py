@@ -56,6 +56,7 @@ class Pool:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of keys and values: float32, bfloat16 or float16."""
         return self.k.dtype
 
     @property

@@ -158,4 +158,5 @@ class Grammar:
         return found[1].strip() if found else ""
 
     def succeeded(self, text: str) -> bool:
+        """Whether `success` is found in the text of a child."""
         return self.success is not None and re.search(self.success, text, re.DOTALL) is not None

@@ -71,6 +71,7 @@ class Record:
         return len(self.pieces) - 1
 
     def write(self, piece: int, ids: Sequence[int], sampled: bool) -> None:
+        """Add tokens to a piece; sampled: the model chose them."""
         self.pieces[piece].write(ids, sampled)
 
     @property

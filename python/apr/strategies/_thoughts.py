@@ -35,10 +35,12 @@ class Node:
     total: float = 0.0  # of rewards
 
     def release(self) -> None:
+        """Release its thread, if that was not done yet."""
         if self.thread.alive:
             self.thread.release()
 
     def decoded(self, request: int) -> Decoded:
+        """The text since the prompt as what one thread wrote."""
         reason = "eos" if self.finished else "stop"
         return Decoded(self.thread, self.tokens, self.logprobs, reason, self.text, request)
 

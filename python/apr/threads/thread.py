@@ -126,10 +126,12 @@ class Segment:
 
     @property
     def sealed(self) -> bool:
+        """Whether nobody can add to it any more."""
         return self.table.ask().segment_sealed(self._id)
 
     @property
     def tokens(self) -> list[int]:
+        """Its token ids, queued ones included."""
         return self.table.ask().segment_tokens(self._id)
 
     def seal(self) -> None:
@@ -237,6 +239,7 @@ class Thread:
 
     @property
     def alive(self) -> bool:
+        """Whether it was neither released nor taken in by a join, in a session that is open."""
         return self.table.is_open and self.table.ask().alive(self._id)
 
     def __len__(self) -> int:

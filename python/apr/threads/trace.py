@@ -96,10 +96,12 @@ class Trace:
             del self._nodes[next(iter(self._nodes))]
 
     def thread(self, number: int, tokens: int) -> None:
+        """Note a new thread."""
         self._add(number, _Node(None, 0, self.clock(), tokens))
         self._event("thread", self.clock(), thread=number, tokens=tokens)
 
     def fork(self, parent: int, children: Sequence[int], length: int, began: float) -> None:
+        """Note a fork at `length` tokens."""
         for child in children:
             self._add(child, _Node(parent, length, self.clock()))
         self._event("fork", began, thread=parent, children=list(children), length=length)
@@ -113,15 +115,18 @@ class Trace:
         reencode: bool,
         began: float,
     ) -> None:
+        """Note a join, and that the children ended with it; sizes: their own tokens."""
         how = "re-encoded" if reencode else f"joined at {positions}"
         for child, size in zip(children, sizes, strict=True):
             self.end(child, how, size)
         self._event("join", began, thread=parent, children=list(children), how=how)
 
     def step(self, threads: Sequence[int], rows: int, began: float) -> None:
+        """Note a step of so many rows."""
         self._event("step", began, threads=list(threads), rows=rows)
 
     def release(self, number: int) -> None:
+        """Note that a thread was released."""
         self.end(number, "released")
 
     def end(self, number: int, how: str, tokens: int | None = None, label: str = "") -> None:
