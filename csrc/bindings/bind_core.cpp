@@ -104,7 +104,7 @@ void bind_segments(py::class_<ThreadTable>& table) {
       .def("segment_pages", [](ThreadTable& t, SegmentId id) { return t.segments().at(id).pages; })
       .def("segment_tokens", [](ThreadTable& t, SegmentId id) {
         const Segment& s = t.segments().at(id);
-        return std::vector<int32_t>(s.tokens.begin() + s.head, s.tokens.end());
+        return std::vector<int32_t>(s.tokens.begin() + s.copied, s.tokens.end());
       });
 }
 

@@ -104,8 +104,8 @@ void ThreadTable::join_text(ThreadId parent_id, const std::vector<ThreadId>& chi
     std::vector<int32_t> text;
     for (const Entry& entry : own_part(at(id))) {
       const Segment& segment = segments_.at(entry.segment);
-      text.insert(text.end(), segment.tokens.begin() + segment.head + entry.lo,
-                  segment.tokens.begin() + segment.head + entry.hi);
+      text.insert(text.end(), segment.tokens.begin() + segment.copied + entry.lo,
+                  segment.tokens.begin() + segment.copied + entry.hi);
     }
     const int64_t shift = position(parent_id) - fork_position(at(id));
     extend(parent_id, text);

@@ -11,11 +11,11 @@
 namespace apr {
 
 struct Segment {
-  int64_t base = 0;     // position at which token 0 is written
-  int64_t stride = 1;   // positions from one token to the next
-  int64_t head = 0;     // copied tokens of an ancestor that lie before token 0 on the same pages
-  int64_t encoded = 0;  // tokens [0, encoded) have keys and values; the rest is queued
-  std::vector<int32_t> tokens;  // head first, then token 0, 1, ...
+  int64_t base = 0;             // position at which token 0 is written
+  int64_t stride = 1;           // positions from one token to the next
+  int64_t copied = 0;           // tokens of an ancestor that lie before token 0 on the same pages
+  int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
+  std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
   std::vector<PageId> pages;
   ThreadId writer = kNone;
   ThreadId origin = kNone;  // the last thread that wrote it
@@ -37,7 +37,7 @@ struct Segment {
   uint64_t run_stamp = 0;
   int64_t run_from = 0, run_to = 0, run_row = 0;  // tokens that the chunk encodes, and their row
 
-  int64_t length() const { return static_cast<int64_t>(tokens.size()) - head; }
+  int64_t length() const { return static_cast<int64_t>(tokens.size()) - copied; }
   int64_t queued() const { return length() - encoded; }
   // No thread will add to it: sealed, or left by its writer with tokens still queued.
   bool settled() const { return sealed || (writer == kNone && !context.empty()); }

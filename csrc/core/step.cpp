@@ -148,7 +148,7 @@ bool copies_inheritance(const ThreadTable& table, const Thread& thread) {
   const size_t own = thread.tail_entry();
   // Its children remember where they were forked by segment and token.
   if (!thread.children.empty()) return false;
-  if (own == 0 || tail.encoded != 0 || tail.head != 0 || tail.queued() == 0) return false;
+  if (own == 0 || tail.encoded != 0 || tail.copied != 0 || tail.queued() == 0) return false;
   const Entry before = thread.view[own - 1];
   const Entry mine = thread.view[own];
   if (!before.inherited || before.hi == kLive || before.offset == kMoving ||
@@ -173,16 +173,16 @@ void Step::copy_short_inheritance(ThreadId id) {
   const Entry before = thread.view[own - 1];
   const Segment& source = segments.at(before.segment);
   const int64_t count = before.hi - before.lo;
-  head_copies_.push_back({id, thread.view, before.segment});
+  inherited_copies_.push_back({id, thread.view, before.segment});
   segments.grow_pages(tail, count);
   const int64_t page_size = table_.pool().page_size();
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t from = source.head + before.lo + i;
+    const int64_t from = source.copied + before.lo + i;
     copies_.push_back({slot_of(source.pages, from, page_size), slot_of(tail.pages, i, page_size)});
   }
-  const auto first = source.tokens.begin() + source.head + before.lo;
+  const auto first = source.tokens.begin() + source.copied + before.lo;
   tail.tokens.insert(tail.tokens.begin(), first, first + count);
-  tail.head = count;
+  tail.copied = count;
   thread.view[own].lo = -count;
   thread.view.erase(thread.view.begin() + static_cast<int64_t>(own) - 1);
   copied_tokens_ += count;
@@ -225,7 +225,7 @@ void Step::add_rows(const Run& run) {
   const int64_t page_size = plan_.page_size;
   const bool appends = run.replay == kNone;
   if (appends) {
-    table_.segments().grow_pages(segment, segment.head + run.to);
+    table_.segments().grow_pages(segment, segment.copied + run.to);
     segment.encoded = run.to;
     segment.run_stamp = chunk_;
     segment.run_from = run.from;
@@ -234,7 +234,7 @@ void Step::add_rows(const Run& run) {
   }
   plan_.add_run(run.to - run.from);
   for (int64_t i = run.from; i < run.to; ++i) {
-    const int64_t slot = segment.head + i;
+    const int64_t slot = segment.copied + i;
     plan_.slots.push_back(appends ? slot_of(segment.pages, slot, page_size) : -1);
     plan_.ids.push_back(segment.tokens[slot]);
     plan_.positions.push_back(segment.written_position(i));
@@ -249,10 +249,10 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
       segment.chunk_stamp = chunk_;
       segment.local = plan_.add_segment(segment.pages);
     }
-    const int64_t head = segment.head, behind = segment.stride * head;
+    const int64_t copied = segment.copied, behind = segment.stride * copied;
     const bool own = entry.segment == run.segment;
-    seen_.push_back({segment.local, head + entry.lo, head + end, offset - behind,
-                     segment.base - behind, segment.stride, own ? head + run.from : kNone});
+    seen_.push_back({segment.local, copied + entry.lo, copied + end, offset - behind,
+                     segment.base - behind, segment.stride, own ? copied + run.from : kNone});
   };
   seen_.clear();
   SegmentStore& segments = table_.segments();
@@ -303,7 +303,7 @@ void Step::commit() {
     // Clearing one context may free a segment that nothing else held.
     if (segments.contains(id) && segments.at(id).queued() == 0) segments.clear_context(id);
   }
-  for (const HeadCopy& copy : head_copies_) segments.release(copy.dropped);
+  for (const InheritedCopy& copy : inherited_copies_) segments.release(copy.dropped);
 }
 
 void Step::rollback() {
@@ -315,14 +315,14 @@ void Step::rollback() {
     if (!segments.contains(id)) continue;
     Segment& segment = segments.at(id);
     segment.encoded = segment.encoded_before;
-    segments.shrink_pages(segment, segment.head + segment.encoded);
+    segments.shrink_pages(segment, segment.copied + segment.encoded);
   }
-  for (auto copy = head_copies_.rbegin(); copy != head_copies_.rend(); ++copy) {
+  for (auto copy = inherited_copies_.rbegin(); copy != inherited_copies_.rend(); ++copy) {
     if (!table_.alive(copy->thread)) continue;
     Thread& thread = table_.at(copy->thread);
     Segment& tail = segments.at(thread.tail);
-    tail.tokens.erase(tail.tokens.begin(), tail.tokens.begin() + tail.head);
-    tail.head = 0;
+    tail.tokens.erase(tail.tokens.begin(), tail.tokens.begin() + tail.copied);
+    tail.copied = 0;
     segments.shrink_pages(tail, 0);
     thread.view = std::move(copy->old_view);
   }

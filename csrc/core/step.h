@@ -43,7 +43,7 @@ class Step {
     Visibility visibility;
     ThreadId replay = kNone;  // a token that is run again for this thread's logits; appends nothing
   };
-  struct HeadCopy {
+  struct InheritedCopy {
     ThreadId thread;
     std::vector<Entry> old_view;
     SegmentId dropped;
@@ -70,7 +70,7 @@ class Step {
   std::vector<Run> chunk_runs_;
   std::vector<SeenSlots> seen_;  // by the run at hand
   std::vector<SegmentId> touched_;
-  std::vector<HeadCopy> head_copies_;
+  std::vector<InheritedCopy> inherited_copies_;
   std::vector<PlanCopy> copies_;
   std::vector<std::vector<Entry>> replay_views_;
   int64_t copied_tokens_ = 0;

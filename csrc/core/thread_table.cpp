@@ -59,7 +59,7 @@ void ThreadTable::touch() {
   granted_ = false;
   segments_.for_each([this](SegmentId id, const Segment&) {
     Segment& segment = segments_.at(id);
-    segments_.shrink_pages(segment, segment.head + segment.encoded);
+    segments_.shrink_pages(segment, segment.copied + segment.encoded);
   });
 }
 

@@ -10,7 +10,7 @@ namespace apr {
 // What a trim would leave, worked out before anything is touched.
 struct ThreadTable::Cut {
   std::vector<Entry> kept;  // the own tail among them, unless a new one is opened
-  int64_t own_kept = 0;     // tokens of the own tail; negative inside its copied head
+  int64_t own_kept = 0;     // tokens of the own tail; negative among its copied tokens
   int64_t own_removed = 0;  // tokens that this thread wrote and loses
   int64_t end = 0;          // view position after the last kept token
   bool elsewhere = false;   // a token outside of the own tail goes
@@ -101,9 +101,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
     detach_writer(id);
     tail.sealed = true;
   } else {
-    tail.tokens.resize(tail.head + cut.own_kept);
+    tail.tokens.resize(tail.copied + cut.own_kept);
     tail.encoded = std::min(tail.encoded, cut.own_kept);
-    segments_.shrink_pages(tail, tail.head + tail.encoded);
+    segments_.shrink_pages(tail, tail.copied + tail.encoded);
   }
   std::vector<Entry> view;
   for (Entry entry : cut.kept) {

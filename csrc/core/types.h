@@ -55,21 +55,21 @@ struct PlanPair {
 inline constexpr int32_t kMovingOffset = std::numeric_limits<int32_t>::min();
 inline constexpr int32_t kLiveEnd = std::numeric_limits<int32_t>::max();
 
-struct ViewSegment {
-  int32_t base, stride, head;
+struct DeviceSegment {
+  int32_t base, stride, copied;
   int32_t length;      // encoded tokens; grows by one each step if some row writes the segment
   int32_t first_page;  // in the page table
   int32_t writer;      // row, or -1
 };
 
-struct ViewEntry {
+struct DeviceEntry {
   int32_t segment;  // local number
   int32_t offset;   // kMovingOffset: the running maximum of the ends before it
   int32_t lo, hi;   // tokens; kLiveEnd: all that the row sees
   int32_t pair;     // place among all entries, sorted by segment
 };
 
-struct ViewRow {
+struct DeviceRow {
   int32_t first_entry, num_entries;
   int32_t own;      // entry of the segment that the row writes, counted from first_entry
   int32_t current;  // sees what other rows write in the same step

@@ -33,9 +33,9 @@ void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) cons
               std::to_string(entry.segment) + "; expected 0 to its length " +
               std::to_string(segment.length()));
     }
-    if (entry.lo != 0 && entry.lo != -segment.head) {
+    if (entry.lo != 0 && entry.lo != -segment.copied) {
       invalid("view: got lo " + std::to_string(entry.lo) + "; expected 0 or " +
-              std::to_string(-segment.head));
+              std::to_string(-segment.copied));
     }
     if (entry.segment == own && entry.hi != kLive) {
       invalid("view: the segment that the thread writes takes no hi; leave it out");
@@ -109,11 +109,11 @@ Sharing ThreadTable::sharing() {
   for (const auto& [id, reader] : readers) {
     const Segment& segment = segments_.at(id);
     if (reader.first > 1) {
-      result.shared_pages += (segment.head + reader.second + page_size - 1) / page_size;
+      result.shared_pages += (segment.copied + reader.second + page_size - 1) / page_size;
     }
   }
   segments_.for_each([&](SegmentId, const Segment& segment) {
-    result.stored_tokens += segment.head + segment.encoded;
+    result.stored_tokens += segment.copied + segment.encoded;
   });
   return result;
 }
@@ -125,8 +125,8 @@ std::vector<int32_t> ThreadTable::tokens(ThreadId id) const {
     const Segment& segment = segments_.at(entry.segment);
     const int64_t hi = visible_end(entry, segment, IdleReader{thread.tail});
     if (hi > entry.lo) {
-      result.insert(result.end(), segment.tokens.begin() + segment.head + entry.lo,
-                    segment.tokens.begin() + segment.head + hi);
+      result.insert(result.end(), segment.tokens.begin() + segment.copied + entry.lo,
+                    segment.tokens.begin() + segment.copied + hi);
     }
   }
   return result;

@@ -29,7 +29,7 @@ bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& thread
         version_ = kNever;
         return false;
       }
-      changed_ |= tail->head + tail->encoded + 1 > room;
+      changed_ |= tail->copied + tail->encoded + 1 > room;
     }
   }
   if (changed_ && !build(table, threads)) {
@@ -74,9 +74,9 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   // Entries sorted by segment are pairs; counting keeps the readers of a segment in the order of
   // rows.
   std::vector<int32_t> next(segments_.size() + 1, 0);
-  for (const ViewEntry& entry : entries_) ++next[static_cast<size_t>(entry.segment) + 1];
+  for (const DeviceEntry& entry : entries_) ++next[static_cast<size_t>(entry.segment) + 1];
   for (size_t s = 1; s < next.size(); ++s) next[s] += next[s - 1];
-  for (ViewEntry& entry : entries_) entry.pair = next[static_cast<size_t>(entry.segment)]++;
+  for (DeviceEntry& entry : entries_) entry.pair = next[static_cast<size_t>(entry.segment)]++;
   for (size_t s = 0; s < segments_.size(); ++s) {
     segments_[s].first_page = static_cast<int32_t>(page_table_.size());
     const Segment& segment = table.segments().at(segment_ids_[s]);
@@ -89,18 +89,18 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
 void ViewTables::grant_pages(ThreadTable& table) {
   const auto missing = [this](const Segment& tail) {
     const int64_t room = static_cast<int64_t>(tail.pages.size()) * page_size_;
-    return tail.head + tail.encoded + 1 > room ? 1 : 0;
+    return tail.copied + tail.encoded + 1 > room ? 1 : 0;
   };
   int64_t all = 0;
   for (const Segment* tail : tails_) all += missing(*tail);
   table.pool().require(all);
   const int64_t ahead = pages_ahead(table.pool(), static_cast<int64_t>(tails_.size()));
   for (Segment* tail : tails_) {  // first what this step needs, then the rest as far as it goes
-    table.grant_pages(*tail, tail->head + tail->encoded + 1);
+    table.grant_pages(*tail, tail->copied + tail->encoded + 1);
   }
   for (Segment* tail : tails_) {
     if (table.pool().num_free() < ahead) return;
-    table.grant_pages(*tail, tail->head + tail->encoded + 1 + (ahead - 1) * page_size_);
+    table.grant_pages(*tail, tail->copied + tail->encoded + 1 + (ahead - 1) * page_size_);
   }
 }
 
@@ -124,11 +124,11 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
     return false;
   }
   const auto row = static_cast<int32_t>(rows_.size());
-  ViewRow flat{static_cast<int32_t>(entries_.size()), static_cast<int32_t>(thread.view.size()), 0,
-               thread.visibility == Visibility::kCurrent ? 1 : 0};
+  DeviceRow flat{static_cast<int32_t>(entries_.size()), static_cast<int32_t>(thread.view.size()), 0,
+                 thread.visibility == Visibility::kCurrent ? 1 : 0};
   for (const Entry& entry : thread.view) {
     const Segment& segment = store.at(entry.segment);
-    ViewEntry line{};
+    DeviceEntry line{};
     line.segment = local_segment(store, entry.segment);
     line.offset = entry.offset == kMoving ? kMovingOffset : static_cast<int32_t>(entry.offset);
     line.lo = static_cast<int32_t>(entry.lo);
@@ -153,8 +153,8 @@ int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id) {
   if (!fresh) return found->second;
   const Segment& segment = store.at(id);
   segments_.push_back({static_cast<int32_t>(segment.base), static_cast<int32_t>(segment.stride),
-                       static_cast<int32_t>(segment.head), static_cast<int32_t>(segment.encoded), 0,
-                       -1});
+                       static_cast<int32_t>(segment.copied), static_cast<int32_t>(segment.encoded),
+                       0, -1});
   segment_ids_.push_back(id);
   return found->second;
 }

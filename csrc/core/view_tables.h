@@ -23,9 +23,9 @@ class ViewTables {
   // anew.
   void forget(ThreadTable& table);
 
-  const std::vector<ViewRow>& rows() const { return rows_; }
-  const std::vector<ViewEntry>& entries() const { return entries_; }
-  const std::vector<ViewSegment>& segments() const { return segments_; }
+  const std::vector<DeviceRow>& rows() const { return rows_; }
+  const std::vector<DeviceEntry>& entries() const { return entries_; }
+  const std::vector<DeviceSegment>& segments() const { return segments_; }
   const std::vector<int32_t>& page_table() const { return page_table_; }
   const std::vector<int64_t>& ids() const { return ids_; }  // of the queued tokens
   int64_t max_position() const { return max_position_; }    // as written
@@ -45,9 +45,9 @@ class ViewTables {
   bool changed_ = false;
   std::vector<ThreadId> threads_;
   std::vector<Segment*> tails_;
-  std::vector<ViewRow> rows_;
-  std::vector<ViewEntry> entries_;
-  std::vector<ViewSegment> segments_;
+  std::vector<DeviceRow> rows_;
+  std::vector<DeviceEntry> entries_;
+  std::vector<DeviceSegment> segments_;
   std::vector<SegmentId> segment_ids_;
   std::unordered_map<SegmentId, int32_t> local_;
   std::vector<int32_t> page_table_;

@@ -31,9 +31,9 @@ struct PlanArrays {
 
 // The flat arrays of ViewTables (core/view_tables.h).
 struct ViewArrays {
-  const ViewRow* rows;
-  const ViewEntry* entries;
-  const ViewSegment* segments;
+  const DeviceRow* rows;
+  const DeviceEntry* entries;
+  const DeviceSegment* segments;
   const int32_t* page_table;
   int64_t num_rows, num_entries, num_segments, num_pages;
 };

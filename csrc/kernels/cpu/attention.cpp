@@ -86,12 +86,12 @@ struct Output {
   }
 };
 
-// What a task needs of the rows of its block: queries [lanes, head_dim_k] and what they see.
+// What a task needs of the rows of its item: queries [lanes, head_dim_k] and what they see.
 void gather_lanes(const AttentionCall& call, const Pool& pool, const Schedule& schedule,
-                  const Block& block, int64_t kv_head, float* q, int32_t* lo, int32_t* hi) {
+                  const Item& item, int64_t kv_head, float* q, int32_t* lo, int32_t* hi) {
   const int64_t group = call.q_heads / pool.kv_heads;
   int64_t lane = 0;
-  for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
+  for (int32_t v = item.first_visit; v < item.end_visit; ++v) {
     const Visit& visit = schedule.visits[v];
     for (int64_t g = 0; g < group; ++g, ++lane) {
       lo[lane] = visit.lo;
@@ -100,18 +100,18 @@ void gather_lanes(const AttentionCall& call, const Pool& pool, const Schedule& s
     }
   }
   for (; lane % kLaneAlign != 0; ++lane) {
-    lo[lane] = block.lo;
-    hi[lane] = block.hi;
+    lo[lane] = item.lo;
+    hi[lane] = item.hi;
     std::fill_n(q + lane * pool.head_dim_k, pool.head_dim_k, 0.f);
   }
 }
 
 void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
-              const Schedule& schedule, const Parts& parts, int64_t block_index, int64_t chunk,
+              const Schedule& schedule, const Parts& parts, int64_t item_index, int64_t chunk,
               int64_t kv_head) {
-  const Block& block = schedule.blocks[block_index];
+  const Item& item = schedule.items[item_index];
   const int64_t group = call.q_heads / pool.kv_heads;
-  const int64_t lanes = (block.end_visit - block.first_visit) * group;
+  const int64_t lanes = (item.end_visit - item.first_visit) * group;
   const int64_t padded = (lanes + kLaneAlign - 1) / kLaneAlign * kLaneAlign;
   const int64_t floats = scratch_floats(padded, pool.head_dim_k, pool.head_dim_v);
 
@@ -124,19 +124,19 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
   job.sum = job.max + padded;
   auto* lane_lo = reinterpret_cast<int32_t*>(job.sum + padded);
   int32_t* lane_hi = lane_lo + padded;
-  gather_lanes(call, pool, schedule, block, kv_head, q, lane_lo, lane_hi);
+  gather_lanes(call, pool, schedule, item, kv_head, q, lane_lo, lane_hi);
 
   const int64_t size = element_size(pool.dtype);
-  const int64_t first_chunk = block.lo / block.chunk;
+  const int64_t first_chunk = item.lo / item.chunk;
   job.q = q;
   job.lane_lo = lane_lo;
   job.lane_hi = lane_hi;
-  job.all_lo = block.all_lo;
-  job.all_hi = block.all_hi;
-  const int64_t chunk_begin = (first_chunk + chunk) * block.chunk;
-  job.begin = std::max<int64_t>(block.lo, chunk_begin);
+  job.all_lo = item.all_lo;
+  job.all_hi = item.all_hi;
+  const int64_t chunk_begin = (first_chunk + chunk) * item.chunk;
+  job.begin = std::max<int64_t>(item.lo, chunk_begin);
   job.grid_begin = std::max(chunk_begin, job.begin - job.begin % pool.page_size % kTile);
-  job.end = std::min<int64_t>(block.hi, (first_chunk + chunk + 1) * block.chunk);
+  job.end = std::min<int64_t>(item.hi, (first_chunk + chunk + 1) * item.chunk);
   job.head_dim_k = pool.head_dim_k;
   job.head_dim_v = pool.head_dim_v;
   job.lanes = lanes;
@@ -144,7 +144,7 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
   job.softcap = call.softcap;
   job.pinned = call.invariant;
   job.page_size = pool.page_size;
-  job.pages = plan.page_table + plan.segment_pages[block.segment];
+  job.pages = plan.page_table + plan.segment_pages[item.segment];
   job.page_bytes_k = pool.kv_heads * pool.page_size * pool.head_dim_k * size;
   job.page_bytes_v = pool.kv_heads * pool.page_size * pool.head_dim_v * size;
   job.k = static_cast<const char*>(pool.k) + kv_head * pool.page_size * pool.head_dim_k * size;
@@ -153,7 +153,7 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
 
   const Output output{call, pool};
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    const Visit& visit = schedule.visits[block.first_visit + lane / group];
+    const Visit& visit = schedule.visits[item.first_visit + lane / group];
     const int64_t head = kv_head * group + lane % group;
     const float* out = job.out + lane * pool.head_dim_v;
     if (visit.first_part < 0) {
@@ -207,9 +207,9 @@ void attend_rows(const AttentionCall& call, const Pool& pool, const PlanArrays& 
   const auto attend = [&](int64_t i) {
     const int64_t task = i / pool.kv_heads;
     const auto after =
-        std::upper_bound(schedule.block_tasks.begin(), schedule.block_tasks.end(), task);
-    const int64_t block = after - schedule.block_tasks.begin() - 1;
-    run_task(call, pool, plan, schedule, parts, block, task - schedule.block_tasks[block],
+        std::upper_bound(schedule.item_tasks.begin(), schedule.item_tasks.end(), task);
+    const int64_t item = after - schedule.item_tasks.begin() - 1;
+    run_task(call, pool, plan, schedule, parts, item, task - schedule.item_tasks[item],
              i % pool.kv_heads);
   };
   constexpr int64_t kHeadsAtOnce = 8;
@@ -222,13 +222,13 @@ void attend_rows(const AttentionCall& call, const Pool& pool, const PlanArrays& 
     }
   };
   int64_t work = 0;  // multiplications and additions, in lanes that are padded
-  for (const Block& block : schedule.blocks) {
-    const int64_t lanes = (block.end_visit - block.first_visit) * call.q_heads / pool.kv_heads;
-    work += (block.hi - block.lo) * (lanes + kLaneAlign);
+  for (const Item& item : schedule.items) {
+    const int64_t lanes = (item.end_visit - item.first_visit) * call.q_heads / pool.kv_heads;
+    work += (item.hi - item.lo) * (lanes + kLaneAlign);
   }
   work *= pool.kv_heads * (pool.head_dim_k + pool.head_dim_v);
   const int threads = work < kWorkAlone ? 1 : call.threads;
-  const int64_t tasks = schedule.block_tasks.back() * pool.kv_heads;
+  const int64_t tasks = schedule.item_tasks.back() * pool.kv_heads;
   const int64_t merges = static_cast<int64_t>(schedule.merged_rows.size()) * head_blocks;
   parallel(threads, {{tasks, attend}, {merges, merge}});
 }

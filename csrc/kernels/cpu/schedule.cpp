@@ -1,4 +1,4 @@
-// Cuts the pairs of a plan into blocks of rows and chunks of tokens, and numbers the partial
+// Cuts the pairs of a plan into items of rows and chunks of tokens, and numbers the partial
 // results.
 #include "kernels/cpu/schedule.h"
 
@@ -14,22 +14,22 @@ constexpr int64_t kInvariantChunk = 512;
 constexpr int64_t kSmallestChunk = 256;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-void collect_blocks(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
-                    int64_t row_begin, int64_t row_end, Schedule& schedule) {
+void collect_items(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
+                   int64_t row_begin, int64_t row_end, Schedule& schedule) {
   const int64_t group = call.q_heads / pool.kv_heads;
   const int64_t rows_at_once = std::max<int64_t>(1, kMaxLanes / group);
   const int32_t window = bounded(call.window), chunk = bounded(call.chunk);
   for (int64_t s = 0; s < plan.num_segments; ++s) {
-    Block block{};
+    Item item{};
     const auto open = [&] {
-      block = {};
-      block.segment = static_cast<int32_t>(s);
-      block.first_visit = static_cast<int32_t>(schedule.visits.size());
-      block.lo = block.all_hi = INT32_MAX;
+      item = {};
+      item.segment = static_cast<int32_t>(s);
+      item.first_visit = static_cast<int32_t>(schedule.visits.size());
+      item.lo = item.all_hi = INT32_MAX;
     };
     const auto close = [&] {
-      block.end_visit = static_cast<int32_t>(schedule.visits.size());
-      if (block.end_visit > block.first_visit) schedule.blocks.push_back(block);
+      item.end_visit = static_cast<int32_t>(schedule.visits.size());
+      if (item.end_visit > item.first_visit) schedule.items.push_back(item);
       open();
     };
     open();
@@ -47,14 +47,14 @@ void collect_blocks(const AttentionCall& call, const Pool& pool, const PlanArray
                           pair.order,
                           0};
         if (visit.hi <= visit.lo) continue;
-        const auto rows = static_cast<int64_t>(schedule.visits.size()) - block.first_visit;
-        const bool apart = rows > 0 && (visit.lo > block.hi || visit.hi < block.lo);
+        const auto rows = static_cast<int64_t>(schedule.visits.size()) - item.first_visit;
+        const bool apart = rows > 0 && (visit.lo > item.hi || visit.hi < item.lo);
         if (rows == rows_at_once || apart) close();
         schedule.visits.push_back(visit);
-        block.lo = std::min(block.lo, visit.lo);
-        block.hi = std::max(block.hi, visit.hi);
-        block.all_lo = std::max(block.all_lo, visit.lo);
-        block.all_hi = std::min(block.all_hi, visit.hi);
+        item.lo = std::min(item.lo, visit.lo);
+        item.hi = std::max(item.hi, visit.hi);
+        item.all_lo = std::max(item.all_lo, visit.lo);
+        item.all_hi = std::min(item.all_hi, visit.hi);
       }
     }
     close();
@@ -65,21 +65,21 @@ void collect_blocks(const AttentionCall& call, const Pool& pool, const PlanArray
 void cut_chunks(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                 Schedule& schedule) {
   int64_t tokens = 0;
-  for (const Block& block : schedule.blocks) tokens += block.hi - block.lo;
+  for (const Item& item : schedule.items) tokens += item.hi - item.lo;
   int64_t chunk = kInvariantChunk;
   if (!call.invariant) {
     chunk = std::max(kSmallestChunk, tokens * pool.kv_heads / (8 * std::max(call.threads, 1)));
   }
-  schedule.block_tasks.assign(1, 0);
-  for (Block& block : schedule.blocks) {
+  schedule.item_tasks.assign(1, 0);
+  for (Item& item : schedule.items) {
     int64_t size = chunk;
     if (!call.invariant) {  // even chunks, so that the last one is seldom a small rest
-      const int64_t length = block.hi - block.lo, count = (length + chunk - 1) / chunk;
+      const int64_t length = item.hi - item.lo, count = (length + chunk - 1) / chunk;
       size = round_up((length + count - 1) / count, plan.page_size);
     }
-    block.chunk = static_cast<int32_t>(size);
-    block.chunks = static_cast<int32_t>((block.hi - 1) / size - block.lo / size + 1);
-    schedule.block_tasks.push_back(schedule.block_tasks.back() + block.chunks);
+    item.chunk = static_cast<int32_t>(size);
+    item.chunks = static_cast<int32_t>((item.hi - 1) / size - item.lo / size + 1);
+    schedule.item_tasks.push_back(schedule.item_tasks.back() + item.chunks);
   }
 }
 
@@ -101,10 +101,10 @@ void number_parts(const PlanArrays& plan, int64_t row_begin, int64_t row_end, Sc
     int32_t visit = -1, chunks = 0;
   };
   std::vector<Place> places(first_place.back());
-  for (const Block& block : schedule.blocks) {
-    for (int32_t v = block.first_visit; v < block.end_visit; ++v) {
+  for (const Item& item : schedule.items) {
+    for (int32_t v = item.first_visit; v < item.end_visit; ++v) {
       const Visit& visit = schedule.visits[v];
-      places[first_place[visit.row] + visit.order] = {v, block.chunks};
+      places[first_place[visit.row] + visit.order] = {v, item.chunks};
     }
   }
   schedule.row_parts.assign(plan.num_rows + 1, 0);
@@ -132,7 +132,7 @@ void number_parts(const PlanArrays& plan, int64_t row_begin, int64_t row_end, Sc
 Schedule make_schedule(const AttentionCall& call, const Pool& pool, const PlanArrays& plan,
                        int64_t row_begin, int64_t row_end) {
   Schedule schedule;
-  collect_blocks(call, pool, plan, row_begin, row_end, schedule);
+  collect_items(call, pool, plan, row_begin, row_end, schedule);
   cut_chunks(call, pool, plan, schedule);
   number_parts(plan, row_begin, row_end, schedule);
   return schedule;

@@ -21,9 +21,9 @@ struct Layout {
   Slice<PlanPair> pairs;  // of views: written by the device
   Slice<PlanRun> runs;
   Slice<int32_t> segment_pages, page_table, row_visits, view_order;
-  Slice<ViewRow> rows;  // of views
-  Slice<ViewEntry> entries;
-  Slice<ViewSegment> segments;
+  Slice<DeviceRow> rows;  // of views
+  Slice<DeviceEntry> entries;
+  Slice<DeviceSegment> segments;
   Slice<Bounds> bounds;  // written by the device
   Slice<Reach> reach;
   Slice<int32_t> prefix;

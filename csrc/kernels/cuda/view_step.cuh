@@ -26,7 +26,7 @@ APR_DEVICE int apply(const EndMap& map, int end) {
 }
 
 // Tokens of an entry that its row sees in this step.
-APR_DEVICE int visible_end(const ViewEntry& entry, const ViewSegment& segment, bool own,
+APR_DEVICE int visible_end(const DeviceEntry& entry, const DeviceSegment& segment, bool own,
                            bool current) {
   if (own) return segment.length + 1;
   if (entry.hi != kLiveEnd) return entry.hi;
@@ -34,13 +34,13 @@ APR_DEVICE int visible_end(const ViewEntry& entry, const ViewSegment& segment, b
 }
 
 APR_DEVICE void see(const ViewWork& work, int row, int lane) {
-  const ViewRow view = work.rows[row];
+  const DeviceRow view = work.rows[row];
   int end = 0, own_difference = 0, own_offset = 0;
   for (int first = 0; first < view.num_entries; first += 32) {
     const int i = first + lane;
     const bool exists = i < view.num_entries, own = i == view.own;
-    ViewEntry entry{};
-    ViewSegment segment{};
+    DeviceEntry entry{};
+    DeviceSegment segment{};
     EndMap map{0, kNoLeast};
     int hi = 0;
     const bool moving = exists && work.entries[view.first_entry + i].offset == kMovingOffset;
@@ -64,13 +64,13 @@ APR_DEVICE void see(const ViewWork& work, int row, int lane) {
       PlanPair pair{};
       pair.run = row;
       pair.segment = entry.segment;
-      pair.lo = segment.head + entry.lo;
-      pair.hi = segment.head + hi;
-      pair.view_offset = offset - segment.stride * segment.head;
+      pair.lo = segment.copied + entry.lo;
+      pair.hi = segment.copied + hi;
+      pair.view_offset = offset - segment.stride * segment.copied;
       pair.stride = segment.stride;
       pair.rotation = segment.base - offset;  // the own difference is added below
       pair.order = i;
-      pair.first_own = own ? segment.head + segment.length : -1;
+      pair.first_own = own ? segment.copied + segment.length : -1;
       work.pairs[entry.pair] = pair;
     }
     const int at = view.own - first;
@@ -86,9 +86,9 @@ APR_DEVICE void see(const ViewWork& work, int row, int lane) {
     pair.rotation_row = pair.rotation == 0 ? -1 : number;
   }
   if (lane != 0) return;
-  const ViewSegment tail = work.segments[work.entries[view.first_entry + view.own].segment];
+  const DeviceSegment tail = work.segments[work.entries[view.first_entry + view.own].segment];
   work.runs[row] = {row, 1, own_offset + tail.stride * tail.length, tail.stride};
-  const int slot = tail.head + tail.length;
+  const int slot = tail.copied + tail.length;
   const int64_t page = work.page_table[tail.first_page + (slot >> work.page_shift)];
   work.slots[row] = (page << work.page_shift) + (slot & ((1 << work.page_shift) - 1));
   work.positions[row] = tail.base + static_cast<int64_t>(tail.stride) * tail.length;
@@ -104,7 +104,7 @@ APR_KERNEL APR_BOUNDS(kViewThreads, 1) view_step(APR_GRID_CONSTANT ViewWork work
   }
   sync_block();
   for (int row = thread_index(); row < rows; row += kViewThreads) {
-    const ViewRow view = work.rows[row];
+    const DeviceRow view = work.rows[row];
     work.segments[work.entries[view.first_entry + view.own].segment].length += 1;
   }
 }

@@ -91,9 +91,9 @@ struct AttentionWork {
 // What the view kernels are given.
 struct ViewWork {
   Array<const Counts> counts;
-  Array<const ViewRow> rows;
-  Array<const ViewEntry> entries;
-  Array<ViewSegment> segments;  // lengths grow
+  Array<const DeviceRow> rows;
+  Array<const DeviceEntry> entries;
+  Array<DeviceSegment> segments;  // lengths grow
   Array<const int32_t> page_table;
   Array<PlanRun> runs;              // [rows]
   Array<PlanPair> pairs;            // [entries]

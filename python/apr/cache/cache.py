@@ -324,6 +324,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @property
     def batch_size(self) -> int:
+        """Rows; -1 before the first call."""
         return len(self.threads) or -1
 
     max_batch_size = batch_size

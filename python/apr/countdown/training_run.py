@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from apr.countdown.tokenizer import WORDS, build_tokenizer
+from apr.errors import InvalidInput
 
 
 class Shape(Protocol):
@@ -75,12 +76,12 @@ def schedule(
     """Linear warm-up, a cosine to a hundredth, and then `practice` steps from `practice_rate` of it
     to 0.
     """
-    rate = optimizer.param_groups[0]["lr"]
+    rate, warmup = optimizer.param_groups[0]["lr"], min(recipe.warmup, recipe.steps)
     parts: list[LRScheduler] = [
-        LinearLR(optimizer, 1 / recipe.warmup, total_iters=max(1, recipe.warmup - 1)),
-        CosineAnnealingLR(optimizer, max(1, recipe.steps - recipe.warmup), eta_min=0.01 * rate),
+        LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1)),
+        CosineAnnealingLR(optimizer, max(1, recipe.steps - warmup), eta_min=0.01 * rate),
     ]
-    milestones = [recipe.warmup]
+    milestones = [warmup]
     if practice:
         parts.append(LinearLR(optimizer, practice_rate, 0.0, total_iters=practice))
         milestones.append(recipe.steps)
@@ -101,6 +102,11 @@ class TrainingRun:
         self.curve: list[dict[str, Any]] = []
         if self._state.exists():
             state = torch.load(self._state, weights_only=True, map_location=device)
+            if "parts" not in state:
+                raise InvalidInput(
+                    f"{self._state}: got the state of an earlier version; expected one of this "
+                    "version: remove it to start anew, or train into another folder"
+                )
             for part, kept in zip(self._parts, state["parts"], strict=True):
                 part.load_state_dict(kept)
             self.first, self.curve = state["step"], state["curve"]
