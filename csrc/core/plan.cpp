@@ -30,27 +30,12 @@ int32_t Plan::add_run(int64_t rows) {
   return static_cast<int32_t>(runs.size()) - 1;
 }
 
-void Plan::add_pairs(int32_t run, const std::vector<SeenSlots>& seen) {
+void Plan::end_view(int32_t run, std::size_t first_pair, const SeenSlots& own) {
+  runs[run].stride = static_cast<int32_t>(own.stride);
+  runs[run].view_position = static_cast<int32_t>(own.offset + own.stride * own.first_own);
   // A query is written for its own segment's positions; elsewhere it turns by the difference.
-  int64_t own_difference = 0;
-  for (const SeenSlots& s : seen) {
-    if (s.first_own == kNone) continue;
-    own_difference = s.offset - s.base;
-    runs[run].stride = static_cast<int32_t>(s.stride);
-    runs[run].view_position = static_cast<int32_t>(s.offset + s.stride * s.first_own);
-  }
-  for (const SeenSlots& s : seen) {
-    PlanPair pair{};
-    pair.run = run;
-    pair.segment = s.segment;
-    pair.lo = static_cast<int32_t>(s.lo);
-    pair.hi = static_cast<int32_t>(s.hi);
-    pair.view_offset = static_cast<int32_t>(s.offset);
-    pair.stride = static_cast<int32_t>(s.stride);
-    pair.rotation = static_cast<int32_t>(own_difference - (s.offset - s.base));
-    pair.first_own = static_cast<int32_t>(s.first_own);
-    pairs.push_back(pair);
-  }
+  const auto difference = static_cast<int32_t>(own.offset - own.base);
+  for (std::size_t i = first_pair; i < pairs.size(); ++i) pairs[i].rotation += difference;
 }
 
 void Plan::finish() {

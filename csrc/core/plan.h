@@ -2,6 +2,7 @@
 // row sets.
 #pragma once
 
+#include <cstddef>
 #include <unordered_map>
 #include <vector>
 
@@ -39,8 +40,16 @@ struct Plan {
   void clear(int64_t page_size_in_tokens);
   int32_t add_segment(const std::vector<PageId>& pages);
   int32_t add_run(int64_t rows);  // of the next rows; their slots and positions are the caller's
-  // What a run sees, in the order of its view, its own segment among it.
-  void add_pairs(int32_t run, const std::vector<SeenSlots>& seen);
+  // What a run sees, in the order of its view; its own segment is among it. After all of them,
+  // end_view.
+  void add_pair(int32_t run, const SeenSlots& seen) {
+    pairs.push_back({run, seen.segment, static_cast<int32_t>(seen.lo),
+                     static_cast<int32_t>(seen.hi), static_cast<int32_t>(seen.offset),
+                     static_cast<int32_t>(seen.stride),
+                     static_cast<int32_t>(seen.base - seen.offset), -1, 0,
+                     static_cast<int32_t>(seen.first_own)});
+  }
+  void end_view(int32_t run, std::size_t first_pair, const SeenSlots& own);
   void finish();  // sorts pairs by segment and numbers the rotations
 
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }

@@ -243,6 +243,9 @@ void Step::add_rows(const Run& run) {
 }
 
 void Step::add_pairs(const Run& run, int32_t run_index) {
+  const size_t first_pair = plan_.pairs.size();
+  SeenSlots own{};
+  own.first_own = kNone;
   const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
     if (end <= entry.lo) return;
     if (segment.chunk_stamp != chunk_) {
@@ -250,23 +253,23 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
       segment.local = plan_.add_segment(segment.pages);
     }
     const int64_t copied = segment.copied, behind = segment.stride * copied;
-    const bool own = entry.segment == run.segment;
-    seen_.push_back({segment.local, copied + entry.lo, copied + end, offset - behind,
-                     segment.base - behind, segment.stride, own ? copied + run.from : kNone});
+    SeenSlots seen{segment.local,         copied + entry.lo, copied + end, offset - behind,
+                   segment.base - behind, segment.stride,    kNone};
+    if (entry.segment == run.segment) {
+      seen.first_own = copied + run.from;
+      own = seen;
+    }
+    plan_.add_pair(run_index, seen);
   };
-  seen_.clear();
   SegmentStore& segments = table_.segments();
   walk_view(segments, *run.view, StepReader{run.segment, run.to, run.visibility, stamp_}, see);
-  const bool listed =
-      std::any_of(seen_.begin(), seen_.end(), [](const auto& s) { return s.first_own != kNone; });
-  if (!listed) {  // a region pinned by a reader before any thread wrote it
-    Entry own;
-    own.segment = run.segment;
+  if (own.first_own == kNone) {  // a region pinned by a reader before any thread wrote it
+    Entry entry;
+    entry.segment = run.segment;
     Segment& segment = segments.at(run.segment);
-    see(own, segment, segment.base, run.to);
+    see(entry, segment, segment.base, run.to);
   }
-  const size_t first_pair = plan_.pairs.size();
-  plan_.add_pairs(run_index, seen_);
+  plan_.end_view(run_index, first_pair, own);
   for (size_t i = first_pair; i < plan_.pairs.size() && !table_.can_rotate(); ++i) {
     if (plan_.pairs[i].rotation == 0) continue;
     throw Error(ErrorKind::kUnsupportedRope,

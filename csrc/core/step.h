@@ -68,7 +68,6 @@ class Step {
   size_t next_run_ = 0;
   int64_t next_from_ = 0;
   std::vector<Run> chunk_runs_;
-  std::vector<SeenSlots> seen_;  // by the run at hand
   std::vector<SegmentId> touched_;
   std::vector<InheritedCopy> inherited_copies_;
   std::vector<PlanCopy> copies_;
