@@ -25,7 +25,8 @@ class Decoded:
     thread: Any  # the Thread, or None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish: str = ""  # "" while it writes; then a reason of StreamStep, or "pruned"
+    # "" while it writes; then a reason of StreamStep, or "pruned", "left", "done" by a method.
+    finish: str = ""
     text: str = ""
     request: int = 0
 

@@ -60,7 +60,7 @@ class Crew(Generic[MemberT]):
     def leave(self, member: MemberT, reason: str = "left") -> None:
         """It writes no more; what it wrote stays for the others to see."""
         if member not in self.workers:
-            raise InvalidInput(f"leave: {member!r:.80} is not writing here (any more)")
+            raise InvalidInput(f"leave: {member.name or member.thread!r} is not writing (any more)")
         item = member.written
         if not item.finish:
             self._run.remove(member.thread)
