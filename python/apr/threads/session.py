@@ -61,13 +61,16 @@ class Session:
         self.table = ThreadTable(pages, page_size, spec, seed)
         self._cuda_graphs = cuda_graphs
         self._stats = Stats()
-        self._open_pools(pages)
+        self._make_pools(pages)
+        self._make_graphs()
 
-    def _open_pools(self, pages: int) -> None:
+    def _make_pools(self, pages: int) -> None:
         self.pools = self.spec.make_pools(pages, self.page_size)
-        self._graphs = step_graphs(self._cuda_graphs, self.attachment, self.pools, self.invariant)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
+
+    def _make_graphs(self) -> None:
+        self._graphs = step_graphs(self._cuda_graphs, self.attachment, self.pools, self.invariant)
 
     @property
     def spec(self) -> ModelSpec:
@@ -118,10 +121,14 @@ class Session:
         if now.spec.can_rotate != self.spec.can_rotate:
             raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
         self.table.release_all()
-        self.attachment = now
-        self.table.spec = now.spec
-        self._arena.close()
-        self._open_pools(table.num_pages)
+        same = now.spec == self.spec
+        self.attachment, self.table.spec = now, now.spec
+        self._graphs = None
+        if not same:
+            self._arena.close()
+            self.pools = []  # before others are made
+            self._make_pools(table.num_pages)
+        self._make_graphs()
 
     # ---- threads and segments -------------------------------------------------------------------
 
