@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import apr
 from apr import countdown, hf
-from apr.countdown import search, train_adaptive
+from apr.countdown import search, train_adaptive, training_run
 from apr.countdown.lessons import (
     EASY,
     HARD,
@@ -354,3 +355,26 @@ def test_five_numbers_nest_within_their_budget(shipped):
     with apr.Session(model, max_tokens=1 << 17, page_size=16) as session:
         found = solve(session, tokenizer, problems, budget=shallow)
     assert max(s.outcome.depth for s in found) == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(50, 5, 8), (50, 10, 0), (4, 2, 2), (20, 100, 3), (0, 0, 5), (9, 0, 0)]
+)
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_learning_rate_is_that_of_its_step(shape, first):
+    """Against the formula, from any step on, whatever the optimiser was left with."""
+    steps, warmup, practice = shape
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = 7.0
+    recipe = dataclasses.replace(train_adaptive.Lessons(), steps=steps, warmup=warmup)
+    rates = training_run.schedule(optimizer, recipe, first, practice, 0.2)
+    for step in range(first, steps + practice):
+        done = (step - warmup) / max(1, steps - warmup)
+        want = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+        if step < warmup:
+            want = (step + 1) / warmup
+        if step >= steps:
+            want = 0.2 * (1 - (step - steps) / practice)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * want, rel=1e-9, abs=1e-12)
+        optimizer.step()
+        rates.step()

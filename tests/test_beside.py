@@ -49,8 +49,7 @@ def generated(model, cache=None, ids=IDS, **options):
     return model.generate(ids, past_key_values=cache, **{**GREEDY, **options})
 
 
-# ---- the user's own calls
-# ---------------------------------------------------------------------------
+# ---- the user's own calls ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [gpt_oss, lambda: build("gemma2"), lambda: build("llama")])
@@ -152,8 +151,7 @@ def test_implementations_of_the_parts_come_back_as_they_were(llama):
     assert (model.config._attn_implementation, other._attn_implementation) == ("sdpa", "eager")
 
 
-# ---- Python threads
-# ---------------------------------------------------------------------------------
+# ---- Python threads ----------------------------------------------------------------------------
 
 
 def in_threads(count, work):
@@ -237,8 +235,7 @@ def test_a_model_called_in_a_hook_of_another():
     assert distance(got, stock(llama, PROMPT)[-1]) < CLOSE
 
 
-# ---- what makes stored keys untrue is noticed
-# -------------------------------------------------------
+# ---- what makes stored keys untrue is noticed --------------------------------------------------
 
 
 def changes(model):
@@ -396,8 +393,7 @@ def test_a_reset_after_a_change_lets_copies_go_and_a_plain_one_does_not():
     other.close()
 
 
-# ---- positions that change everything
-# ---------------------------------------------------------------
+# ---- positions that change everything ----------------------------------------------------------
 
 
 def long_rope(kind, **more):
@@ -432,8 +428,7 @@ def test_frequencies_that_change_with_company_are_refused_before_they_do(kind, m
     cache.close()
 
 
-# ---- rows that only look equal
-# ----------------------------------------------------------------------
+# ---- rows that only look equal -----------------------------------------------------------------
 
 
 def test_rows_that_differ_inside_of_the_model_are_not_merged():
@@ -498,8 +493,7 @@ def test_a_mask_that_looks_ahead_is_refused():
     cache.close()
 
 
-# ---- models as people hold them
-# ---------------------------------------------------------------------
+# ---- models as people hold them ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["forward", "method", "module", "base"])
@@ -589,8 +583,7 @@ def test_a_second_attach_runs_no_forward():
     assert calls  # another structure is measured anew
 
 
-# ---- handles
-# ----------------------------------------------------------------------------------------
+# ---- handles -----------------------------------------------------------------------------------
 
 
 def test_handles_are_not_copied_by_accident(llama):

@@ -1,4 +1,4 @@
-"""Who may know whom: the rules of docs/design.md, checked on the sources."""
+"""Who may know whom: the rules of docs/architecture.md, checked on the sources."""
 
 from __future__ import annotations
 

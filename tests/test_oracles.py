@@ -20,9 +20,7 @@ def without_rotation(monkeypatch):
 
     def off():
         monkeypatch.setattr(ops.Plan, "rotation_table", lambda self, rotation, device: None)
-        monkeypatch.setattr(
-            "apr.hf.attachment.self_test", lambda attachment: None
-        )  # it would refuse
+        monkeypatch.setattr("apr.hf.attachment.self_test", lambda *_: None)  # it would refuse
 
     return off
 

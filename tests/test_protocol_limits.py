@@ -22,8 +22,7 @@ def guide(*labels):
     return "<guideline>" + "".join(f"<plan>{x}: p</plan>" for x in labels) + "</guideline>"
 
 
-# ---- malformed text
-# -------------------------------------------------------------------------------
+# ---- malformed text ----------------------------------------------------------------------------
 
 
 def test_no_outlines_closes_the_block_at_once(session, tok, net):
@@ -146,8 +145,7 @@ def test_an_end_word_that_is_the_eos(session, tok, net):
     scripted.check(net, outcome, logits)
 
 
-# ---- limits
-# ---------------------------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------
 
 
 def test_depth_forbids_the_opening_word(session, tok):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 import apr
+import models
 from models import CLOSE, VOCAB, build, distance, stock, tokens
 
 PROMPT = tokens(11)
@@ -346,3 +348,35 @@ def test_views_can_be_read_and_set(session):
     kid.view = [(entries[0].segment, 0, 4), (entries[1].segment, 4)]
     assert kid.tokens == [*PROMPT[:4], 5, 6, 7] and kid.position == 7
     assert kid.writes is kid.tail
+
+
+def test_a_refresh_that_finds_no_memory_can_be_tried_again(monkeypatch):
+    model = models.build("llama")
+    with apr.Session(model, max_tokens=1024) as s:
+        s.step([s.thread(tokens(5))])
+        model.to(torch.float64).to(torch.bfloat16)
+        make = type(s.spec).make_pools
+        monkeypatch.setattr(type(s.spec), "make_pools", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            s.refresh()
+        monkeypatch.setattr(type(s.spec), "make_pools", make)
+        s.refresh()
+        assert s.step([s.thread(tokens(5))]).isfinite().all()
+
+
+def test_threads_that_leave_keep_a_row_and_closed_sessions_none(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        kids = s.thread(tokens(5)).fork(3)
+        for kid, token in zip(kids, (1, 2, 3), strict=True):
+            kid.extend([token])
+        rows = s.step(kids)
+        whole = weakref.ref(s.table.logits.of(kids[0]._id)._base)
+        assert whole().numel() == 3 * VOCAB
+        kids[0].extend([4])
+        s.step(kids[:1])
+        gc.collect()
+        assert whole() is None  # two that did not step hold their own rows
+        assert torch.equal(kids[1].logits, rows[1]) and torch.equal(kids[2].logits, rows[2])
+        last = weakref.ref(s.table.logits.of(kids[0]._id)._base)
+    gc.collect()
+    assert last() is None

@@ -52,9 +52,9 @@ class WideAttention {
   }
 
  private:
-  // Both groups, and only they, meet.
   // Named barriers; 0 is the block's. Threads [0, 128) load, two groups of 128 compute.
   static constexpr int kGroups = 1, kFirstGroup = 2;
+  // Both groups, and only they, meet.
   APR_DEVICE void sync_groups() { sync_some(kGroups, 128, 256); }
   APR_DEVICE void sync_group() { sync_some(kFirstGroup + group_, 128 + 128 * group_, 128); }
 

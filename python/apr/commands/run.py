@@ -148,8 +148,7 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
         _report(console, result, time.perf_counter() - began, options)
 
 
-# ---- Countdown
-# ------------------------------------------------------------------------------------
+# ---- Countdown ---------------------------------------------------------------------------------
 
 
 def _parse(text: str) -> Problem:

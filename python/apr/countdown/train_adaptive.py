@@ -221,8 +221,10 @@ def train(
     """
     model = build_model(recipe).to(device)
     steppers = optimizers(model, recipe)
-    rates = [schedule(s, recipe, recipe.practice, recipe.practice_rate) for s in steppers]
-    run = TrainingRun(out, device, model, [*steppers, *rates])
+    run = TrainingRun(out, device, model, steppers)
+    rates = [
+        schedule(s, recipe, run.first, recipe.practice, recipe.practice_rate) for s in steppers
+    ]
     tests = [flat for k in range(2) for flat in draw_lessons(recipe, k, held_out=True)]
     total, seen, began, tokens, shares = 0.0, 0, time.perf_counter(), 0, []
     before = run.curve[-1]["seconds"] if run.curve else 0.0

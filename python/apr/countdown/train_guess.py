@@ -109,8 +109,8 @@ def train(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    rates = schedule(optimizer, recipe)
-    run = TrainingRun(out, device, model, [optimizer, rates])
+    run = TrainingRun(out, device, model, [optimizer])
+    rates = schedule(optimizer, recipe, run.first)
     rows, prompt = training_rows(recipe)
     rows = rows.to(device)
     tests = sample_problems(200, seed=1, count=recipe.numbers, span=recipe.span)

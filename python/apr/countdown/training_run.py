@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,27 +73,44 @@ def build_model(recipe: Shape) -> Any:
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, recipe: Shape, practice: int = 0, practice_rate: float = 1.0
+    optimizer: torch.optim.Optimizer,
+    recipe: Shape,
+    first: int,
+    practice: int = 0,
+    practice_rate: float = 1.0,
 ) -> LRScheduler:
-    """Linear warm-up, a cosine to a hundredth, and then `practice` steps from `practice_rate` of it
-    to 0.
+    """Linear warm-up, a cosine to a hundredth, then `practice` steps from `practice_rate` to 0.
+
+    It stands at step `first`, whatever recipe the steps before had.
     """
-    rate, warmup = optimizer.param_groups[0]["lr"], min(recipe.warmup, recipe.steps)
-    parts: list[LRScheduler] = [
-        LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1)),
-        CosineAnnealingLR(optimizer, max(1, recipe.steps - warmup), eta_min=0.01 * rate),
-    ]
-    milestones = [warmup]
+    rate = optimizer.defaults["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = rate
+    warmup = min(recipe.warmup, recipe.steps)
+    decay = recipe.steps - warmup
+    phases: list[tuple[int, LRScheduler]] = []
+    if warmup:
+        ramp = LinearLR(optimizer, 1 / recipe.warmup, total_iters=max(1, recipe.warmup - 1))
+        phases.append((warmup, ramp))
+    if decay:
+        phases.append((decay, CosineAnnealingLR(optimizer, decay, eta_min=0.01 * rate)))
     if practice:
-        parts.append(LinearLR(optimizer, practice_rate, 0.0, total_iters=practice))
-        milestones.append(recipe.steps)
-    return SequentialLR(optimizer, parts, milestones)
+        phases.append((practice, LinearLR(optimizer, practice_rate, 0.0, total_iters=practice)))
+    milestones = list(accumulate(length for length, _ in phases))
+    if not phases:  # nothing to do
+        return LinearLR(optimizer, 1.0)
+    made = SequentialLR(optimizer, [part for _, part in phases], milestones[:-1])
+    with warnings.catch_warnings():  # torch expects a step of the optimiser before each
+        warnings.simplefilter("ignore")
+        for _ in range(first):
+            made.step()
+    return made
 
 
 class TrainingRun:
     """A run in a folder: its state, to go on from; its curve; at its end the checkpoint.
 
-    Every part has `state_dict` and `load_state_dict`: the model, optimisers, schedules.
+    Every part has `state_dict` and `load_state_dict`: the model, optimisers.
     """
 
     def __init__(self, out: Path, device: str, model: Any, parts: Sequence[Any]) -> None:

@@ -132,6 +132,6 @@ def attach(model: Any, prove: bool = True) -> Attachment:
     attachment = Attachment(model)
     if prove and not attachment.tested:
         with undisturbed(attachment.spec.device):
-            self_test(attachment)
+            self_test(attachment, model)
         attachment.tested = True
     return attachment

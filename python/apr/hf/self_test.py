@@ -5,7 +5,7 @@ holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
-def _stock(attachment: Attachment, tokens: list[int]) -> Tensor:
-    ids = torch.tensor([tokens], device=attachment.spec.device)
+def _stock(model: Any, tokens: list[int], device: torch.device) -> Tensor:
+    ids = torch.tensor([tokens], device=device)
     with torch.no_grad():
-        logits: Tensor = attachment.model(input_ids=ids, use_cache=False).logits[0, -1]
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
     return logits.float()
 
 
@@ -46,8 +46,9 @@ class _Bench:
         return torch.stack([rows[thread][0][rows[thread][1]] for thread in threads])
 
 
-def self_test(attachment: Attachment) -> None:
-    """Fork two ragged children in one packed step, then read a far-off segment; compare with stock.
+def self_test(attachment: Attachment, model: Any) -> None:
+    """Fork two ragged children in one packed step, then read a far-off segment; compare with the
+    stock forward of `model`, as the user wrapped it.
 
     Raises UnsupportedModel when a plain fork differs: the model mixes tokens outside of attention
     (state spaces, convolutions), or derives positions by itself.
@@ -56,7 +57,7 @@ def self_test(attachment: Attachment) -> None:
     vocab, name = spec.vocab_size, type(attachment.model).__name__
     prefix = [(7 * i + 3) % vocab for i in range(9)]
     tails = [[(5 * i + 1) % vocab for i in range(3)], [(11 * i + 2) % vocab for i in range(1)]]
-    want = torch.stack([_stock(attachment, prefix + tail) for tail in tails])
+    want = torch.stack([_stock(model, prefix + tail, spec.device) for tail in tails])
     scale = float(want.std().clamp_min(1e-6))
     tolerance = _TOLERANCE.get(spec.dtype, 2e-3)
 

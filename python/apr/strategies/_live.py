@@ -60,7 +60,8 @@ class Crew(Generic[MemberT]):
     def leave(self, member: MemberT, reason: str = "left") -> None:
         """It writes no more; what it wrote stays for the others to see."""
         if member not in self.workers:
-            raise InvalidInput(f"leave: {member.name or member.thread!r} is not writing (any more)")
+            who = f"{type(self).__name__}.leave: {member.name or member.thread!r}"
+            raise InvalidInput(f"{who} is not writing (any more)")
         item = member.written
         if not item.finish:
             self._run.remove(member.thread)

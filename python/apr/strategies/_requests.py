@@ -109,11 +109,9 @@ def released() -> Iterator[list[Any]]:
     try:
         yield made
     finally:
-        for one in made:
-            if isinstance(one, Thread):
-                let_go(one)
-            else:
-                one.release()
+        with contextlib.ExitStack() as all_of_them:  # also where letting one go fails
+            for one in made:
+                all_of_them.callback(let_go if isinstance(one, Thread) else type(one).release, one)
 
 
 def let_go(thread: Thread) -> None:

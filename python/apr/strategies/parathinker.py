@@ -72,8 +72,9 @@ def parathinker(
         paths: list[list[Thread]] = []
         for ids, request in zip(prompts, requests, strict=True):
             roots.append(session.thread(ids, request=(seed, request)))
+            made.append(roots[-1])
             paths.append(roots[-1].fork(n))
-            made += [roots[-1], *paths[-1]]
+            made += paths[-1]
             for i, (thread, begin) in enumerate(zip(paths[-1], begins, strict=True)):
                 thread.vectors = None if vectors is None else vectors[i]
                 thread.extend(begin)

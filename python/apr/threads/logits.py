@@ -32,8 +32,13 @@ class HeldLogits:
 
     def drop(self, number: int) -> None:
         """They are no longer those of the thread's last token."""
-        self._rows.pop(number, None)
         self._shared.discard(number)
+        self._rows.pop(number, None)
+
+    def clear(self) -> None:
+        """Hold none any more."""
+        self._shared.clear()
+        self._rows.clear()
 
     def inherit(self, parent: int, children: Iterable[int]) -> None:
         """Children of a fork have what their parent has."""
@@ -55,6 +60,8 @@ class HeldLogits:
     def _keep_copies(self, numbers: Iterable[int]) -> None:
         copies: dict[tuple[int, int], Row] = {}
         for number in numbers:
+            if number not in self._rows:  # dropped meanwhile, by garbage collection
+                continue
             tensor, row = self._rows[number]
             key = (id(tensor), row)
             if key not in copies:

@@ -61,11 +61,11 @@ class Session:
         self.table = ThreadTable(pages, page_size, spec, seed)
         self._cuda_graphs = cuda_graphs
         self._stats = Stats()
-        self._make_pools(pages)
+        self._make_pools(spec, pages)
         self._make_graphs()
 
-    def _make_pools(self, pages: int) -> None:
-        self.pools = self.spec.make_pools(pages, self.page_size)
+    def _make_pools(self, spec: ModelSpec, pages: int) -> None:
+        self.pools = spec.make_pools(pages, self.page_size)
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
 
@@ -121,13 +121,12 @@ class Session:
         if now.spec.can_rotate != self.spec.can_rotate:
             raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
         self.table.release_all()
-        same = now.spec == self.spec
-        self.attachment, self.table.spec = now, now.spec
         self._graphs = None
-        if not same:
+        if now.spec != self.spec or not self.pools:
             self._arena.close()
-            self.pools = []  # before others are made
-            self._make_pools(table.num_pages)
+            self.pools = []  # let go before others are made; where that fails, refresh again
+            self._make_pools(now.spec, table.num_pages)
+        self.attachment, self.table.spec = now, now.spec
         self._make_graphs()
 
     # ---- threads and segments -------------------------------------------------------------------
@@ -173,12 +172,13 @@ class Session:
         try:
             table = self._start_step(numbers)
             ran = self._replay(table, numbers) or self._run(table, numbers)
+            self.table.logits.take(ran.rows, numbers)
+            out = self.table.logits.stack(numbers)
         finally:
             self.table.end_step(numbers)
-        self.table.logits.take(ran.rows, numbers)
         self._stats.count(ran)
         self.trace.step(numbers, ran.num_rows, began)
-        return self.table.logits.stack(numbers)
+        return out
 
     def _numbers(self, threads: Sequence[Thread]) -> list[int]:
         if isinstance(threads, Thread):

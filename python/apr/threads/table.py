@@ -56,6 +56,8 @@ class ThreadTable:
     def close(self) -> None:
         """Let the core's table go; safe to call twice."""
         self._core = None
+        self.logits.clear()
+        self.vectors.clear()
 
     def ask(self) -> _core.ThreadTable:
         """The core's table, for a question."""

@@ -153,6 +153,7 @@ class Thread:
         self._generator: torch.Generator | None = None
 
     def __del__(self) -> None:
+        self.table.logits.drop(self._id)
         self.table.dropped_threads.append(self._id)
 
     def __reduce__(self) -> Any:
