@@ -20,7 +20,7 @@ for version in "transformers==$oldest.*" transformers; do
   printf '\n-- %s: ' "$version"
   "$work/$name/bin/pip" list 2> /dev/null | grep -E '^(torch|transformers) ' | tr -s ' \n' ' '
   echo
-  "$work/$name/bin/python" -m pytest -q --disable-warnings -p no:cacheprovider \
+  "$work/$name/bin/python" -m pytest -q -n 2 --disable-warnings -p no:cacheprovider \
     tests/test_session.py tests/test_cache.py tests/test_cache_contract.py tests/test_beside.py \
     tests/test_decode.py tests/test_text.py tests/test_strategies.py tests/test_oracles.py
 done
