@@ -39,9 +39,11 @@ def test_chrome_trace(llama, tmp_path):
     assert names.count("join") == 1
     # Five steps of three threads less the finished last one, and the root's own.
     assert names.count("step") == 4 * 3 + 1
-    steps = [e for e in events if e["name"] == "step" and e["tid"] == events[0]["tid"]]
-    ends = [e["ts"] + e["dur"] for e in steps]
-    assert all(end <= e["ts"] for end, e in zip(ends, steps[1:], strict=False))  # one by one
+    child = next(e["args"]["children"][0] for e in events if e["name"] == "fork")
+    steps = [e for e in events if e["name"] == "step" and e["tid"] == child]
+    ends = [e["ts"] + e["dur"] for e in steps[:-1]]
+    assert len(steps) == 4  # one after the other
+    assert all(end <= e["ts"] for end, e in zip(ends, steps[1:], strict=True))
 
 
 def test_the_record_is_bounded(monkeypatch):

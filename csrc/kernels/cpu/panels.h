@@ -143,7 +143,7 @@ inline void softmax(const TileJob& job, const Panel& p, int64_t tokens, const fl
 }
 
 // Tokens of the tile that starts at `slot`. Tiles start at multiples of kTile, so that a row's bits
-// do not depend on where its block does.
+// do not depend on where its item does.
 inline int64_t tile_tokens(const TileJob& job, int64_t slot) {
   const int64_t within = slot % job.page_size;
   int64_t tokens = kTile - within % kTile;
@@ -151,7 +151,7 @@ inline int64_t tile_tokens(const TileJob& job, int64_t slot) {
   return tokens < job.end - slot ? tokens : job.end - slot;
 }
 
-// Tokens at the start of a tile that lie before the block and are seen by nobody.
+// Tokens at the start of a tile that lie before the item and are seen by nobody.
 inline int64_t unseen_tokens(const TileJob& job, int64_t slot, int64_t tokens) {
   const int64_t before = job.begin > slot ? job.begin - slot : 0;
   return before < tokens ? before : tokens;

@@ -107,8 +107,8 @@ class PackedForward:
 class Ran:
     """What a step ran, and the logits that it brought."""
 
+    # Of each thread that waits for some: a tensor [rows, vocab], and which row of it.
     rows: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    """Of each thread that waits for some: a tensor [rows, vocab], and which row of it."""
     num_rows: int = 0
     forwards: int = 0
     copied_tokens: int = 0

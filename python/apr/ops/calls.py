@@ -108,6 +108,7 @@ def attention(
         sinks = sinks.detach().to(torch.float32).contiguous()
         if sinks.shape != (heads,):
             raise InvalidInput(f"sinks: got {list(sinks.shape)}; expected [{heads}]")
+    window, chunk = window or plan.window or 0, chunk or 0
     out = torch.empty(plan.num_rows, heads, pool.head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.num_rows, heads, dtype=torch.float32, device=q.device)
     call = _core.AttentionCall(
@@ -117,15 +118,15 @@ def attention(
         q_heads=heads,
         scale=scale,
         softcap=softcap or 0.0,
-        window=window or plan.window or 0,
-        chunk=chunk or 0,
+        window=window,
+        chunk=chunk,
         sinks=0 if sinks is None else sinks.data_ptr(),
         rotation=plan.turn(rotation, q.device),
         invariant=plan.invariant,
         threads=torch.get_num_threads(),
     )
     if backend is not None:
-        kind = gpu.kind_of(pool, heads, window or plan.window or 0, chunk or 0, plan.invariant)
+        kind = gpu.kind_of(pool, heads, window, chunk, plan.invariant)
         plan.on_gpu.attention(backend, pool, kind, call)
     else:
         _core.attention(plan.core, pool.core, call)
