@@ -125,3 +125,19 @@ def rope(head_dim, interleaved=False, part=1.0):
     size = int(head_dim * part) // 2 * 2
     inv_freq = tuple(10000.0 ** (-2 * i / size) for i in range(size // 2))
     return Rotation(inv_freq, (0, size), interleaved)
+
+
+def everywhere():
+    """Each set of kernels in turn, by name; those that do not run here are left out."""
+    try:
+        for name in SETS:
+            try:
+                if name in GPUS:
+                    emulate(GPUS[name])
+                else:
+                    _core.force_instruction_set(name)
+            except ValueError:
+                continue
+            yield name
+    finally:
+        _core.force_instruction_set("")

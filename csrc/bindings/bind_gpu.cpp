@@ -137,7 +137,14 @@ void bind_gpu(py::module_& module) {
              int64_t stream) {
             gpu.copy_tokens(pool, pointer<const PlanCopy>(copies), count, pointer(stream));
           },
-          py::arg("pool"), py::arg("copies"), py::arg("count"), py::arg("stream"));
+          py::arg("pool"), py::arg("copies"), py::arg("count"), py::arg("stream"))
+      .def(
+          "sample",
+          [](const GpuBackend& gpu, const SampleCall& call, int64_t stream) {
+            const py::gil_scoped_release release;
+            gpu.sample(call, pointer(stream));
+          },
+          py::arg("call"), py::arg("stream"));
   module.def(
       "gpu", [](bool emulated) { return emulated ? emulated_backend() : cuda_backend(); },
       py::arg("emulated"), py::return_value_policy::reference);

@@ -11,6 +11,7 @@ void bind_core(py::module_& module);
 void bind_gpu(py::module_& module);
 void bind_machine(py::module_& module);
 void bind_ops(py::module_& module);
+void bind_sample(py::module_& module);
 void bind_tensors(py::module_& module);
 
 namespace {
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_core, module) {
   apr::bindings::bind_gpu(module);
   apr::bindings::bind_machine(module);
   apr::bindings::bind_ops(module);
+  apr::bindings::bind_sample(module);
 }

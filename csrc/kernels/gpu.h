@@ -86,6 +86,7 @@ class GpuBackend {
                       int64_t rows, void* stream) const = 0;
   virtual void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
                            void* stream) const = 0;
+  virtual void sample(const SampleCall& call, void* stream) const = 0;  // all in device memory
 };
 
 const GpuBackend* cuda_backend();      // nullptr: not in this build

@@ -83,4 +83,31 @@ struct AttentionCall {
   int threads;
 };
 
+// How a token of one row is drawn; Python has it as a record (ops/sampling.py).
+struct RowDraw {
+  uint64_t key, count;  // of the random number
+  float temperature;    // 0: the likeliest token
+  float tail;           // 1 - top_p; 0: none
+  float min_p;          // 0: none
+  int32_t top_k;        // 0: none
+};
+
+// Scores become tokens. Outputs are [rows]; a row that has nothing to draw from (NaN, +inf, or
+// -inf alone) gets token -1.
+struct SampleCall {
+  const void* scores;  // [rows, vocab], what tokens are drawn by
+  int64_t row_stride;  // in elements
+  DType dtype;
+  const void* logits;  // the same before processors, whose log-probabilities are told
+  int64_t logits_stride;
+  DType logits_dtype;
+  int64_t rows, vocab;
+  const RowDraw* draws;
+  int64_t* tokens;
+  float* logprobs;        // of the token by `logits`
+  float* drawn_logprobs;  // of the token among those that were left
+  float* entropies;       // of `logits`, natural logarithm
+  int threads;
+};
+
 }  // namespace apr

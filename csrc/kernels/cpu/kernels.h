@@ -60,12 +60,55 @@ struct MergeJob {
   float merged_max, merged_sum;
 };
 
+// A row of scores, of which tokens are drawn under a temperature.
+struct ScoreRow {
+  const void* data;
+  int64_t count;
+  float temperature;
+  float top;  // the highest score under the temperature
+};
+
+// Which scores of a row a token is drawn from.
+struct Kept {
+  bool all;
+  float least;  // scores above, and of those that are equal the ones from `first_tie` on
+  int32_t first_tie;
+  float least_share;  // of the likeliest token's probability
+};
+
+inline constexpr int64_t kScoreBlock = 4096;  // scores whose weights are summed up together
+// Groups of up to this many scores, whose highest are known: for any instruction set no more than
+// score_groups.
+inline constexpr int64_t kScoreGroup = 64;
+inline int64_t score_groups(int64_t count) { return count / kScoreGroup + 16; }
+// Bins by how far a score lies below the highest; the last one takes the rest.
+inline constexpr int32_t kScoreBins = 2048;
+inline constexpr float kBinsOfUnit = 64.f;
+struct ScoreBin {
+  int64_t mass, count;
+};
+struct Score {
+  float score;
+  int64_t weight;
+};
+
+// scores.h says what each does.
+struct ScorePasses {
+  float (*highest)(const ScoreRow& row, float* groups);
+  int64_t (*find_score)(const ScoreRow& row, float score, int64_t last_of);
+  double (*weigh)(const ScoreRow& row, const Kept& kept, int64_t* blocks);
+  int64_t (*find_weight)(const ScoreRow& row, const Kept& kept, int64_t block, int64_t target);
+  void (*bin)(const ScoreRow& row, float floor, ScoreBin* bins);
+  void (*collect)(const ScoreRow& row, float floor, int32_t bin, Score* to);
+};
+
 struct InstructionSet {
   const char* name;
   void (*attend[3])(const TileJob&);  // by DType
   void (*merge)(MergeJob&);
   void (*load_row[3])(const void* from, int64_t count, float* to);
   void (*store_row[3])(const float* from, float factor, int64_t count, void* to);
+  ScorePasses scores[3];
 };
 
 const InstructionSet& instruction_set();                // the best that this machine runs
@@ -88,5 +131,7 @@ struct MergeParams {
   int threads;
 };
 void merge(const MergeParams& params);
+
+void sample(const SampleCall& call);
 
 }  // namespace apr::cpu

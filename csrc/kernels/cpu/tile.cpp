@@ -4,6 +4,7 @@
 #endif
 #include "kernels/cpu/few.h"
 #include "kernels/cpu/panels.h"
+#include "kernels/cpu/scores.h"
 
 namespace apr::cpu::APR_ISA {
 namespace {
@@ -65,6 +66,7 @@ const InstructionSet kTable = {
     {attend<Float32, Floats<Float32>>, attend_bfloat16, attend<Float16, Floats<Float16>>},
     merge,
     {load_row<Float32>, load_row<BFloat16>, load_row<Float16>},
-    {store_row<Float32>, store_row<BFloat16>, store_row<Float16>}};
+    {store_row<Float32>, store_row<BFloat16>, store_row<Float16>},
+    {score_passes<Float32>(), score_passes<BFloat16>(), score_passes<Float16>()}};
 
 }  // namespace apr::cpu::APR_ISA

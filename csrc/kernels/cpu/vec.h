@@ -41,18 +41,26 @@ inline VecBits load(const uint32_t* p) {
 }
 inline VecInt load(const int32_t* p) { return VecInt(*reinterpret_cast<const VecLooseBits*>(p)); }
 inline void store(float* p, Vec x) { *reinterpret_cast<VecLoose*>(p) = VecLoose(x); }
+inline void store(int32_t* p, VecInt x) { *reinterpret_cast<VecLooseBits*>(p) = VecLooseBits(x); }
 inline void store(uint32_t* p, VecBits x) { *reinterpret_cast<VecLooseBits*>(p) = VecLooseBits(x); }
 // All lanes x. (0 + x would be an addition: it turns -0 into 0.)
 inline Vec spread(float x) { return x - Vec{}; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-inline bool any(VecInt mask) {
-  const VecLong words = VecLong(mask);
-  uint64_t all = 0;
-  for (int i = 0; i < kWidth / 2; ++i) all |= words[i];
-  return all != 0;
+// Of a mask (lanes 0 or -1): a bit for each lane.
+inline uint32_t bits_of(VecInt mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
 }
+inline bool any(VecInt mask) { return bits_of(mask) != 0; }
 
 // 2^x for x <= 0, relative error about 2e-7; exactly 0 below -126, NaN stays NaN.
 inline Vec exp2(Vec x) {

@@ -248,6 +248,7 @@ class Backend final : public GpuBackend {
               void* stream) const override;
   void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
                    void* stream) const override;
+  void sample(const SampleCall& call, void* stream) const override;
 };
 
 void Backend::append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
@@ -272,6 +273,28 @@ void Backend::copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t coun
   work.copies = {copies, count};
   work.count = static_cast<int32_t>(count);
   run_copy(work, stream);
+}
+
+void Backend::sample(const SampleCall& call, void* stream) const {
+  const auto rows_of = [&](const void* data, int64_t stride, DType dtype) {
+    const int64_t size = call.rows == 0 ? 0 : (call.rows - 1) * stride + call.vocab;
+    const bool wide = dtype == DType::kFloat32;
+    return ScoreRows{{static_cast<const float*>(wide ? data : nullptr), wide ? size : 0},
+                     {static_cast<const uint16_t*>(wide ? nullptr : data), wide ? 0 : size},
+                     stride,
+                     dtype};
+  };
+  SampleWork work{};
+  work.scores = rows_of(call.scores, call.row_stride, call.dtype);
+  work.logits = rows_of(call.logits, call.logits_stride, call.logits_dtype);
+  work.draws = {call.draws, call.rows};
+  work.tokens = {call.tokens, call.rows};
+  work.logprobs = {call.logprobs, call.rows};
+  work.drawn_logprobs = {call.drawn_logprobs, call.rows};
+  work.entropies = {call.entropies, call.rows};
+  work.rows = static_cast<int32_t>(call.rows);
+  work.vocab = static_cast<int32_t>(call.vocab);
+  run_sample(work, stream);
 }
 
 }  // namespace

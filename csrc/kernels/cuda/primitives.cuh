@@ -111,6 +111,12 @@ APR_DEVICE T shuffle_from(T value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
 
+// In shared memory.
+APR_DEVICE void add_atomically(int32_t& to, int32_t x) { atomicAdd(&to, x); }
+APR_DEVICE void add_atomically(int64_t& to, int64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&to), static_cast<unsigned long long>(x));
+}
+
 // ---- copies by warps ------------------------------------------------------------------------
 
 // 16 bytes to shared memory, in the background; zeros where `valid` is false.

@@ -6,6 +6,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/plan_step.cuh"
+#include "kernels/cuda/sample.cuh"
 #include "kernels/cuda/steps.h"
 #include "kernels/cuda/view_step.cuh"
 
@@ -59,6 +60,10 @@ void run_append(const AppendWork& work, void* stream) {
 void run_copy(const CopyWork& work, void* stream) {
   const int64_t blocks = copy_blocks(work.count, work.kv_heads, work.head_dim_k + work.head_dim_v);
   start(copy_tokens, {blocks, kCopyThreads, 0, stream, false}, work);
+}
+
+void run_sample(const SampleWork& work, void* stream) {
+  start(sample_rows, {work.rows, kSampleThreads, kSampleShared, stream, false}, work);
 }
 
 }  // namespace apr::APR_GPU

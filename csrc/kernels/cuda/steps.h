@@ -11,5 +11,6 @@ void run_view_step(const ViewWork& work, void* stream);
 void run_turn(const TurnWork& work, void* stream);
 void run_append(const AppendWork& work, void* stream);
 void run_copy(const CopyWork& work, void* stream);
+void run_sample(const SampleWork& work, void* stream);
 
 }  // namespace apr::APR_GPU

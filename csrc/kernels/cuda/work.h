@@ -125,6 +125,21 @@ struct CopyWork {
   int32_t count, kv_heads, head_dim_k, head_dim_v, page_shift;
 };
 
+// What the sampler is given: rows of scores in one of the two arrays.
+struct ScoreRows {
+  Array<const float> floats;
+  Array<const uint16_t> halves;
+  int64_t stride;
+  DType dtype;
+};
+struct SampleWork {
+  ScoreRows scores, logits;
+  Array<const RowDraw> draws;
+  Array<int64_t> tokens;
+  Array<float> logprobs, drawn_logprobs, entropies;
+  int32_t rows, vocab;
+};
+
 // Where a block's share of the units begins, and which block owns a unit.
 APR_INLINE int64_t share_begin(int64_t units, int64_t blocks, int64_t block) {
   return units * block / blocks;

@@ -1,17 +1,20 @@
-"""The kernels on tensors: plan, append, attention, merge. No threads, no model."""
+"""The kernels on tensors: plan, append, attention, merge, sample. No threads, no model."""
 
 from __future__ import annotations
 
 from apr.ops.calls import append, attention, copy_tokens, merge
+from apr.ops.draws import Draws, Sampled, sample
 from apr.ops.machine import Kernels, kernels
 from apr.ops.plans import Plan, Rotation, View, plan
 from apr.ops.pools import Pool, empty_pool
 
 __all__ = [
+    "Draws",
     "Kernels",
     "Plan",
     "Pool",
     "Rotation",
+    "Sampled",
     "View",
     "append",
     "attention",
@@ -20,4 +23,5 @@ __all__ = [
     "kernels",
     "merge",
     "plan",
+    "sample",
 ]

@@ -147,6 +147,9 @@ T shuffle_up(T value, int by) {
   return shuffle_from(value, lane >= by ? lane - by : lane, "shuffle_up");
 }
 
+inline void add_atomically(int32_t& to, int32_t x) { to += x; }
+inline void add_atomically(int64_t& to, int64_t x) { to += x; }
+
 // ---- copies by warps ------------------------------------------------------------------------
 
 // 16 bytes to shared memory, in the background; zeros where `valid` is false.
