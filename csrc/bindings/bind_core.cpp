@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -128,6 +130,7 @@ void bind_table(py::module_& module) {
           },
           py::arg("view"), py::arg("writes"), py::arg("current"))
       .def("extend", &ThreadTable::extend)
+      .def("extend_each", &ThreadTable::extend_each)
       .def("fork", &ThreadTable::fork)
       .def("join", &ThreadTable::join, py::arg("parent"), py::arg("children"), py::arg("positions"),
            py::arg("reencode"))
@@ -137,7 +140,15 @@ void bind_table(py::module_& module) {
       .def("length", &ThreadTable::length)
       .def("position", &ThreadTable::position)
       .def("tokens", &ThreadTable::tokens)
-      .def("own_tokens", [](const ThreadTable& t, ThreadId id) { return t.at(id).own_tokens; })
+      .def(
+          "own_tokens",
+          [](const ThreadTable& t, ThreadId id, size_t begin) {
+            const std::vector<int32_t>& all = t.at(id).own_tokens;
+            return std::vector<int32_t>(all.begin() + std::min(begin, all.size()), all.end());
+          },
+          py::arg("thread"), py::arg("begin") = 0)
+      .def("own_length",
+           [](const ThreadTable& t, ThreadId id) { return t.at(id).own_tokens.size(); })
       .def("tail", [](const ThreadTable& t, ThreadId id) { return t.at(id).tail; })
       .def("is_current", [](const ThreadTable& t,
                             ThreadId id) { return t.at(id).visibility == Visibility::kCurrent; })

@@ -40,8 +40,8 @@ void bind_sample(py::module_& module) {
       },
       py::arg("call"));
   module.def("random_bits", &random_bits, py::arg("key"), py::arg("count"));
-  module.attr("MOST_VOCAB") = kMostVocab;
-  module.attr("ROW_DRAW_BYTES") = sizeof(RowDraw);
+  module.def("most_vocab", [] { return kMostVocab; });
+  module.def("row_draw_bytes", [] { return sizeof(RowDraw); });
 }
 
 }  // namespace apr::bindings

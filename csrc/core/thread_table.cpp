@@ -192,6 +192,13 @@ void ThreadTable::extend(ThreadId id, const std::vector<int32_t>& tokens) {
   thread.logits_index = tail.length() - 1;
 }
 
+void ThreadTable::extend_each(const std::vector<ThreadId>& ids,
+                              const std::vector<int32_t>& tokens) {
+  if (ids.size() != tokens.size()) invalid("extend: expected one token for each thread");
+  for (const ThreadId id : ids) at(id);
+  for (size_t i = 0; i < ids.size(); ++i) extend(ids[i], {tokens[i]});
+}
+
 // ---- fork -----------------------------------------------------------------------------------
 
 std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {

@@ -51,6 +51,8 @@ class ThreadTable {
   ThreadId create(const std::vector<int32_t>& tokens);
   ThreadId create_with_view(std::vector<Entry> view, SegmentId writes, Visibility visibility);
   void extend(ThreadId id, const std::vector<int32_t>& tokens);
+  // One token each; all threads are checked first.
+  void extend_each(const std::vector<ThreadId>& ids, const std::vector<int32_t>& tokens);
   std::vector<ThreadId> fork(ThreadId id, int64_t count);
   void join(ThreadId parent, const std::vector<ThreadId>& children, JoinPositions positions,
             bool reencode);

@@ -22,6 +22,7 @@ __all__: list[str] = [
     "RotationTable",
     "RowSet",
     "Rows",
+    "SampleCall",
     "SeenPages",
     "Step",
     "ThreadTable",
@@ -36,9 +37,13 @@ __all__: list[str] = [
     "instruction_set",
     "instruction_sets",
     "merge",
+    "most_vocab",
     "plan",
     "populate",
+    "random_bits",
+    "row_draw_bytes",
     "run_broken_kernel",
+    "sample",
     "set_emulated_device",
     "use_huge_pages",
 ]
@@ -278,6 +283,11 @@ class ThreadTable:
         arg0: typing.SupportsInt | typing.SupportsIndex,
         arg1: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     ) -> None: ...
+    def extend_each(
+        self,
+        arg0: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        arg1: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
     def fork(
         self,
         arg0: typing.SupportsInt | typing.SupportsIndex,
@@ -292,7 +302,12 @@ class ThreadTable:
         reencode: bool,
     ) -> None: ...
     def length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
-    def own_tokens(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> list[int]: ...
+    def own_length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def own_tokens(
+        self,
+        thread: typing.SupportsInt | typing.SupportsIndex,
+        begin: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> list[int]: ...
     def position(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     def queued(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     def release(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -480,6 +495,7 @@ class GpuBackend:
     def plan(
         self, plan: Plan, kind: AttentionKind, device: typing.SupportsInt | typing.SupportsIndex
     ) -> list[GpuPlan]: ...
+    def sample(self, call: ..., stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def views(
         self,
         views: ViewTables,
@@ -519,6 +535,29 @@ class RowSet:
         seen: collections.abc.Sequence[SeenPages],
     ) -> None: ...
 
+class SampleCall:
+    """
+    Rows of scores, and where their tokens go.
+    """
+    def __init__(
+        self,
+        *,
+        scores: typing.SupportsInt | typing.SupportsIndex,
+        row_stride: typing.SupportsInt | typing.SupportsIndex,
+        dtype: DType,
+        logits: typing.SupportsInt | typing.SupportsIndex,
+        logits_stride: typing.SupportsInt | typing.SupportsIndex,
+        logits_dtype: DType,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        vocab: typing.SupportsInt | typing.SupportsIndex,
+        draws: typing.SupportsInt | typing.SupportsIndex,
+        tokens: typing.SupportsInt | typing.SupportsIndex,
+        logprobs: typing.SupportsInt | typing.SupportsIndex,
+        drawn_logprobs: typing.SupportsInt | typing.SupportsIndex,
+        entropies: typing.SupportsInt | typing.SupportsIndex,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
 def append(
     plan: Plan, k: Rows, v: Rows, pool: Pool, threads: typing.SupportsInt | typing.SupportsIndex
 ) -> None: ...
@@ -542,6 +581,7 @@ def merge(
     dtype: DType,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def most_vocab() -> int: ...
 def plan(
     row_sets: collections.abc.Sequence[RowSet], page_size: typing.SupportsInt | typing.SupportsIndex
 ) -> Plan: ...
@@ -549,7 +589,12 @@ def populate(
     data: typing.SupportsInt | typing.SupportsIndex,
     bytes: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def random_bits(
+    key: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex
+) -> int: ...
+def row_draw_bytes() -> int: ...
 def run_broken_kernel(name: str) -> str: ...
+def sample(call: SampleCall) -> None: ...
 def set_emulated_device(
     capability: typing.SupportsInt | typing.SupportsIndex,
     multiprocessors: typing.SupportsInt | typing.SupportsIndex,

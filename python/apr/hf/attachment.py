@@ -14,7 +14,7 @@ from apr import ops
 from apr.errors import InvalidInput
 from apr.hf.interface import Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
-from apr.hf.packed import PackedForward, check_finite
+from apr.hf.packed import PackedForward
 from apr.hf.probe import ModelSpec, measure
 from apr.hf.self_test import self_test
 from apr.hf.vectors import RowVectors
@@ -85,7 +85,7 @@ class Attachment:
         pools: Sequence[ops.Pool],
         vectors: RowVectors | None = None,
     ) -> Tensor:
-        """One packed forward; float32 logits [len(rows), vocab] of the plan's `rows`."""
+        """One packed forward; logits [len(rows), vocab] of the plan's `rows`, unchecked."""
         device = self.spec.device
         packed = PackedForward(self.spec, pools, plan, self.owner, vectors)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
@@ -95,8 +95,6 @@ class Attachment:
         logits = self._run(packed, ids, positions, extra)
         if not self.spec.keeps_rows:
             logits = logits[keep]
-        logits = logits.float()
-        check_finite(logits)
         return logits
 
     def forward_static(
@@ -106,7 +104,7 @@ class Attachment:
         vocab].
         """
         packed = PackedForward(self.spec, pools, plan, self.owner)
-        return self._run(packed, ids, positions, {}).float()
+        return self._run(packed, ids, positions, {})
 
     def _run(
         self, packed: PackedForward, ids: Tensor, positions: Tensor, extra: dict[str, Any]

@@ -8,6 +8,7 @@ tables of the views when a view was changed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.hf.attachment import Attachment
-from apr.hf.packed import check_finite
+from apr.hf.packed import Ran
 from apr.ops import Rotation
 from apr.ops import device as gpu
 
@@ -160,7 +161,7 @@ class StepGraph:
         return replay
 
     def run(self, ids: Tensor) -> Tensor:
-        """float32 logits [len(ids), vocab], of memory that the next run of any graph writes
+        """Logits [len(ids), vocab], of memory that the next run of any graph writes
         over.
         """
         count = len(ids)
@@ -191,12 +192,17 @@ class StepGraphs:
         self._memory: Any = torch.cuda.graph_pool_handle() if on_gpu else None
         self.captures = self.uploads = 0
 
-    def step(self, table: _core.ThreadTable, numbers: list[int]) -> Tensor | None:
-        """float32 logits [threads, vocab] of an ordinary step; None where it is none and has to be
-        planned.
+    def step(
+        self,
+        table: _core.ThreadTable,
+        numbers: list[int],
+        before_commit: Callable[[Ran], None] | None = None,
+    ) -> Ran | None:
+        """An ordinary step; None where it is none and has to be planned.
 
         On any exception nothing has run: what the device did is renewed before the next step.
         """
+        began = time.perf_counter()
         if gpu.backend(self._pools[0].k.device) is not self._backend:
             return None  # the emulated GPU was switched off
         try:
@@ -210,12 +216,16 @@ class StepGraphs:
                 self._views.forget(table)
                 return None
             logits = graph.run(torch.from_numpy(self._views.ids)).clone()
-            check_finite(logits)
+            rows = {number: (logits, row) for row, number in enumerate(numbers)}
+            ran = Ran(rows, num_rows=len(numbers), forwards=1)
+            if before_commit is not None:
+                before_commit(ran)
             self._views.commit()
         except BaseException:
             self._views.forget(table)
             raise
-        return logits
+        ran.forward_seconds = time.perf_counter() - began
+        return ran
 
     def _ready(self) -> StepGraph | None:
         capacity = capacity_of(self._views.sizes)

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,11 @@ class Ran:
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
 
+    def check_finite(self, but: Collection[int] = ()) -> None:
+        """Raise NonFiniteLogits for logits that are no numbers, but for those of some threads."""
+        for tensor in {id(t): t for n, (t, _) in self.rows.items() if n not in but}.values():
+            check_finite(tensor)
+
 
 def run_step(
     step: _core.Step,
@@ -122,14 +127,17 @@ def run_step(
     pools: Sequence[ops.Pool],
     invariant: bool = False,
     vectors: Mapping[int, PathVectors] | None = None,
+    before_commit: Callable[[Ran], None] | None = None,
 ) -> Ran:
-    """Run a step's forwards one after the other and commit it; on any exception it is rolled
-    back.
+    """Run a step's forwards one after the other and commit it; on any exception, of `before_commit`
+    too, it is rolled back.
     """
     ran, began = Ran(), time.perf_counter()
     try:
         while step.next():
             _run_forward(step, attachment, pools, invariant, vectors, ran)
+        if before_commit is not None:
+            before_commit(ran)
         step.commit()
     except BaseException:
         step.rollback()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apr import _core
 from apr.errors import UnsupportedModel
-from apr.hf.packed import run_step
+from apr.hf.packed import Ran, run_step
 from apr.ops.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class _Bench:
     def step(self, threads: Sequence[int]) -> Tensor:
         """Logits [threads, vocab]."""
         step = _core.Step(self.table, threads, [False] * len(threads), PAGE_SIZE)
-        rows = run_step(step, self._attachment, self._pools).rows
-        return torch.stack([rows[thread][0][rows[thread][1]] for thread in threads])
+        ran = run_step(step, self._attachment, self._pools, before_commit=Ran.check_finite)
+        return torch.stack([ran.rows[thread][0][ran.rows[thread][1]] for thread in threads])
 
 
 def self_test(attachment: Attachment, model: Any) -> None:

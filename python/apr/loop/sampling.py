@@ -1,10 +1,9 @@
-"""GenerationConfig -> logits processors and stopping rules, by transformers' public classes
-only.
+"""GenerationConfig -> logits processors, options of the sampler and stopping rules, by
+transformers' public classes only.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
@@ -141,10 +139,22 @@ def eos_tokens(config: GenerationConfig) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
 
 
+def history_processors(
+    config: GenerationConfig, prompt: int, device: torch.device
+) -> list[LogitsProcessor]:
+    """The processors of a configuration that read a thread's own history, in transformers' order.
+
+    They keep no state: threads that began with as many visible tokens may share them.
+    """
+    try:
+        return _history_processors(config, prompt, device)
+    except ValueError as error:
+        raise InvalidInput(f"generation options: {error}") from error
+
+
 def _history_processors(
     config: GenerationConfig, prompt: int, device: torch.device
 ) -> list[LogitsProcessor]:
-    """The processors that read a thread's own history, in transformers' order."""
     eos = torch.tensor(eos_tokens(config), device=device)
     made: list[LogitsProcessor] = []
     if config.sequence_bias is not None:
@@ -227,16 +237,33 @@ class Rules:
     config: GenerationConfig
     limit: int
     eos: frozenset[int]
-    history: list[LogitsProcessor]
+    shared: list[
+        LogitsProcessor
+    ]  # of the configuration, as for other threads of this prompt length
+    own: list[LogitsProcessor]  # that the user gave, for this thread
     warpers: LogitsProcessorList
     criteria: StoppingCriteriaList
     deadline: float | None
     stop: Callable[[list[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)  # written so far
+    draw: dict[str, float] | None = None  # what of the warpers the sampler does; None: nothing
+
+    @property
+    def history(self) -> list[LogitsProcessor]:
+        """The processors that read what the thread has written, in order."""
+        return [*self.shared, *self.own]
 
     @property
     def reads_history(self) -> bool:
-        return bool(self.history)
+        """Whether processors or criteria look at its token ids."""
+        return bool(self.shared or self.own or self.criteria)
+
+    def warped(self, scores: Tensor) -> Tensor:
+        """Scores [1, vocab] as a token was chosen by them."""
+        if self.draw is None:
+            return scores
+        warped: Tensor = self.warpers(None, scores.to(torch.float32, copy=True))
+        return warped
 
     def finish_reason(
         self, token: int, all_tokens: Callable[[], Tensor], scores: Callable[[], Tensor]
@@ -258,62 +285,13 @@ class Rules:
         return None
 
 
-class Processors:
-    """Processors for each thread of a run, of one list or of a factory: a stateful one (a grammar's
-    matcher) must see the tokens of one thread alone.
-
-    given: a list, of which the first thread gets the members themselves and every other copies; or
-    a callable on the thread that returns a list. allowed: generate()'s prefix_allowed_tokens_fn, on
-    the thread's number in the run and its tokens.
-    """
-
-    def __init__(
-        self, given: Any = (), allowed: Callable[[int, Tensor], Any] | None = None
-    ) -> None:
-        self._factory = None
-        if callable(given) and not isinstance(given, (LogitsProcessor, Sequence)):
-            self._factory, given = given, ()
-        self._first = [given] if isinstance(given, LogitsProcessor) else list(given)
-        self._allowed, self._count = allowed, 0
-        self._kept: list[LogitsProcessor] | Exception = []
-        try:  # before the first use writes into them
-            self._kept = [_copied(processor) for processor in self._first]
-        except Exception as error:
-            self._kept = error
-
-    def of(self, thread: Any) -> list[LogitsProcessor]:
-        """The processors of a thread that enters the run."""
-        number, self._count = self._count, self._count + 1
-        made = self._first if number == 0 else self._copies()
-        if self._factory is not None:
-            made = list(self._factory(thread))
-        if self._allowed is None:
-            return made
-        allowed = self._allowed
-        return [*made, PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(number, ids), 1)]
-
-    def _copies(self) -> list[LogitsProcessor]:
-        if isinstance(self._kept, Exception):
-            raise InvalidInput(
-                f"logits_processor: one of {self._first} cannot be copied for a second thread "
-                f"({self._kept}); give a factory that makes them: logits_processor=lambda thread: "
-                "[...]"
-            ) from self._kept
-        return [_copied(processor) for processor in self._kept]
-
-
-def _copied(processor: LogitsProcessor) -> LogitsProcessor:
-    """A processor of the same state as now; models that it holds are shared."""
-    shared = {id(x): x for x in vars(processor).values() if isinstance(x, torch.nn.Module)}
-    return copy.deepcopy(processor, shared)
-
-
 def make_rules(
     config: GenerationConfig,
     prompt: int,
     device: torch.device,
     *,
     warpers: LogitsProcessorList | None = None,
+    shared: list[LogitsProcessor] | None = None,
     tokenizer: Any = None,
     stop: Sequence[str] | Callable[[list[int]], bool] | None = None,
     logits_processor: Sequence[LogitsProcessor] = (),
@@ -342,32 +320,17 @@ def make_rules(
             f"generation: a thread of {prompt} tokens leaves {limit} new ones; expected at least "
             "1: raise max_new_tokens (or max_length)"
         )
-    try:
-        history = _history_processors(config, prompt, device)
-    except ValueError as error:
-        raise InvalidInput(f"generation options: {error}") from error
     return Rules(
         config=config,
         limit=limit,
         eos=frozenset(eos_tokens(config)),
-        history=[*history, *logits_processor],
+        shared=history_processors(config, prompt, device) if shared is None else shared,
+        own=list(logits_processor),
         warpers=warpers if warpers is not None else row_warpers(config, device),
         criteria=criteria,
         deadline=None if config.max_time is None else time.monotonic() + config.max_time,
         stop=stop if callable(stop) else None,
     )
-
-
-def forbid(words: Sequence[Sequence[int]]) -> LogitsProcessor:
-    """Keeps a thread from completing any of the token sequences."""
-    return NoBadWordsLogitsProcessor([list(word) for word in words])
-
-
-def forbid_first(token: int, length: int) -> LogitsProcessor:
-    """Keeps a thread that now has `length` visible tokens from taking `token` next; later it
-    may.
-    """
-    return SuppressTokensAtBeginLogitsProcessor([token], length)
 
 
 def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
@@ -378,3 +341,20 @@ def row_warpers(config: GenerationConfig, device: torch.device) -> LogitsProcess
         return LogitsProcessorList(_row_warpers(config, device))
     except ValueError as error:
         raise InvalidInput(f"generation options: {error}") from error
+
+
+def draw_options(config: GenerationConfig) -> dict[str, float] | None:
+    """The options of `ops.Draws` that do what the configuration's warpers do; None where they do
+    more than the sampler can.
+    """
+    if not config.do_sample:
+        return {"temperature": 0.0}
+    cuts = (config.typical_p, 1.0), (config.epsilon_cutoff, 0.0), (config.eta_cutoff, 0.0)
+    if any(value not in (None, harmless) for value, harmless in cuts):
+        return None
+    return {
+        "temperature": 1.0 if config.temperature is None else float(config.temperature),
+        "top_k": config.top_k or 0,
+        "top_p": 1.0 if config.top_p is None else min(config.top_p, 1.0),
+        "min_p": config.min_p or 0.0,
+    }

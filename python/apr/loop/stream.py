@@ -1,17 +1,29 @@
-"""The sampling loop: every thread of a run takes one token a step, each with its own generator."""
+"""The sampling loop: every thread of a run takes one token a step, each with random numbers of its
+own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from apr.errors import InvalidInput, NonFiniteLogits
-from apr.loop.sampling import Processors, Rules, make_rules, resolve, row_warpers
+from apr.errors import InvalidInput
+from apr.loop.choice import Choice, Chooser
+from apr.loop.history import History
+from apr.loop.processors import Processors
+from apr.loop.sampling import (
+    Rules,
+    draw_options,
+    history_processors,
+    make_rules,
+    resolve,
+    row_warpers,
+)
 from apr.threads.session import Session
 from apr.threads.thread import Thread
 
@@ -26,9 +38,19 @@ class StreamStep:
     tokens: dict[Thread, int]
     logprobs: dict[Thread, float]  # natural log-probability under the model, before any processor
     finished: dict[Thread, str]  # "eos", "stop", "length" or "time"
-    # float32 [threads, vocab], before any processor; rows in the order of `tokens`. None from beam
-    # search.
-    logits: Tensor | None = None
+    choice: Choice | None = field(default=None, repr=False)  # None from beam search
+
+    @property
+    def logits(self) -> Tensor | None:
+        """float32 [threads, vocab], before any processor; rows in the order of `tokens`."""
+        return None if self.choice is None else self.choice.logits.float()
+
+    @property
+    def entropies(self) -> dict[Thread, float]:
+        """Of the model's own distribution that each token was taken from, in nats."""
+        if self.choice is None:
+            return {}
+        return dict(zip(self.tokens, self.choice.sampled.entropies.tolist(), strict=True))
 
 
 class Stream:
@@ -51,16 +73,18 @@ class Stream:
         self._processors, self._criteria = processors or Processors(), stopping_criteria
         self._steps = 0
         self._rules: dict[Thread, Rules] = {}
+        # Made once for each configuration, and for each length of a prompt.
         self._warpers: dict[int, Any] = {}
-        # What a thread saw when it entered, and how much of that it had written itself.
-        self._starts: dict[Thread, tuple[list[int], int]] = {}
+        self._shared: dict[tuple[int, int], list[LogitsProcessor]] = {}
+        self._history = History(session.spec.device)
+        self._chooser = Chooser(self._history)
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._rules.clear()
-        self._starts.clear()
+        self._history.clear()
 
     def __contains__(self, thread: Thread) -> bool:
         return thread in self._rules
@@ -89,147 +113,78 @@ class Stream:
         if thread in self._rules:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
         config = self.config if config is None else resolve(self.session.model, config, {})
-        device = self.session.spec.device
+        device, prompt = self.session.spec.device, len(thread) - len(written)
         if id(config) not in self._warpers:
-            self._warpers[id(config)] = (config, row_warpers(config, device))
-        self._starts[thread] = (thread.tokens, len(thread.own_tokens))
-        self._rules[thread] = make_rules(
+            self._warpers[id(config)] = (config, row_warpers(config, device), draw_options(config))
+        if (id(config), prompt) not in self._shared:
+            self._shared[id(config), prompt] = history_processors(config, prompt, device)
+        rules = make_rules(
             config,
-            len(self._starts[thread][0]) - len(written),
+            prompt,
             device,
             warpers=self._warpers[id(config)][1],
+            shared=self._shared[id(config), prompt],
             tokenizer=self.tokenizer,
             stop=stop,
             logits_processor=[*self._processors.of(thread), *logits_processor],
             stopping_criteria=[*self._criteria, *stopping_criteria],
         )
-        self._rules[thread].tokens = list(written)
+        rules.tokens, rules.draw = list(written), self._warpers[id(config)][2]
+        if rules.reads_history:
+            self._history.enter(thread)
+        self._rules[thread] = rules
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""
         if thread not in self._rules:
             raise InvalidInput(f"stream: {thread!r} is not in this run")
-        del self._rules[thread]
+        self._end(thread)
 
-    def _history(self, thread: Thread) -> list[int]:
-        """What it saw when it entered, and its own tokens since: a view may have grown by those of
-        others.
-        """
-        start, written = self._starts[thread]
-        return [*start, *thread.own_tokens[written:]]
+    def _end(self, thread: Thread) -> None:
+        del self._rules[thread]
+        self._history.leave(thread)
 
     def __iter__(self) -> Iterator[StreamStep]:
         while self._rules:
             yield self._step()
 
-    def _scores(self, threads: list[Thread], logits: Tensor) -> Tensor:
-        """Processed scores [threads, vocab]: history processors row by row, warpers group by
-        group.
-        """
-        scores = logits.clone()
-        groups: dict[int, list[int]] = {}
-        for row, thread in enumerate(threads):
-            rules = self._rules[thread]
-            if rules.reads_history:
-                ids = torch.tensor([self._history(thread)], device=logits.device)
-                for processor in rules.history:
-                    scores[row : row + 1] = processor(ids, scores[row : row + 1])
-            groups.setdefault(id(rules.warpers), []).append(row)
-        for rows in groups.values():
-            warpers = self._rules[threads[rows[0]]].warpers
-            if len(warpers) and len(rows) == len(threads):
-                scores = warpers(None, scores)
-            elif len(warpers):
-                scores[rows] = warpers(None, scores[rows])
-        return scores
-
-    def _check_scores(self, threads: list[Thread], logits: Tensor, scores: Tensor) -> None:
-        """Raise where a thread has nothing to choose from: a row without a finite best score."""
-        best = scores.amax(-1)
-        if bool(best.isfinite().all()):
-            return
-        row = int((~best.isfinite()).int().argmax())
-        where = f"{threads[row]!r}, step {self._steps + 1} of this run"
-        if not bool(logits[row].amax().isfinite()):
-            raise NonFiniteLogits(
-                f"{where}: the model's logits hold {float(logits[row].amax())}; nothing was "
-                "sampled. Check its dtype and weights"
-            )
-        if float(best[row]) == float("-inf"):
-            raise InvalidInput(
-                f"{where}: no token is left, all scores are -inf; the logits processors (a "
-                "grammar, bad words, suppressed tokens) forbid everything: let them allow an end "
-                "token"
-            )
-        raise NonFiniteLogits(
-            f"{where}: a logits processor made scores of {float(best[row])}; expected numbers, or "
-            "-inf for what is forbidden"
+    def _step(self) -> StreamStep:
+        threads = list(self._rules)
+        choice = self.session.advance(
+            threads, lambda logits: self._chooser.choose(self._rules, logits, self._steps + 1)
         )
+        tokens, finished = choice.tokens, self._finish(choice)
+        self._steps += 1
+        self.session.table.append(threads, tokens)
+        for thread, rules in self._rules.items():
+            thread.draws += rules.config.do_sample
+        for thread in finished:
+            self._end(thread)
+        logprobs = dict(zip(threads, choice.sampled.logprobs.tolist(), strict=True))
+        return StreamStep(dict(zip(threads, tokens, strict=True)), logprobs, finished, choice)
 
-    def _sample(self, threads: list[Thread], scores: Tensor) -> list[int]:
-        chosen = scores.argmax(-1)
-        sampled = [i for i, t in enumerate(threads) if self._rules[t].config.do_sample]
-        if sampled:
-            weights = scores[sampled].softmax(-1)
-            picks = [
-                torch.multinomial(weights[row], 1, generator=threads[i].generator)
-                for row, i in enumerate(sampled)
-            ]
-            chosen[sampled] = torch.cat(picks)
-        tokens: list[int] = chosen.tolist()  # the one wait for a GPU
-        return tokens
-
-    def _choose(self, threads: list[Thread], logits: Tensor) -> tuple[list[int], dict[Thread, str]]:
-        """Tokens and the threads that end with them; any exception leaves rules and generators as
-        before.
-        """
-        sampled = [t for t in threads if self._rules[t].config.do_sample]
-        states = [t.generator.get_state() for t in sampled]
+    def _finish(self, choice: Choice) -> dict[Thread, str]:
+        """The threads that end with their tokens; any exception leaves the rules as before."""
+        if any(rules.criteria for rules in self._rules.values()):
+            self._history.catch_up()
+        finished: dict[Thread, str] = {}
         noted: list[Rules] = []
         try:
-            scores = self._scores(threads, logits)
-            self._check_scores(threads, logits, scores)
-            tokens = self._sample(threads, scores)
-            finished = {}
-            for row, (thread, token) in enumerate(zip(threads, tokens, strict=True)):
-                rules = self._rules[thread]
-                rules.tokens.append(token)
+            for row, (thread, rules) in enumerate(self._rules.items()):
+                rules.tokens.append(choice.tokens[row])
                 noted.append(rules)
-
-                def all_tokens(thread: Thread = thread, token: int = token) -> Tensor:
-                    return torch.tensor([[*self._history(thread), token]], device=logits.device)
-
-                def its_scores(row: int = row) -> Tensor:
-                    return scores[row : row + 1]
-
-                reason = rules.finish_reason(token, all_tokens, its_scores)
+                reason = rules.finish_reason(
+                    choice.tokens[row],
+                    partial(self._history.ids_with, thread, choice.tokens[row]),
+                    partial(rules.warped, choice.scores[row : row + 1]),
+                )
                 if reason is not None:
                     finished[thread] = reason
         except BaseException:
             for rules in noted:
                 rules.tokens.pop()
-            for thread, state in zip(sampled, states, strict=True):
-                thread.generator.set_state(state)
             raise
-        return tokens, finished
-
-    def _step(self) -> StreamStep:
-        threads = list(self._rules)
-        logits = self.session.step(threads)
-        tokens, finished = self._choose(threads, logits)
-        self._steps += 1
-        chosen = torch.tensor(tokens, device=logits.device)[:, None]
-        logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-        for thread, token in zip(threads, tokens, strict=True):
-            thread.extend([token])
-        for thread in finished:
-            del self._rules[thread]
-        return StreamStep(
-            dict(zip(threads, tokens, strict=True)),
-            dict(zip(threads, logprobs, strict=True)),
-            finished,
-            logits,
-        )
+        return finished
 
 
 def stream(

@@ -27,7 +27,7 @@ _RECORD = np.dtype(
         ("top_k", "i4"),
     ]
 )
-assert _RECORD.itemsize == _core.ROW_DRAW_BYTES
+assert _RECORD.itemsize == _core.row_draw_bytes()
 
 Numbers = Any  # one for all rows, or a sequence, array or tensor of one for each
 
@@ -80,7 +80,8 @@ def _column(
         raise InvalidInput(f"{name}: got {given!r:.80}; expected numbers") from error
     if values.shape not in ((), (rows,)):
         raise InvalidInput(f"{name}: got {list(values.shape)}; expected one, or [{rows}]")
-    bad = ~(np.isfinite(values) & (values >= least) & (values <= (np.inf if most is None else most)))
+    fine = np.isfinite(values) & (values >= least)
+    bad = ~(fine if most is None else fine & (values <= most))
     if bad.any():
         span = f"{least} or more" if most is None else f"{least} to {most}"
         raise InvalidInput(f"{name}: got {values[bad].flat[0]}; expected {span}")
@@ -97,7 +98,9 @@ def _integers(name: str, given: Numbers, rows: int, most: int) -> NDArray[np.uin
         if not 0 <= value <= most:
             raise InvalidInput(f"{name}: got {value}; expected 0 to {most}")
     if len(values) != rows:
-        raise InvalidInput(f"{name}: got {len(values)}; expected one, or one for each of {rows} rows")
+        raise InvalidInput(
+            f"{name}: got {len(values)}; expected one, or one for each of {rows} rows"
+        )
     return np.array(values, dtype=np.uint64)
 
 
@@ -118,8 +121,9 @@ class Sampled:
     def of(cls, memory: Tensor) -> Sampled:
         """The parts of `memory` [20 * rows]."""
         rows = len(memory) // 20
-        floats = memory[8 * rows :].view(torch.float32)
-        return cls(memory[: 8 * rows].view(torch.int64), *floats.view(3, rows), memory)
+        tokens, floats = memory[: 8 * rows].view(torch.int64), memory[8 * rows :]
+        logprobs, drawn, entropies = floats.view(torch.float32).view(3, rows)
+        return cls(tokens, logprobs, drawn, entropies, memory)
 
     def cpu(self) -> Sampled:
         """The same in host memory, by one copy."""
@@ -132,21 +136,23 @@ def _check(name: str, x: Tensor, rows: int, vocab: int, device: torch.device) ->
             f"{name}: got {list(x.shape)} on {x.device}; expected [{rows}, {vocab}] on {device}"
         )
     if x.stride(1) != 1:
-        raise InvalidInput(f"{name}: got strides {x.stride()}; expected a contiguous last dimension")
+        raise InvalidInput(
+            f"{name}: got strides {x.stride()}; expected a contiguous last dimension"
+        )
 
 
 def sample(scores: Tensor, draws: Draws | None = None, *, logits: Tensor | None = None) -> Sampled:
-    """A token for each row of scores [rows, vocab] in float32, bfloat16 or float16, read as they are.
+    """A token for each row of scores [rows, vocab], float32, bfloat16 or float16, read as they are.
 
     logits: the same before a logits processor changed them, in any of these dtypes; by default the
     scores. The tokens are the same in any company, on any device and with any number of processor
-    threads: weights are summed up as integers, and random numbers are counter-based (Philox 4x32-10,
-    Salmon et al., SC 2011). Raises InvalidInput for shapes and dtypes.
+    threads: weights are summed up as integers, and random numbers are counter-based (Philox
+    4x32-10, Salmon et al., SC 2011). Raises InvalidInput for shapes and dtypes.
     """
-    if scores.ndim != 2 or not 0 < scores.shape[1] <= _core.MOST_VOCAB:
+    if scores.ndim != 2 or not 0 < scores.shape[1] <= _core.most_vocab():
         raise InvalidInput(
             f"sample: got scores {list(scores.shape)}; expected [rows, vocab] of 1 to "
-            f"{_core.MOST_VOCAB} tokens"
+            f"{_core.most_vocab()} tokens"
         )
     rows, vocab = scores.shape
     logits = scores if logits is None else logits

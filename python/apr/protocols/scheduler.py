@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apr.errors import BudgetExceeded, Error
-from apr.loop.sampling import forbid
+from apr.loop.processors import forbid
 from apr.loop.stream import Stream, StreamStep
 from apr.protocols import joins
 from apr.protocols.grammar import Grammar

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from apr.errors import InvalidInput
 from apr.loop.decode import Decoded, decode
-from apr.loop.sampling import Processors
+from apr.loop.processors import Processors
 from apr.loop.stream import Stream, stream
 from apr.loop.text import written_text
 from apr.threads.session import Session

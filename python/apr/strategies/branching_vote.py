@@ -9,7 +9,7 @@ from typing import Any
 
 from apr.errors import InvalidInput
 from apr.loop.decode import Decoded
-from apr.loop.sampling import forbid_first
+from apr.loop.processors import forbid_first
 from apr.loop.stream import Stream, StreamStep
 from apr.strategies._answers import last_number
 from apr.strategies._requests import Result, Writing, run_requests
@@ -114,12 +114,12 @@ def _note(vote: _Vote, step: StreamStep, write: Writing) -> int:
 
 
 def _branch(vote: _Vote, step: StreamStep, writing: Stream, entropy: float, stop: Any) -> None:
-    rows = [(row, thread) for row, thread in enumerate(step.tokens) if thread in vote.items]
-    if len(vote.items) >= vote.most or not rows or step.logits is None:
+    mine = [thread for thread in step.tokens if thread in vote.items]
+    if len(vote.items) >= vote.most or not mine:
         return
-    log = step.logits[[row for row, _ in rows]].log_softmax(-1)
-    entropies: list[float] = (-(log.exp() * log).nan_to_num().sum(-1)).tolist()
-    for (_, thread), unsure in zip(rows, entropies, strict=True):
+    entropies = step.entropies
+    for thread in mine:
+        unsure = entropies[thread]
         if unsure <= entropy or len(vote.items) >= vote.most:
             continue
         twin = thread.fork()[0]

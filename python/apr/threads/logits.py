@@ -11,8 +11,8 @@ Row = tuple[Tensor, int]  # a tensor [rows, vocab], and which row of it
 
 
 class HeldLogits:
-    """Float32 logits [vocab] of the last tokens of threads, by their numbers; children inherit
-    them.
+    """Logits [vocab] of the last tokens of threads, as the model gave them, by their numbers;
+    children inherit them.
 
     Threads that take part in every step hold a row of its tensor. One that leaves, or waits, keeps
     a copy of its row, not the whole tensor.
@@ -30,10 +30,11 @@ class HeldLogits:
         held = self._rows.get(number)
         return None if held is None else held[0][held[1]]
 
-    def drop(self, number: int) -> None:
-        """They are no longer those of the thread's last token."""
-        self._shared.discard(number)
-        self._rows.pop(number, None)
+    def drop(self, numbers: Iterable[int]) -> None:
+        """They are no longer those of the threads' last tokens."""
+        for number in numbers:
+            self._shared.discard(number)
+            self._rows.pop(number, None)
 
     def clear(self) -> None:
         """Hold none any more."""
@@ -68,10 +69,13 @@ class HeldLogits:
                 copies[key] = (tensor[row : row + 1].clone(), 0)
             self._rows[number] = copies[key]
 
-    def stack(self, numbers: Sequence[int]) -> Tensor:
-        """[len(numbers), vocab], the caller's own; KeyError where one holds none."""
-        rows = [self._rows[number] for number in numbers]
+    def stack(self, numbers: Sequence[int], fresh: Mapping[int, Row]) -> Tensor:
+        """[len(numbers), vocab] of fresh rows, else of held ones, to be read only; KeyError where
+        there is none.
+        """
+        rows = [fresh.get(number) or self._rows[number] for number in numbers]
         first = rows[0][0]
         if all(tensor is first for tensor, _ in rows):
-            return first[[row for _, row in rows]]  # by a list of rows: a copy
+            places = [row for _, row in rows]
+            return first if places == list(range(len(first))) else first[places]
         return torch.stack([tensor[row] for tensor, row in rows])

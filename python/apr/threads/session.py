@@ -4,24 +4,26 @@ together.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from apr import _core
 from apr.errors import ForeignThread, InvalidInput
 from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
-from apr.hf.packed import Ran, run_step
+from apr.hf.packed import Ran, check_finite, run_step
 from apr.hf.probe import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Segment, Thread, TokenIds, ViewLike
 from apr.threads.trace import Stats, Trace
+
+Chosen = TypeVar("Chosen")
 
 
 class Session:
@@ -32,7 +34,7 @@ class Session:
     thread do not depend on its neighbours. cuda_graphs: capture the model's decode step and replay
     it (hf/graph.py): its forward must be capturable, and weights must stay where they are while the
     session is open. seed: with the request index and the fork path it keys every thread's
-    generator. Raises UnsupportedModel with the reason where the model cannot be attached;
+    random numbers. Raises UnsupportedModel with the reason where the model cannot be attached;
     `self_test=False` skips the proof (three tiny forwards, once a model).
     """
 
@@ -144,7 +146,7 @@ class Session:
         regions.
 
         visibility: whether live segments show the "current" step's tokens too, or only "previous"
-        ones. request: the index that keys its random generator; by default the number of threads
+        ones. request: the index that keys its random numbers; by default the number of threads
         made before in this way, so give it where runs with other company must sample the same.
         """
         return self.table.thread(ids, view, writes, visibility, request)
@@ -165,20 +167,39 @@ class Session:
         """Run the queued tokens of `threads`, and what they need, in one packed forward.
 
         Returns float32 logits [len(threads), vocab] of each thread's last token. On any exception
-        lengths, pages, logits and generators are as they were before.
+        lengths, pages and logits are as they were before.
+        """
+
+        def checked(logits: Tensor) -> Tensor:
+            check_finite(logits)
+            return logits.to(torch.float32, copy=True)
+
+        return self.advance(threads, checked)
+
+    def advance(self, threads: Sequence[Thread], choose: Callable[[Tensor], Chosen]) -> Chosen:
+        """The same for a loop: what `choose` makes of the logits [len(threads), vocab], which come
+        unchecked, in the model's dtype and to be read only.
+
+        It is called before anything is committed: what it raises takes the step back.
         """
         numbers = self._numbers(threads)
         began = self.trace.clock()
+        chosen: list[Chosen] = []
+
+        def before_commit(ran: Ran) -> None:
+            ran.check_finite(but=set(numbers))
+            chosen.append(choose(self.table.logits.stack(numbers, ran.rows)))
+
         try:
             table = self._start_step(numbers)
-            ran = self._replay(table, numbers) or self._run(table, numbers)
+            ran = self._replay(table, numbers, before_commit)
+            ran = ran or self._run(table, numbers, before_commit)
             self.table.logits.take(ran.rows, numbers)
-            out = self.table.logits.stack(numbers)
         finally:
             self.table.end_step(numbers)
         self._stats.count(ran)
         self.trace.step(numbers, ran.num_rows, began)
-        return out
+        return chosen[-1]
 
     def _numbers(self, threads: Sequence[Thread]) -> list[int]:
         if isinstance(threads, Thread):
@@ -202,27 +223,25 @@ class Session:
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
         return table
 
-    def _run(self, table: _core.ThreadTable, numbers: list[int]) -> Ran:
+    def _run(
+        self, table: _core.ThreadTable, numbers: list[int], before_commit: Callable[[Ran], None]
+    ) -> Ran:
         held = [number in self.table.logits for number in numbers]
         step = _core.Step(table, numbers, held, self.step_tokens)
         vectors = self.table.vectors
-        ran = run_step(step, self.attachment, self.pools, self.invariant, vectors)
+        ran = run_step(step, self.attachment, self.pools, self.invariant, vectors, before_commit)
         self._arena.keep_ahead(table.peak_pages, table.num_threads)
         return ran
 
-    def _replay(self, table: _core.ThreadTable, numbers: list[int]) -> Ran | None:
+    def _replay(
+        self, table: _core.ThreadTable, numbers: list[int], before_commit: Callable[[Ran], None]
+    ) -> Ran | None:
         """An ordinary step by a captured graph; None where this is none."""
         if self._graphs is None or len(numbers) > self.step_tokens or self.table.vectors:
             return None
         if any(number in self.table.logits for number in numbers):
             return None
-        began = time.perf_counter()
-        logits = self._graphs.step(table, numbers)
-        if logits is None:
-            return None
-        rows = {number: (logits, row) for row, number in enumerate(numbers)}
-        seconds = time.perf_counter() - began
-        return Ran(rows, num_rows=len(numbers), forwards=1, forward_seconds=seconds)
+        return self._graphs.step(table, numbers, before_commit)
 
     def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,

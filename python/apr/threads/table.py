@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 from apr import _core
 from apr.errors import InvalidInput
@@ -72,7 +73,7 @@ class ThreadTable:
             raise InvalidInput("a step is running; change threads between steps")
         while self.dropped_threads:
             number = self.dropped_threads.pop()
-            self.logits.drop(number)
+            self.logits.drop([number])
             if core.alive(number):
                 core.release(number)
                 self.trace.release(number)
@@ -135,6 +136,12 @@ class ThreadTable:
         """The handle of a thread that the core made."""
         thread = self._threads[number] = Thread(self, number, seed_path)
         return thread
+
+    def append(self, threads: Sequence[Thread], tokens: list[int]) -> None:
+        """Queue one token at the end of each thread."""
+        numbers = [thread._id for thread in threads]
+        self.edit().extend_each(numbers, tokens)
+        self.logits.drop(numbers)
 
     def owns(self, thread: object) -> bool:
         """Whether it is a thread of this session."""

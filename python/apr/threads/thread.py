@@ -150,10 +150,12 @@ class Thread:
         # joined keys.
         self.is_line = True
         self._forks = 0
-        self._generator: torch.Generator | None = None
+        self.draws = 0  # tokens that were drawn for it at random
+        self.rewrites = 0  # edits that may have changed tokens that it had
+        self._key: int | None = None
 
     def __del__(self) -> None:
-        self.table.logits.drop(self._id)
+        self.table.logits.drop([self._id])
         self.table.dropped_threads.append(self._id)
 
     def __reduce__(self) -> Any:
@@ -174,7 +176,7 @@ class Thread:
         tokens = check_ids(ids, self.table.spec.vocab_size)
         self.table.edit().extend(self._id, tokens)
         if tokens:
-            self.table.logits.drop(self._id)
+            self.table.logits.drop([self._id])
 
     def fork(self, n: int = 1) -> list[Thread]:
         """`n` children that see what this thread sees now. No key or value is copied."""
@@ -219,7 +221,8 @@ class Thread:
         sizes = [len(c.own_tokens) if c.alive else 0 for c in children]
         table.join(self._id, numbers, JOIN_POSITIONS[positions], reencode)
         if numbers:
-            self.table.logits.drop(self._id)
+            self.table.logits.drop([self._id])
+            self.rewrites += 1
             self.is_line = self.is_line and reencode
             self.table.trace.join(self._id, numbers, sizes, positions, reencode, began)
 
@@ -228,12 +231,13 @@ class Thread:
         before = len(self)
         self.table.edit().trim(self._id, check_position("trim", n))
         if n != before:
-            self.table.logits.drop(self._id)
+            self.table.logits.drop([self._id])
+            self.rewrites += 1
 
     def release(self) -> None:
         """Give the thread's pages back, except what other views still list."""
         self.table.edit().release(self._id)
-        self.table.logits.drop(self._id)
+        self.table.logits.drop([self._id])
         self.table.trace.release(self._id)
 
     # ---- questions ------------------------------------------------------------------------------
@@ -263,6 +267,15 @@ class Thread:
         return self.table.ask().own_tokens(self._id)
 
     @property
+    def own_length(self) -> int:
+        """How many they are."""
+        return self.table.ask().own_length(self._id)
+
+    def own_tokens_from(self, begin: int) -> list[int]:
+        """Those from number `begin` on."""
+        return self.table.ask().own_tokens(self._id, begin)
+
+    @property
     def queued(self) -> int:
         """Tokens of the own tail that no step has run yet."""
         return self.table.ask().queued(self._id)
@@ -274,7 +287,7 @@ class Thread:
         Children inherit them.
         """
         held = self.table.logits.of(self._id)
-        return None if held is None else held.clone()
+        return None if held is None else held.to(torch.float32, copy=True)
 
     @property
     def visibility(self) -> str:
@@ -296,7 +309,7 @@ class Thread:
     @writes.setter
     def writes(self, segment: Segment) -> None:
         self.table.edit().set_writes(self._id, self.table.number_of(segment))
-        self.table.logits.drop(self._id)
+        self.table.logits.drop([self._id])
         self.is_line = False
 
     @property
@@ -308,7 +321,7 @@ class Thread:
     @view.setter
     def view(self, entries: ViewLike) -> None:
         self.table.edit().set_view(self._id, self.table.entries(entries))
-        self.table.logits.drop(self._id)
+        self.table.logits.drop([self._id])
         self.is_line = False
 
     @property
@@ -332,11 +345,9 @@ class Thread:
         self.table.set_vectors(self._id, None)
 
     @property
-    def generator(self) -> torch.Generator:
-        """This thread's own random generator, keyed by (session seed, request, fork path)."""
-        if self._generator is None:
-            key = repr((self.table.seed, self.seed_path)).encode()
-            digest = hashlib.blake2b(key, digest_size=8).digest()
-            self._generator = torch.Generator(self.table.spec.device)
-            self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        return self._generator
+    def key(self) -> int:
+        """64 bits of (session seed, request, fork path); with `draws` they key a random number."""
+        if self._key is None:
+            text = repr((self.table.seed, self.seed_path)).encode()
+            self._key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        return self._key
