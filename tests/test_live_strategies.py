@@ -104,6 +104,7 @@ def test_group_think_sees_the_others_up_to_the_step_before(family, n, layout):
             max_new_tokens=20,
             eos_token_id=list(range(60, 63)),
             temperature=1.5,
+            seed=2,
             each_step=each_step,
         )
         assert s.stats.used_pages == 0 and s.stats.threads == 0

@@ -48,9 +48,9 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of apr: threads and views, and the kernels.";
   pybind11::register_exception_translator(apr::bindings::translate);
   apr::bindings::bind_tensors(module);
+  apr::bindings::bind_sample(module);
   apr::bindings::bind_core(module);
   apr::bindings::bind_gpu(module);
   apr::bindings::bind_machine(module);
   apr::bindings::bind_ops(module);
-  apr::bindings::bind_sample(module);
 }

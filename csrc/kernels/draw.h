@@ -17,15 +17,16 @@ inline constexpr int64_t kMostVocab = int64_t{1} << 22;  // sums of weights stay
 inline constexpr float kLowest = -28.f;  // weights below are no whole number
 inline constexpr float kRound = 12582912.f;
 inline constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-inline constexpr float kExp[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+inline constexpr float kExp0 = 1.9875691500e-4f, kExp1 = 1.3981999507e-3f;
+inline constexpr float kExp2 = 8.3334519073e-3f, kExp3 = 4.1665795894e-2f;
+inline constexpr float kExp4 = 1.6666665459e-1f, kExp5 = 5.0000001201e-1f;
 
 APR_HOST_DEVICE inline float share_of(float d) {
   if (!(d >= kLowest)) return 0.f;
   const float n = fmaf(d, kLog2e, kRound) - kRound;
   const float r = fmaf(n, -kLn2Low, fmaf(n, -kLn2High, d));
-  float p = kExp[0];
-  for (int i = 1; i < 6; ++i) p = fmaf(p, r, kExp[i]);
+  float p = fmaf(fmaf(fmaf(kExp0, r, kExp1), r, kExp2), r, kExp3);
+  p = fmaf(fmaf(p, r, kExp4), r, kExp5);
   p = fmaf(p, r * r, r) + 1.f;
   int32_t bits;
   memcpy(&bits, &p, 4);

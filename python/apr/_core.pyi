@@ -167,6 +167,29 @@ class AttentionKind:
         invariant: bool,
     ) -> None: ...
 
+class SampleCall:
+    """
+    Rows of scores, and where their tokens go.
+    """
+    def __init__(
+        self,
+        *,
+        scores: typing.SupportsInt | typing.SupportsIndex,
+        row_stride: typing.SupportsInt | typing.SupportsIndex,
+        dtype: DType,
+        logits: typing.SupportsInt | typing.SupportsIndex,
+        logits_stride: typing.SupportsInt | typing.SupportsIndex,
+        logits_dtype: DType,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        vocab: typing.SupportsInt | typing.SupportsIndex,
+        draws: typing.SupportsInt | typing.SupportsIndex,
+        tokens: typing.SupportsInt | typing.SupportsIndex,
+        logprobs: typing.SupportsInt | typing.SupportsIndex,
+        drawn_logprobs: typing.SupportsInt | typing.SupportsIndex,
+        entropies: typing.SupportsInt | typing.SupportsIndex,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
 class Plan:
     """
     Flat work arrays of one packed forward.
@@ -495,7 +518,9 @@ class GpuBackend:
     def plan(
         self, plan: Plan, kind: AttentionKind, device: typing.SupportsInt | typing.SupportsIndex
     ) -> list[GpuPlan]: ...
-    def sample(self, call: ..., stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def sample(
+        self, call: SampleCall, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
     def views(
         self,
         views: ViewTables,
@@ -533,29 +558,6 @@ class RowSet:
         self,
         query_len: typing.SupportsInt | typing.SupportsIndex,
         seen: collections.abc.Sequence[SeenPages],
-    ) -> None: ...
-
-class SampleCall:
-    """
-    Rows of scores, and where their tokens go.
-    """
-    def __init__(
-        self,
-        *,
-        scores: typing.SupportsInt | typing.SupportsIndex,
-        row_stride: typing.SupportsInt | typing.SupportsIndex,
-        dtype: DType,
-        logits: typing.SupportsInt | typing.SupportsIndex,
-        logits_stride: typing.SupportsInt | typing.SupportsIndex,
-        logits_dtype: DType,
-        rows: typing.SupportsInt | typing.SupportsIndex,
-        vocab: typing.SupportsInt | typing.SupportsIndex,
-        draws: typing.SupportsInt | typing.SupportsIndex,
-        tokens: typing.SupportsInt | typing.SupportsIndex,
-        logprobs: typing.SupportsInt | typing.SupportsIndex,
-        drawn_logprobs: typing.SupportsInt | typing.SupportsIndex,
-        entropies: typing.SupportsInt | typing.SupportsIndex,
-        threads: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 def append(

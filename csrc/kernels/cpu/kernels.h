@@ -96,7 +96,8 @@ struct Score {
 struct ScorePasses {
   float (*highest)(const ScoreRow& row, float* groups);
   int64_t (*find_score)(const ScoreRow& row, float score, int64_t last_of);
-  double (*weigh)(const ScoreRow& row, const Kept& kept, int64_t* blocks);
+  int64_t (*weigh_all)(const ScoreRow& row, double& moment);
+  void (*weigh)(const ScoreRow& row, const Kept& kept, int64_t* blocks);
   int64_t (*find_weight)(const ScoreRow& row, const Kept& kept, int64_t block, int64_t target);
   void (*bin)(const ScoreRow& row, float floor, ScoreBin* bins);
   void (*collect)(const ScoreRow& row, float floor, int32_t bin, Score* to);

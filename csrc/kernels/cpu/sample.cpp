@@ -78,9 +78,11 @@ class Row {
   bool can_be_drawn_from() const { return std::isfinite(row_.top); }
   int64_t likeliest() const { return passes_.find_score(row_, highest_, 0); }
 
+  // The same for all scores, where the temperature is 1; no token can be drawn after it.
+  void weigh_plain() { sum_ = passes_.weigh_all(row_, moment_); }
   // The sum of the weights of what is kept.
   int64_t weigh(const Kept& kept) {
-    moment_ = passes_.weigh(row_, kept, blocks_.data());
+    passes_.weigh(row_, kept, blocks_.data());
     sum_ = 0;
     for (const int64_t block : blocks_) sum_ += block;
     return sum_;
@@ -180,7 +182,7 @@ void sample_row(const SampleCall& call, int64_t i) {
   const void* scores = row_of(call.scores, i, call.row_stride, call.dtype);
   const void* logits = row_of(call.logits, i, call.logits_stride, call.logits_dtype);
   Row plain(logits, call.vocab, call.logits_dtype, 1.f);
-  plain.weigh(kEverything);
+  plain.weigh_plain();
   call.tokens[i] = -1;
   call.logprobs[i] = call.drawn_logprobs[i] = NAN;
   call.entropies[i] = plain.entropy();

@@ -26,8 +26,8 @@ inline Vec whole(VecInt x) { return __builtin_convertvector(x, Vec); }
 inline Vec shares_of(Vec d) {
   const Vec n = fused(d, spread(kLog2e), spread(kRound)) - kRound;
   const Vec r = fused(n, spread(-kLn2Low), fused(n, spread(-kLn2High), d));
-  Vec p = spread(kExp[0]);
-  for (int i = 1; i < 6; ++i) p = fused(p, r, spread(kExp[i]));
+  Vec p = fused(fused(spread(kExp0), r, spread(kExp1)), r, spread(kExp2));
+  p = fused(fused(fused(p, r, spread(kExp3)), r, spread(kExp4)), r, spread(kExp5));
   p = fused(p, r * r, r) + 1.f;
   const VecInt kept = d >= kLowest;
   return Vec((VecInt(p) + (truncated(kept ? n : Vec{}) << 23)) & kept);
@@ -43,6 +43,11 @@ inline Weights weights_of(Vec share) {
   return {high, truncated((scaled - whole(high)) * kHalfWeight)};
 }
 inline int64_t weight_at(const Weights& w, int i) { return int64_t(w.high[i]) << 20 | w.low[i]; }
+inline int64_t sum_of(VecInt high, VecInt low) {
+  int64_t sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += (int64_t(high[i]) << 20) + low[i];
+  return sum;
+}
 
 // Scores [i, i + kWidth) as they are; -inf beyond the end.
 template <class T>
@@ -111,29 +116,44 @@ int64_t find_score(const ScoreRow& row, float score, int64_t last_of) {
   return -1;
 }
 
-// The sum of the weights of each kScoreBlock scores that are kept; returns the sum over all of
-// share * (score - top).
+// The sum of the weights of each kScoreBlock scores that are kept.
 template <class T>
-double weigh_scores(const ScoreRow& row, const Kept& kept, int64_t* blocks) {
-  double moment = 0;
+void weigh_scores(const ScoreRow& row, const Kept& kept, int64_t* blocks) {
   for (int64_t first = 0; first < row.count; first += kScoreBlock) {
     const int64_t end = first + kScoreBlock < row.count ? first + kScoreBlock : row.count;
     VecInt high = {}, low = {};
-    Vec moments = {};
     for (int64_t i = first; i < end; i += kWidth) {
       const Vec x = scaled_at<T>(row, i);
       const Vec shares = kept.all ? shares_of(x - row.top) : kept_shares(row, kept, x, i);
       const Weights w = weights_of(shares);
       high += w.high;
       low += w.low;
-      moments += shares > 0.f ? shares * (x - row.top) : Vec{};
     }
-    int64_t sum = 0;
-    for (int j = 0; j < kWidth; ++j) sum += (int64_t(high[j]) << 20) + low[j];
-    *blocks++ = sum;
+    *blocks++ = sum_of(high, low);
+  }
+}
+
+// The sum of all weights at temperature 1; `moment`: the sum of share * (score - top).
+template <class T>
+int64_t weigh_all_scores(const ScoreRow& row, double& moment) {
+  int64_t sum = 0;
+  for (int64_t first = 0; first < row.count; first += kScoreBlock) {
+    const int64_t end = first + kScoreBlock < row.count ? first + kScoreBlock : row.count;
+    VecInt high = {}, low = {};
+    Vec moments = {};
+    for (int64_t i = first; i < end; i += kWidth) {
+      // A distance of -inf would make NaN of a share of 0.
+      const Vec below = maximum(scores_at<T>(row, i) - row.top, spread(2 * kLowest));
+      const Vec shares = shares_of(below);
+      const Weights w = weights_of(shares);
+      high += w.high;
+      low += w.low;
+      moments += shares * below;
+    }
+    sum += sum_of(high, low);
     moment += total(moments);
   }
-  return moment;
+  return sum;
 }
 
 // The place in a block where the sum of kept weights passes `target`.
@@ -198,7 +218,7 @@ void collect_scores(const ScoreRow& row, float floor, int32_t bin, Score* to) {
 
 template <class T>
 constexpr ScorePasses score_passes() {
-  return {highest_score<T>, find_score<T>, weigh_scores<T>,
+  return {highest_score<T>, find_score<T>, weigh_all_scores<T>, weigh_scores<T>,
           find_weight<T>,   bin_scores<T>, collect_scores<T>};
 }
 

@@ -34,13 +34,13 @@ class WatchedSession(apr.Session):
     most_pages = 0
     bound = 0
 
-    def step(self, threads: Sequence[Thread]) -> Tensor:
-        logits = super().step(threads)
+    def advance(self, threads: Sequence[Thread], choose: Callable[[Tensor], Any]) -> Any:
+        chosen = super().advance(threads, choose)
         stats = self.stats
         if stats.used_pages > self.most_pages:
             self.most_pages = stats.used_pages
             self.bound = -(-stats.stored_tokens // self.page_size)
-        return logits
+        return chosen
 
 
 def a_thought(tokens: list[int]) -> bool:

@@ -31,7 +31,7 @@ def small_llama(hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int
     return LlamaForCausalLM(config).eval()
 
 
-def _fill(session: apr.Session, threads: list[apr.Thread]) -> None:
+def fill(session: apr.Session, threads: list[apr.Thread]) -> None:
     """Mark the queued tokens as encoded without running the model: what a fork costs does not see
     it.
 
@@ -57,7 +57,7 @@ def bench_fork(options: argparse.Namespace) -> Iterator[Figure]:
         small_llama(), max_tokens=options.tokens + 64 * 64, self_test=False
     ) as session:
         root = session.thread([1] * options.tokens)
-        _fill(session, [root])
+        fill(session, [root])
         kv_bytes = options.tokens * session.spec.bytes_per_token
         before = session.stats.used_pages
         kept: list[apr.Thread] = []
@@ -96,7 +96,7 @@ def _memory() -> Figure:
         for kid in kids:
             kid.extend([2] * own)
         began = time.perf_counter()
-        _fill(session, kids)
+        fill(session, kids)
         seconds = time.perf_counter() - began
         stats = session.stats
         stored = stats.used_pages * session.page_size
@@ -143,11 +143,11 @@ def _shape(session: apr.Session, shape: str, count: int) -> list[apr.Thread]:
         for _ in range(15 if shape == "deep" else 0):
             for thread in threads:
                 thread.extend([1] * 70)
-            _fill(session, threads)
+            fill(session, threads)
             threads = [thread.fork(1)[0] for thread in threads]
     for thread in threads:
         thread.extend([1])
-    _fill(session, threads)
+    fill(session, threads)
     return threads
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import adaptive, gpu, harness, kernels, methods, sessions
+from apr.bench import adaptive, gpu, harness, kernels, loop, methods, scaling, sessions
 from apr.errors import InvalidInput
 
 BENCHES = {
@@ -16,6 +16,8 @@ BENCHES = {
     "plan": sessions.bench_plan,
     "threads": sessions.bench_threads,
     "pages": sessions.bench_pages,
+    "loop": loop.bench_loop,
+    "scaling": scaling.bench_scaling,
     "width": kernels.bench_width,
     "gpu": gpu.bench_gpu,
     "methods": methods.bench_methods,
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=64, help="threads of the planned step")
     parser.add_argument("--prefix", type=int, default=4096, help="shared tokens of `threads`")
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--model", help="of `loop`: a folder, instead of random weights")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
 

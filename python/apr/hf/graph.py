@@ -224,7 +224,7 @@ class StepGraphs:
         except BaseException:
             self._views.forget(table)
             raise
-        ran.forward_seconds = time.perf_counter() - began
+        ran.forward_seconds = time.perf_counter() - began - ran.choice_seconds
         return ran
 
     def _ready(self) -> StepGraph | None:

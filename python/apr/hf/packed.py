@@ -114,6 +114,7 @@ class Ran:
     copied_tokens: int = 0
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
+    choice_seconds: float = 0.0
 
     def check_finite(self, but: Collection[int] = ()) -> None:
         """Raise NonFiniteLogits for logits that are no numbers, but for those of some threads."""
@@ -143,7 +144,8 @@ def run_step(
         step.rollback()
         raise
     ran.copied_tokens = step.copied_tokens
-    ran.plan_seconds = time.perf_counter() - began - ran.forward_seconds
+    spent = ran.forward_seconds + ran.choice_seconds
+    ran.plan_seconds = time.perf_counter() - began - spent
     return ran
 
 
@@ -160,7 +162,7 @@ def _run_forward(
     for pool in pools if step.plan.num_copies else ():
         ops.copy_tokens(pool, plan)
     wanted = step.logits_rows
-    rows = list(dict.fromkeys(row for _, row in wanted)) or [plan.num_rows - 1]
+    rows = sorted({row for _, row in wanted}) or [plan.num_rows - 1]  # as threads were given
     began = time.perf_counter()
     adds = RowVectors(plan, vectors, attachment.spec) if vectors else None
     logits = attachment.forward(plan, rows, pools, adds or None)

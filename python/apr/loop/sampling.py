@@ -266,17 +266,24 @@ class Rules:
         return warped
 
     def finish_reason(
-        self, token: int, all_tokens: Callable[[], Tensor], scores: Callable[[], Tensor]
+        self,
+        token: int,
+        all_tokens: Callable[[], Tensor] | None = None,
+        scores: Callable[[], Tensor] | None = None,
     ) -> str | None:
-        """Why the thread ends with `token`, or None; scores() [1, vocab] are those it was chosen
-        by.
+        """Why the thread ends with `token`, or None; where it has criteria they read all_tokens()
+        [1, length] and scores() [1, vocab] that the token was chosen by.
         """
         if token in self.eos:
             return "eos"
         if self.stop is not None and self.stop(self.tokens):
             return "stop"
-        # transformers' list of criteria answers a tensor, a single one may answer a bool.
-        if self.criteria and bool(torch.as_tensor(self.criteria(all_tokens(), scores())).any()):
+        if self.criteria and all_tokens is not None and scores is not None:
+            # transformers' list of criteria answers a tensor, a single one may answer a bool.
+            ends = torch.as_tensor(self.criteria(all_tokens(), scores())).any()
+        else:
+            ends = False
+        if ends:
             return "stop"
         if len(self.tokens) >= self.limit:
             return "length"

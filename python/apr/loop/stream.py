@@ -173,11 +173,13 @@ class Stream:
             for row, (thread, rules) in enumerate(self._rules.items()):
                 rules.tokens.append(choice.tokens[row])
                 noted.append(rules)
-                reason = rules.finish_reason(
-                    choice.tokens[row],
-                    partial(self._history.ids_with, thread, choice.tokens[row]),
-                    partial(rules.warped, choice.scores[row : row + 1]),
-                )
+                reads: tuple[Any, ...] = ()
+                if rules.criteria:
+                    reads = (
+                        partial(self._history.ids_with, thread, choice.tokens[row]),
+                        partial(rules.warped, choice.scores[row : row + 1]),
+                    )
+                reason = rules.finish_reason(choice.tokens[row], *reads)
                 if reason is not None:
                     finished[thread] = reason
         except BaseException:

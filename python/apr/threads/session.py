@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -188,7 +189,9 @@ class Session:
 
         def before_commit(ran: Ran) -> None:
             ran.check_finite(but=set(numbers))
+            began = time.perf_counter()
             chosen.append(choose(self.table.logits.stack(numbers, ran.rows)))
+            ran.choice_seconds = time.perf_counter() - began
 
         try:
             table = self._start_step(numbers)

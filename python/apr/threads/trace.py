@@ -24,6 +24,7 @@ class Stats:
     copied_tokens: int = 0  # short inherited tails, copied so that views stay short
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
+    choice_seconds: float = 0.0  # processors and sampling, of `decode` and its like
     threads: int = 0
     used_pages: int = 0
     peak_pages: int = 0
@@ -41,6 +42,7 @@ class Stats:
         self.copied_tokens += ran.copied_tokens
         self.plan_seconds += ran.plan_seconds
         self.forward_seconds += ran.forward_seconds
+        self.choice_seconds += ran.choice_seconds
 
     def with_sharing(self, table: Any, page_bytes: int) -> Stats:
         """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all
