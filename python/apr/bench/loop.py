@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,13 @@ import apr
 from apr.bench.harness import Figure
 from apr.hf.packed import PackedForward
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "eos_token_id": None}
+SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 0.95,
+    "eos_token_id": None,
+}
 # Rows of keys and values that stock's batched cache may come to; more takes minutes a step here.
 MOST_STOCK_TOKENS = 1 << 16
 ANSWER = 128  # tokens of an answer of a whole run
@@ -73,7 +80,7 @@ def attention_time() -> Iterator[list[float]]:
         spent.append(time.perf_counter() - began)
         return out
 
-    PackedForward.attend_rows = timed  # type: ignore[method-assign]
+    PackedForward.attend_rows = timed  # type: ignore[method-assign,assignment]
     try:
         yield spent
     finally:
@@ -97,7 +104,7 @@ def _prompt(length: int, vocab: int) -> list[int]:
 
 def _steps(times: list[float]) -> list[float]:
     """Microseconds between neighbours; the first pay for new shapes."""
-    return [1e6 * (b - a) for a, b in zip(times[1:], times[2:], strict=False)]
+    return [1e6 * (b - a) for a, b in itertools.pairwise(times[1:])]
 
 
 def ours(model: Any, threads: int, prefix: int, steps: int) -> Iterator[Figure]:

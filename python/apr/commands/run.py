@@ -21,6 +21,7 @@ from apr.commands._methods import METHODS, run_method
 from apr.countdown.problems import Problem
 from apr.errors import InvalidInput
 from apr.loop.stream import StreamStep
+from apr.loop.text import GrowingText
 from apr.protocols import PRESETS
 from apr.strategies import Result
 
@@ -63,21 +64,22 @@ class LiveThreads:
     def __init__(self, tokenizer: Any, console: Console, side_by_side: bool) -> None:
         self.tokenizer, self.side_by_side = tokenizer, side_by_side
         self.live = Live(console=console, refresh_per_second=12)
-        self.written: dict[apr.Thread, list[int]] = {}
+        self.written: dict[apr.Thread, GrowingText] = {}
         self.ended: dict[apr.Thread, str] = {}
 
     def __call__(self, step: StreamStep) -> None:
         for thread, token in step.tokens.items():
-            self.written.setdefault(thread, []).append(token)
+            if thread not in self.written:
+                self.written[thread] = GrowingText(self.tokenizer, not self.side_by_side)
+            self.written[thread].add(token)
         self.ended.update(step.finished)
         self.live.update(self._columns() if self.side_by_side else self._rows())
 
     def _texts(self) -> list[tuple[str, str, str]]:
         """(name, text, how it ended) of each thread."""
         found = []
-        for i, (thread, ids) in enumerate(self.written.items()):
-            text = self.tokenizer.decode(ids, skip_special_tokens=not self.side_by_side)
-            found.append((thread.label or str(i), text, self.ended.get(thread, "")))
+        for i, (thread, written) in enumerate(self.written.items()):
+            found.append((thread.label or str(i), written.text, self.ended.get(thread, "")))
         return found
 
     def _rows(self) -> Table:

@@ -36,7 +36,7 @@ class History:
 
     def enter(self, thread: Thread) -> None:
         """Keep a row for a thread, from what it sees now."""
-        tokens, own = thread.tokens, thread.own_length
+        tokens, own = thread.tokens, thread.table.ask().own_length(thread._id)
         row = self._free.pop() if self._free else len(self._lines)
         self._make_room(row + 1, len(tokens) + 1)
         line = _Line(row, len(tokens), own, len(tokens), own, thread.rewrites)
@@ -62,7 +62,7 @@ class History:
         for thread, line in self._lines.items():
             if line.rewrites != thread.rewrites:
                 line.rewrites, line.own, line.length = thread.rewrites, line.own_before, line.seen
-            new = thread.own_tokens_from(line.own)
+            new = thread.table.ask().own_tokens(thread._id, line.own)
             rows += [line.row] * len(new)
             places += range(line.length, line.length + len(new))
             tokens += new

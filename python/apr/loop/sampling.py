@@ -280,11 +280,9 @@ class Rules:
             return "stop"
         if self.criteria and all_tokens is not None and scores is not None:
             # transformers' list of criteria answers a tensor, a single one may answer a bool.
-            ends = torch.as_tensor(self.criteria(all_tokens(), scores())).any()
-        else:
-            ends = False
-        if ends:
-            return "stop"
+            answers = torch.as_tensor(self.criteria(all_tokens(), scores()))
+            if bool(answers.any()):
+                return "stop"
         if len(self.tokens) >= self.limit:
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:

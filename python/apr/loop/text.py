@@ -7,6 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
 
 def written_text(
     tokenizer: Any, tokens: Sequence[int], finish: str = "", skip_special_tokens: bool = False
@@ -22,3 +25,24 @@ def written_text(
     ids = list(tokens[:-1]) if finish == "eos" else list(tokens)
     text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     return text
+
+
+class GrowingText:
+    """The same text while it is being written: each token costs what it adds, not all before it."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = False) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
+        self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._stream: DecodeStream | None = None
+        if isinstance(self._fast, Tokenizer):
+            self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._tokens: list[int] = []  # where the tokenizer is none of tokenizers'
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        """Take one more token; a character of several tokens appears with its last one."""
+        if self._stream is None:
+            self._tokens.append(token)
+            self.text = written_text(self._tokenizer, self._tokens, "", self._skips)
+        else:
+            self.text += self._stream.step(self._fast, token) or ""

@@ -267,15 +267,6 @@ class Thread:
         return self.table.ask().own_tokens(self._id)
 
     @property
-    def own_length(self) -> int:
-        """How many they are."""
-        return self.table.ask().own_length(self._id)
-
-    def own_tokens_from(self, begin: int) -> list[int]:
-        """Those from number `begin` on."""
-        return self.table.ask().own_tokens(self._id, begin)
-
-    @property
     def queued(self) -> int:
         """Tokens of the own tail that no step has run yet."""
         return self.table.ask().queued(self._id)
