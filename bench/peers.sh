@@ -3,8 +3,21 @@
 # compute capability 9.0; for a machine that reaches no network (`carry` bench/peers there). Wants nvcc, no GPU, a
 # package index; about 10 minutes. The modules do not depend on torch or on the version of Python.
 #   bash bench/peers.sh [PYTHON_VERSION of that machine, default 3.12]
+#   bash bench/peers.sh llama OUT.json   llama.cpp from source (5 minutes on two cores), beside `python -m apr bench loop`
+# PYTHON: an interpreter with apr (default .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "$0")"
+if [ "${1:-}" = llama ]; then
+  out=$(realpath -m "${2:?usage: peers.sh llama OUT.json}")
+  python=$(realpath -s "${PYTHON:-../.venv/bin/python}")
+  folder=${LLAMA:-$(mktemp -d)} # LLAMA: a folder that keeps what was built
+  test -d "$folder/venv" || python3 -m venv "$folder/venv"
+  "$folder/venv/bin/pip" install -q llama-cpp-python gguf
+  site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" llama.py export "$folder/model.gguf" "$site"
+  "$folder/venv/bin/python" llama.py measure "$folder/model.gguf" "$out"
+  exit
+fi
 version=${1:-3.12}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -211,3 +211,125 @@ def test_growing_text_is_the_text(tok, skip):
     for token in ids:
         other.add(token)
     assert other.text == growing.text
+
+
+def test_bytes_that_make_no_text_do_not_end_a_live_view():
+    """tokenizers' stream gives up on some bytes of a tokenizer with byte fallback."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "\u2581a": 257, "b": 258}
+    raw = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        growing = GrowingText(tokenizer)
+        for token in torch.randint(1, 259, (20,), generator=generator).tolist():
+            growing.add(token)
+        growing.add(257)
+        assert growing.text.endswith("a")
+
+
+def test_a_thread_that_comes_back_takes_its_new_configuration(llama):
+    from transformers import GenerationConfig
+
+    with apr.Session(llama, max_tokens=4096) as s:
+        kids = ragged(s)
+        run = apr.stream(s, kids, **{**SAMPLED, "temperature": 8.0})
+        next(iter(run))
+        run.remove(kids[3])
+        run.add(kids[3], GenerationConfig(do_sample=False, eos_token_id=[]))
+        for _ in range(4):
+            step = next(iter(run))
+            assert step.tokens[kids[3]] == int(step.logits[3].argmax())
+        assert kids[3].draws == 1
+
+
+def test_a_run_keeps_no_thread(llama):
+    with apr.Session(llama, max_tokens=4096) as s:
+        kids = s.thread(PROMPT).fork(2)
+        with apr.stream(s, kids, repetition_penalty=1.1, **SAMPLED) as run:
+            step = next(iter(run))
+        del kids, step
+        assert s.stats.threads == 0 and s.stats.used_pages == 0
+
+
+def test_a_steps_logits_are_the_callers_own(llama):
+    with apr.Session(llama, max_tokens=4096) as s:
+        root = s.thread(PROMPT)
+        s.step([root])
+        step = next(iter(apr.stream(s, [root.fork()[0]], **SAMPLED)))
+        before = root.logits
+        step.logits.zero_()
+        assert root.logits.equal(before)
+
+
+def test_a_stop_rule_that_releases_a_thread_leaves_the_others_as_they_were(llama):
+    with apr.Session(llama, max_tokens=4096) as s:
+        a, b = s.thread(PROMPT).fork(2)
+        seen = []
+
+        def stop(tokens):
+            seen.append(list(tokens))
+            if b.alive:
+                b.release()
+            return False
+
+        run = apr.stream(s, [a, b], stop=stop, **SAMPLED)
+        with pytest.raises(apr.ThreadReleased):
+            next(iter(run))
+        assert a.own_tokens == [] and a.draws == 0
+        run.remove(b)
+        next(iter(run))
+        assert seen[-1] == a.own_tokens and a.draws == 1
+
+
+def test_what_a_criterion_keeps_does_not_change(llama):
+    kept = []
+
+    def note(ids, scores):
+        kept.append((ids, ids.clone()))
+        return False
+
+    with apr.Session(llama, max_tokens=4096) as s:
+        kids = ragged(s)
+        run = apr.stream(s, kids, stopping_criteria=[note], **SAMPLED)
+        next(iter(run))
+        kids[0].trim(4)
+        kids[0].extend([1, 2, 3])
+        next(iter(run))
+        assert kept[-4][0][0].tolist() == kids[0].tokens
+        assert all(ids.equal(then) for ids, then in kept)
+
+
+def test_warpers_that_the_sampler_has_not_run_once_a_step(llama, monkeypatch):
+    from transformers import TypicalLogitsWarper
+
+    rows = []
+    stock = TypicalLogitsWarper.__call__
+
+    def counted(self, ids, scores):
+        rows.append(len(scores))
+        return stock(self, ids, scores)
+
+    monkeypatch.setattr(TypicalLogitsWarper, "__call__", counted)
+    with apr.Session(llama, max_tokens=4096) as s:
+        apr.decode(s, ragged(s), typical_p=0.5, max_new_tokens=3, **SAMPLED)
+    assert rows == [4] * 3
+
+
+def test_infinite_logits_that_a_processor_repairs(llama):
+    def spoil(module, args, out):
+        out[..., 7] = torch.inf
+
+    hook = llama.lm_head.register_forward_hook(spoil)
+    try:
+        with apr.Session(llama, max_tokens=4096) as s:
+            out = apr.decode(
+                s, ragged(s), remove_invalid_values=True, max_new_tokens=2, do_sample=False
+            )
+            assert all(item.tokens == [7, 7] for item in out)
+    finally:
+        hook.remove()

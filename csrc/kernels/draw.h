@@ -74,8 +74,8 @@ APR_HOST_DEVICE inline int64_t part_of_sum(uint64_t fraction, int64_t sum) {
 
 // What top-p leaves of weights that sum to `all`: tokens are taken from the likeliest on until they
 // reach this. transformers drops from the other end what sums to 1 - p at most.
-APR_HOST_DEVICE inline int64_t mass_kept(float tail, int64_t all) {
-  const auto dropped = static_cast<int64_t>(static_cast<double>(tail) * static_cast<double>(all));
+APR_HOST_DEVICE inline int64_t mass_kept(double tail, int64_t all) {
+  const auto dropped = static_cast<int64_t>(tail * static_cast<double>(all));
   return all - (dropped < all ? dropped : all - 1);
 }
 

@@ -83,11 +83,11 @@ struct AttentionCall {
   int threads;
 };
 
-// How a token of one row is drawn; Python has it as a record (ops/sampling.py).
+// How a token of one row is drawn; Python has it as a record (ops/draws.py).
 struct RowDraw {
   uint64_t key, count;  // of the random number
+  double tail;          // 1 - top_p; 0: none
   float temperature;    // 0: the likeliest token
-  float tail;           // 1 - top_p; 0: none
   float min_p;          // 0: none
   int32_t top_k;        // 0: none
 };

@@ -95,7 +95,8 @@ struct Score {
 // scores.h says what each does.
 struct ScorePasses {
   float (*highest)(const ScoreRow& row, float* groups);
-  int64_t (*find_score)(const ScoreRow& row, float score, int64_t last_of);
+  int64_t (*first)(const ScoreRow& row, float score);
+  int64_t (*nth_last)(const ScoreRow& row, float score, int64_t n);
   int64_t (*weigh_all)(const ScoreRow& row, double& moment);
   void (*weigh)(const ScoreRow& row, const Kept& kept, int64_t* blocks);
   int64_t (*find_weight)(const ScoreRow& row, const Kept& kept, int64_t block, int64_t target);

@@ -76,7 +76,7 @@ class Row {
   }
 
   bool can_be_drawn_from() const { return std::isfinite(row_.top); }
-  int64_t likeliest() const { return passes_.find_score(row_, highest_, 0); }
+  int64_t likeliest() const { return passes_.first(row_, highest_); }
 
   // The same for all scores, where the temperature is 1; no token can be drawn after it.
   void weigh_plain() { sum_ = passes_.weigh_all(row_, moment_); }
@@ -114,14 +114,14 @@ class Row {
       kept = {false, prefix.least, 0, how.min_p};
       mass = prefix.mass;
     }
-    if (how.tail > 0.f) {
+    if (how.tail > 0.) {
       if (kept.least == -INFINITY) {
         mass = weigh(kEverything);
         bin_from(least_of_mass(how.tail));
       }
       const Prefix prefix = prefix_of(mass_kept(how.tail, mass), true);
       kept = {false, prefix.least, 0, how.min_p};
-      kept.first_tie = static_cast<int32_t>(passes_.find_score(row_, prefix.least, prefix.ties));
+      kept.first_tie = static_cast<int32_t>(passes_.nth_last(row_, prefix.least, prefix.ties));
     }
     return kept;
   }
@@ -135,7 +135,7 @@ class Row {
   }
   // The same of what top-p leaves: all tokens that have less than an equal share of the tail are
   // less than the tail together. (One below it: the logarithm is rounded.)
-  float least_of_mass(float tail) const {
+  float least_of_mass(double tail) const {
     const double shares = sum_ / kWholeWeight;
     return row_.top + static_cast<float>(std::log(tail * shares / row_.count)) - 1.f;
   }
@@ -149,7 +149,7 @@ class Row {
   Prefix prefix_of(int64_t need, bool by_mass) const {
     Prefix before;
     int32_t at = 0;
-    for (;; ++at) {
+    for (; at + 1 < kScoreBins; ++at) {
       const int64_t size = by_mass ? bins_[at].mass : bins_[at].count;
       if (size >= need) break;
       need -= size;

@@ -97,21 +97,23 @@ float highest_score(const ScoreRow& row, float* groups) {
   return any(odd != odd) ? __builtin_nanf("") : highest(all);
 }
 
-// The place of the first score that is `score`, or, with last_of > 0, of the last_of-th of those
-// that are `score` under the temperature, from the end.
+// The place of the first score that is `score`.
 template <class T>
-int64_t find_score(const ScoreRow& row, float score, int64_t last_of) {
-  if (last_of == 0) {
-    for (int64_t i = 0; i < row.count; i += kWidth) {
-      const uint32_t same = bits_of(scores_at<T>(row, i) == score);
-      if (same != 0) return i + __builtin_ctz(same);
-    }
-    return -1;
+int64_t first_score(const ScoreRow& row, float score) {
+  for (int64_t i = 0; i < row.count; i += kWidth) {
+    const uint32_t same = bits_of(scores_at<T>(row, i) == score);
+    if (same != 0) return i + __builtin_ctz(same);
   }
+  return -1;
+}
+
+// The place of the n-th last of those that are `score` under the temperature.
+template <class T>
+int64_t nth_last_score(const ScoreRow& row, float score, int64_t n) {
   for (int64_t i = (row.count - 1) / kWidth * kWidth; i >= 0; i -= kWidth) {
     const uint32_t same = bits_of(scaled_at<T>(row, i) == score);
     for (int j = kWidth - 1; same != 0 && j >= 0; --j)
-      if ((same >> j & 1) != 0 && --last_of == 0) return i + j;
+      if ((same >> j & 1) != 0 && --n == 0) return i + j;
   }
   return -1;
 }
@@ -218,8 +220,8 @@ void collect_scores(const ScoreRow& row, float floor, int32_t bin, Score* to) {
 
 template <class T>
 constexpr ScorePasses score_passes() {
-  return {highest_score<T>, find_score<T>, weigh_all_scores<T>, weigh_scores<T>,
-          find_weight<T>,   bin_scores<T>, collect_scores<T>};
+  return {highest_score<T>, first_score<T>, nth_last_score<T>, weigh_all_scores<T>,
+          weigh_scores<T>,  find_weight<T>, bin_scores<T>,     collect_scores<T>};
 }
 
 }  // namespace

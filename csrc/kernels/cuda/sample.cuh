@@ -189,24 +189,21 @@ class ScoreRow {
 
 // What top-k, top-p and min-p leave of a row, in transformers' order; `draw` takes a token of it.
 APR_DEVICE int draw(const ScoreRow& row, const RowDraw& how, int vocab, float& logprob) {
-  uint32_t least = 0;
+  ScoreRow::Prefix prefix{};
+  if (how.top_k > 0 && how.top_k < vocab) {
+    prefix = row.shortest_prefix(how.top_k, false);
+  } else if (how.tail > 0.) {
+    for (int i = thread_index(); i < vocab; i += kSampleThreads) {
+      prefix.mass += weight_of(row.share(row.scaled(i)));
+    }
+    prefix.mass = ScoreRow::reduce(prefix.mass, [](int64_t a, int64_t b) { return a + b; });
+  }
+  if (how.tail > 0.) prefix = row.shortest_prefix(mass_kept(how.tail, prefix.mass), true);
+  const uint32_t least = prefix.least;
   int first_tie = 0;
-  const auto weight = [&](int i) { return weight_of(row.share(row.scaled(i))); };
-  if (how.top_k > 0 || how.tail > 0.f) {
-    const bool counts = how.top_k > 0 && how.top_k < vocab;
-    ScoreRow::Prefix prefix{};
-    if (counts) {
-      prefix = row.shortest_prefix(how.top_k, false);
-    } else if (how.tail > 0.f) {
-      for (int i = thread_index(); i < vocab; i += kSampleThreads) prefix.mass += weight(i);
-      prefix.mass = ScoreRow::reduce(prefix.mass, [](int64_t a, int64_t b) { return a + b; });
-    }
-    if (how.tail > 0.f) prefix = row.shortest_prefix(mass_kept(how.tail, prefix.mass), true);
-    least = prefix.least;
-    if (prefix.taken < prefix.ties) {
-      first_tie = row.find([&](int i) { return int64_t{order_of(row.scaled(i)) == prefix.least}; },
-                           [&](int64_t) { return prefix.ties - prefix.taken; });
-    }
+  if (prefix.taken < prefix.ties) {
+    first_tie = row.find([&](int i) { return int64_t{order_of(row.scaled(i)) == least}; },
+                         [&](int64_t) { return prefix.ties - prefix.taken; });
   }
   int64_t sum = 0;
   const int token = row.find(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import adaptive, gpu, harness, kernels, loop, methods, scaling, sessions
+from apr.bench import adaptive, gpu, harness, kernels, loop, methods, sampling, scaling, sessions
 from apr.errors import InvalidInput
 
 BENCHES = {
@@ -16,6 +16,7 @@ BENCHES = {
     "plan": sessions.bench_plan,
     "threads": sessions.bench_threads,
     "pages": sessions.bench_pages,
+    "sampling": sampling.bench_sampling,
     "loop": loop.bench_loop,
     "scaling": scaling.bench_scaling,
     "width": kernels.bench_width,

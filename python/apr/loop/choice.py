@@ -4,8 +4,9 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Chooser:
 
     def __init__(self, history: History) -> None:
         self._history = history
-        self._threads: list[Thread] = []  # that `_draws` is for
+        self._rules: list[Rules] = []  # that `_draws` is for
         self._draws = ops.Draws(0)
 
     def choose(self, rules: Mapping[Thread, Rules], logits: Tensor, step: int) -> Choice:
@@ -40,27 +41,29 @@ class Chooser:
         It waits for a GPU once. Raises NonFiniteLogits or InvalidInput where a thread has nothing
         to choose from.
         """
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         scores = self._processed(rules, logits)
         sampled = ops.sample(scores, self._draws_of(rules), logits=logits).cpu()
         tokens: list[int] = sampled.tokens.tolist()
-        if min(tokens) < 0 or bool(sampled.logprobs.isnan().any()):
-            raise _why(list(rules), logits, scores, sampled, step)
+        odd = (sampled.tokens < 0) | sampled.logprobs.isnan()
+        if bool(odd.any()):
+            _check(list(rules), logits, scores, tokens, odd, step)
         return Choice(tokens, sampled, logits, scores)
 
     def _draws_of(self, rules: Mapping[Thread, Rules]) -> ops.Draws:
-        threads = list(rules)
-        if threads != self._threads:
-            every = [one.draw or {} for one in rules.values()]
+        every = list(rules.values())
+        if every != self._rules:
+            how = [one.draw or {} for one in every]
             self._draws = ops.Draws(
-                len(threads),
-                temperature=[one.get("temperature", 1.0) for one in every],
-                top_k=[int(one.get("top_k", 0)) for one in every],
-                top_p=[one.get("top_p", 1.0) for one in every],
-                min_p=[one.get("min_p", 0.0) for one in every],
-                key=[thread.key for thread in threads],
+                len(every),
+                temperature=[one.get("temperature", 1.0) for one in how],
+                top_k=[int(one.get("top_k", 0)) for one in how],
+                top_p=[one.get("top_p", 1.0) for one in how],
+                min_p=[one.get("min_p", 0.0) for one in how],
+                key=[thread.key for thread in rules],
             )
-            self._threads = threads
-        self._draws.table["count"] = [thread.draws for thread in threads]
+            self._rules = every
+        self._draws.table["count"] = [thread.draws for thread in rules]
         return self._draws
 
     def _processed(self, rules: Mapping[Thread, Rules], logits: Tensor) -> Tensor:
@@ -69,57 +72,75 @@ class Chooser:
             return logits
         self._history.catch_up()
         scores = logits.to(torch.float32, copy=True)
-        threads = list(rules)
-        for rows in self._alike(rules):
+        threads, every = list(rules), list(rules.values())
+        lengths = [self._history.length(t) if r.shared else 0 for t, r in rules.items()]
+        for rows in _alike(
+            [(id(r.shared), n) if r.shared else None for r, n in zip(every, lengths, strict=True)]
+        ):
             ids = self._history.ids([threads[row] for row in rows])
-            everyone = len(rows) == len(threads)
-            part = scores if everyone else scores[rows]
-            for processor in rules[threads[rows[0]]].shared:
-                part = processor(ids, part)
-            if everyone:
-                scores = part
-            else:
-                scores[rows] = part
+            scores = _apply(every[rows[0]].shared, ids, scores, rows)
         for row, (thread, one) in enumerate(rules.items()):
-            for processor in one.own:
-                ids = self._history.ids([thread])
-                scores[row : row + 1] = processor(ids, scores[row : row + 1])
-            if one.draw is None:
-                scores[row : row + 1] = one.warpers(None, scores[row : row + 1])
+            if one.own:  # they may keep what they are given, or write into it
+                ids = self._history.ids([thread]).clone()
+                scores = _apply(one.own, ids, scores, [row])
+        for rows in _alike([id(r.warpers) if r.draw is None else None for r in every]):
+            scores = _apply(every[rows[0]].warpers, None, scores, rows)
         return scores
 
-    def _alike(self, rules: Mapping[Thread, Rules]) -> Iterator[list[int]]:
-        """Rows of threads of one length that share processors."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, (thread, one) in enumerate(rules.items()):
-            if one.shared:
-                key = (id(one.shared), self._history.length(thread))
-                groups.setdefault(key, []).append(row)
-        yield from groups.values()
+
+def _alike(keys: Sequence[Hashable]) -> Iterator[list[int]]:
+    """The rows of each key; those of None are left out."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(row)
+    yield from groups.values()
 
 
-def _why(
-    threads: list[Thread], logits: Tensor, scores: Tensor, sampled: ops.Sampled, step: int
-) -> InvalidInput | NonFiniteLogits:
-    """What is wrong with the first row that has nothing to choose from."""
-    row = int(((sampled.tokens < 0) | sampled.logprobs.isnan()).int().argmax())
-    where = f"{threads[row]!r}, step {step} of this run"
-    given, best = float(logits[row].amax()), float(scores[row].amax())
-    if given != given or given in (float("inf"), float("-inf")):
-        return NonFiniteLogits(
-            f"{where}: the model's logits hold {given}; the step was taken back. Check the model's "
-            "dtype and weights (float16 overflows where bfloat16 does not)"
+def _apply(
+    processors: Iterable[Any], ids: Tensor | None, scores: Tensor, rows: list[int]
+) -> Tensor:
+    """The scores with some rows of them processed."""
+    part = scores if len(rows) == len(scores) else scores[rows]
+    for processor in processors:
+        part = processor(ids, part)
+    if len(rows) == len(scores):
+        return part
+    scores[rows] = part
+    return scores
+
+
+def _check(
+    threads: list[Thread],
+    logits: Tensor,
+    scores: Tensor,
+    tokens: list[int],
+    odd: Tensor,
+    step: int,
+) -> None:
+    """Raise for the first of the `odd` rows that has nothing to choose from, or NaN in its logits.
+
+    (Infinite logits that a processor repaired have a token, and no log-probability.)
+    """
+    for row in odd.nonzero()[:, 0].tolist():
+        where = f"{threads[row]!r}, step {step} of this run"
+        given, best = float(logits[row].amax()), float(scores[row].amax())
+        if math.isnan(given) or (tokens[row] < 0 and math.isinf(given) and math.isinf(best)):
+            raise NonFiniteLogits(
+                f"{where}: the model's logits hold {given}; the step was taken back. Check the "
+                "model's dtype and weights (float16 overflows where bfloat16 does not)"
+            )
+        if tokens[row] >= 0:
+            continue
+        if best == -math.inf:
+            raise InvalidInput(
+                f"{where}: no token is left, all scores are -inf; the logits processors (a "
+                "grammar, bad words, suppressed tokens) forbid everything: let them allow an end "
+                "token"
+            )
+        if math.isfinite(best):
+            raise InvalidInput(f"{where}: the temperature makes scores infinite; raise it")
+        raise NonFiniteLogits(
+            f"{where}: a logits processor made scores of {best}; expected numbers, or -inf for "
+            "what is forbidden"
         )
-    if best == float("-inf"):
-        return InvalidInput(
-            f"{where}: no token is left, all scores are -inf; the logits processors (a grammar, "
-            "bad words, suppressed tokens) forbid everything: let them allow an end token"
-        )
-    if best - best == 0:
-        return InvalidInput(
-            f"{where}: the temperature makes scores infinite; expected a higher one"
-        )
-    return NonFiniteLogits(
-        f"{where}: a logits processor made scores of {best}; expected numbers, or -inf for what is "
-        "forbidden"
-    )

@@ -13,20 +13,19 @@ from apr.threads.thread import Thread
 
 @dataclass
 class _Line:
-    """One thread's row: what it saw when it entered, then its own tokens since."""
+    """One thread's row."""
 
     row: int
-    seen: int  # tokens that it saw, the own ones included
-    own_before: int  # own tokens of these
     length: int
-    own: int  # own tokens that are in the row
+    own: int  # the thread's own tokens that are in it, or were before it began
     rewrites: int
 
 
 class History:
     """Rows of token ids: what a thread saw when it entered a run, and its own tokens since.
 
-    What others write into a region that it sees stays out: it would come between.
+    What others write into a region that it sees stays out: it would come between. After a trim the
+    row begins anew with what the thread sees then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,12 +35,17 @@ class History:
 
     def enter(self, thread: Thread) -> None:
         """Keep a row for a thread, from what it sees now."""
-        tokens, own = thread.tokens, thread.table.ask().own_length(thread._id)
-        row = self._free.pop() if self._free else len(self._lines)
-        self._make_room(row + 1, len(tokens) + 1)
-        line = _Line(row, len(tokens), own, len(tokens), own, thread.rewrites)
+        row = self._free[-1] if self._free else len(self._lines)
+        line = self._write(thread, row)
+        if self._free:
+            self._free.pop()
         self._lines[thread] = line
+
+    def _write(self, thread: Thread, row: int) -> _Line:
+        tokens, own = thread.tokens, thread.table.ask().own_length(thread._id)
+        self._make_room(row + 1, len(tokens) + 1)
         self._ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        return _Line(row, len(tokens), own, thread.rewrites)
 
     def leave(self, thread: Thread) -> None:
         """Give its row back, if it has one."""
@@ -56,21 +60,22 @@ class History:
 
     def catch_up(self) -> None:
         """Take in what the threads wrote since."""
-        rows: list[int] = []
-        places: list[int] = []
-        tokens: list[int] = []
+        news: list[tuple[_Line, list[int]]] = []
         for thread, line in self._lines.items():
             if line.rewrites != thread.rewrites:
-                line.rewrites, line.own, line.length = thread.rewrites, line.own_before, line.seen
+                line = self._lines[thread] = self._write(thread, line.row)
             new = thread.table.ask().own_tokens(thread._id, line.own)
-            rows += [line.row] * len(new)
-            places += range(line.length, line.length + len(new))
-            tokens += new
-            line.own += len(new)
-            line.length += len(new)
-        if tokens:
-            self._make_room(0, max(places) + 2)
-            self._ids[rows, places] = torch.tensor(tokens, device=self._ids.device)
+            if new:
+                news.append((line, new))
+        if not news:
+            return
+        self._make_room(0, max(line.length + len(new) for line, new in news) + 1)
+        rows = [line.row for line, new in news for _ in new]
+        places = [line.length + i for line, new in news for i in range(len(new))]
+        tokens = [token for _, new in news for token in new]
+        self._ids[rows, places] = torch.tensor(tokens, device=self._ids.device)
+        for line, new in news:
+            line.length, line.own = line.length + len(new), line.own + len(new)
 
     def length(self, thread: Thread) -> int:
         """Tokens of its row."""
@@ -85,10 +90,10 @@ class History:
         return self._ids[rows, :length]
 
     def ids_with(self, thread: Thread, token: int) -> Tensor:
-        """[1, length + 1]: with a token that it is about to write."""
+        """[1, length + 1], a copy: with a token that it is about to write."""
         line = self._lines[thread]
         self._ids[line.row, line.length] = token
-        return self._ids[line.row : line.row + 1, : line.length + 1]
+        return self._ids[line.row : line.row + 1, : line.length + 1].clone()
 
     def _make_room(self, rows: int, length: int) -> None:
         have_rows, have_length = self._ids.shape

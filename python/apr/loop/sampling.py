@@ -230,7 +230,7 @@ def new_token_limit(config: GenerationConfig, prompt: int) -> int:
     return DEFAULT_NEW_TOKENS
 
 
-@dataclass
+@dataclass(eq=False)
 class Rules:
     """How one thread is sampled and when it stops."""
 

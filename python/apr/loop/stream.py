@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
@@ -43,7 +44,8 @@ class StreamStep:
     @property
     def logits(self) -> Tensor | None:
         """float32 [threads, vocab], before any processor; rows in the order of `tokens`."""
-        return None if self.choice is None else self.choice.logits.float()
+        choice = self.choice
+        return None if choice is None else choice.logits.to(torch.float32, copy=True)
 
     @property
     def entropies(self) -> dict[Thread, float]:
@@ -74,8 +76,9 @@ class Stream:
         self._steps = 0
         self._rules: dict[Thread, Rules] = {}
         # Made once for each configuration, and for each length of a prompt.
-        self._warpers: dict[int, Any] = {}
-        self._shared: dict[tuple[int, int], list[LogitsProcessor]] = {}
+        self._key = str(config.to_dict())
+        self._warpers: dict[str, Any] = {}
+        self._shared: dict[tuple[str, int], list[LogitsProcessor]] = {}
         self._history = History(session.spec.device)
         self._chooser = Chooser(self._history)
 
@@ -114,22 +117,24 @@ class Stream:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
         config = self.config if config is None else resolve(self.session.model, config, {})
         device, prompt = self.session.spec.device, len(thread) - len(written)
-        if id(config) not in self._warpers:
-            self._warpers[id(config)] = (config, row_warpers(config, device), draw_options(config))
-        if (id(config), prompt) not in self._shared:
-            self._shared[id(config), prompt] = history_processors(config, prompt, device)
+        key = self._key if config is self.config else str(config.to_dict())
+        if key not in self._warpers:
+            self._warpers[key] = (row_warpers(config, device), draw_options(config))
+        if (key, prompt) not in self._shared:
+            self._shared[key, prompt] = history_processors(config, prompt, device)
+        warpers, draw = self._warpers[key]
         rules = make_rules(
             config,
             prompt,
             device,
-            warpers=self._warpers[id(config)][1],
-            shared=self._shared[id(config), prompt],
+            warpers=warpers,
+            shared=self._shared[key, prompt],
             tokenizer=self.tokenizer,
             stop=stop,
             logits_processor=[*self._processors.of(thread), *logits_processor],
             stopping_criteria=[*self._criteria, *stopping_criteria],
         )
-        rules.tokens, rules.draw = list(written), self._warpers[id(config)][2]
+        rules.tokens, rules.draw = list(written), draw
         if rules.reads_history:
             self._history.enter(thread)
         self._rules[thread] = rules
@@ -153,18 +158,16 @@ class Stream:
         choice = self.session.advance(
             threads, lambda logits: self._chooser.choose(self._rules, logits, self._steps + 1)
         )
-        tokens, finished = choice.tokens, self._finish(choice)
-        self._steps += 1
-        self.session.table.append(threads, tokens)
-        for thread, rules in self._rules.items():
-            thread.draws += rules.config.do_sample
+        tokens, finished = choice.tokens, self._take(threads, choice)
         for thread in finished:
             self._end(thread)
         logprobs = dict(zip(threads, choice.sampled.logprobs.tolist(), strict=True))
         return StreamStep(dict(zip(threads, tokens, strict=True)), logprobs, finished, choice)
 
-    def _finish(self, choice: Choice) -> dict[Thread, str]:
-        """The threads that end with their tokens; any exception leaves the rules as before."""
+    def _take(self, threads: list[Thread], choice: Choice) -> dict[Thread, str]:
+        """Give every thread its token; those that end with it, and why. Any exception leaves rules
+        and threads as before.
+        """
         if any(rules.criteria for rules in self._rules.values()):
             self._history.catch_up()
         finished: dict[Thread, str] = {}
@@ -182,10 +185,14 @@ class Stream:
                 reason = rules.finish_reason(choice.tokens[row], *reads)
                 if reason is not None:
                     finished[thread] = reason
+            self.session.table.append(threads, choice.tokens)
         except BaseException:
             for rules in noted:
                 rules.tokens.pop()
             raise
+        self._steps += 1
+        for thread, rules in self._rules.items():
+            thread.draws += rules.config.do_sample
         return finished
 
 

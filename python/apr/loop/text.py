@@ -45,4 +45,8 @@ class GrowingText:
             self._tokens.append(token)
             self.text = written_text(self._tokenizer, self._tokens, "", self._skips)
         else:
-            self.text += self._stream.step(self._fast, token) or ""
+            try:
+                self.text += self._stream.step(self._fast, token) or ""
+            except Exception:  # tokenizers gives up where bytes make no text; it can begin anew
+                self._stream = DecodeStream(skip_special_tokens=self._skips)
+                self.text += self._stream.step(self._fast, token) or ""

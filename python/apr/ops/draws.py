@@ -21,11 +21,12 @@ _RECORD = np.dtype(
     [
         ("key", "u8"),
         ("count", "u8"),
+        ("tail", "f8"),
         ("temperature", "f4"),
-        ("tail", "f4"),
         ("min_p", "f4"),
         ("top_k", "i4"),
-    ]
+    ],
+    align=True,
 )
 assert _RECORD.itemsize == _core.row_draw_bytes()
 
@@ -38,7 +39,8 @@ class Draws:
     temperature: 0 takes the likeliest token, of equals the first. top_k: 0 for none. top_p: 1 for
     none. min_p: 0 for none, else the least probability relative to the likeliest token's. What is
     left is what transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and
-    MinPLogitsWarper leave, in this order; of tokens that are equal where top-p cuts, the last ones.
+    MinPLogitsWarper leave, in this order, but for the rounding of their float32 sums at a border;
+    of tokens that are equal where top-p cuts, the last ones.
     key, count: the random number is a function of both (0 to 2^64 - 1) and of nothing else.
     """
 
@@ -57,9 +59,15 @@ class Draws:
         with np.errstate(under="ignore", over="ignore"):
             given = _column("temperature", temperature, rows, 0.0, None)
             self.table["temperature"] = given
-            if not ((self.table["temperature"] > 0) == (given > 0)).all():
-                raise InvalidInput("temperature: got a number that float32 takes for 0; expected 0")
-            self.table["tail"] = 1.0 - _column("top_p", top_p, rows, 0.0, 1.0)
+            taken = self.table["temperature"]
+            if not (((taken > 0) == (given > 0)) & np.isfinite(taken)).all():
+                raise InvalidInput(
+                    f"temperature: got {given[given > 0].max()}; expected 0, or a number that "
+                    "float32 can hold"
+                )
+            share = _column("top_p", top_p, rows, 0.0, 1.0)
+            # 1 - 0.8 is a little less than 0.2: a fifth of the mass would not fit into it.
+            self.table["tail"] = np.where(share < 1.0, 1.0 - share + 2.0**-50, 0.0)
         self.table["min_p"] = _column("min_p", min_p, rows, 0.0, 1.0)
         self.table["top_k"] = _integers("top_k", top_k, rows, (1 << 31) - 1)
         self.table["key"] = _integers("key", key, rows, (1 << 64) - 1)

@@ -151,7 +151,7 @@ class Thread:
         self.is_line = True
         self._forks = 0
         self.draws = 0  # tokens that were drawn for it at random
-        self.rewrites = 0  # edits that may have changed tokens that it had
+        self.rewrites = 0  # trims: edits that take tokens away
         self._key: int | None = None
 
     def __del__(self) -> None:
@@ -222,7 +222,6 @@ class Thread:
         table.join(self._id, numbers, JOIN_POSITIONS[positions], reencode)
         if numbers:
             self.table.logits.drop([self._id])
-            self.rewrites += 1
             self.is_line = self.is_line and reencode
             self.table.trace.join(self._id, numbers, sizes, positions, reencode, began)
 

@@ -24,7 +24,8 @@ class Stats:
     copied_tokens: int = 0  # short inherited tails, copied so that views stay short
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
-    choice_seconds: float = 0.0  # processors and sampling, of `decode` and its like
+    # Processors and sampling of `decode` and its like; on a GPU also the wait for the forward.
+    choice_seconds: float = 0.0
     threads: int = 0
     used_pages: int = 0
     peak_pages: int = 0
