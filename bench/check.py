@@ -58,7 +58,9 @@ def loop() -> dict[str, Callable[[], Any]]:
         session = apr.Session(model, max_tokens=1 << 17, self_test=False)
         kids = session.thread([1] * 512).fork(count)
         fill(session, kids)
-        run = iter(apr.stream(session, kids, do_sample=True, max_new_tokens=1 << 10))
+        run = iter(
+            apr.stream(session, kids, do_sample=True, max_new_tokens=1 << 10, eos_token_id=[])
+        )
         return lambda: next(run)
 
     return {"apr": steps(64), "other": steps(1)}

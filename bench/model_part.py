@@ -36,8 +36,8 @@ def quantized(name: str) -> Callable[[Any], Any]:
 
 def compiled(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def make(model: Any) -> Any:
-        torch._inductor.config.freezing = True
-        return torch.compile(before(model), dynamic=True)
+        torch._inductor.config.freezing = True  # weights are packed once, as the library reads them
+        return torch.compile(before(model))
 
     return make
 

@@ -516,6 +516,22 @@ def test_compiled_models(how):
     assert torch.equal(generated(compiled), text)
 
 
+@pytest.mark.parametrize("how", ["forward", "method", "module", "base"])
+def test_a_compiled_model_runs_compiled_in_a_session(how):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = compile_(build("llama"), how, backend=backend)
+    with apr.Session(compiled, max_tokens=512, self_test=False) as s:
+        before = len(graphs)
+        s.step([s.thread(PROMPT)])
+        assert len(graphs) == before + 1
+
+
 def compile_(model, how, **options):
     options = {"backend": "eager", **options}
     if how == "forward":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import apr
 from apr.bench.harness import Figure
@@ -17,7 +18,8 @@ def _host(session: apr.Session, threads: list[apr.Thread], name: str, **facts: i
     out.
     """
     times: list[float] = []
-    with apr.stream(session, threads, do_sample=True, max_new_tokens=STEPS, top_p=0.9) as run:
+    options: dict[str, Any] = dict(do_sample=True, max_new_tokens=STEPS, top_p=0.9, eos_token_id=[])
+    with apr.stream(session, threads, **options) as run:
         spent = session.stats.forward_seconds
         clock = session.trace.clock
         began = clock()

@@ -30,6 +30,8 @@ class Attachment:
 
     def __init__(self, model: Any) -> None:
         self.model = unwrap(model)
+        # One that torch.compile wrapped runs compiled.
+        self._call = model if getattr(model, "_orig_mod", None) is self.model else self.model
         if self.model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
         if self.model.device.type != "meta":  # where offloaded weights rest
@@ -111,7 +113,7 @@ class Attachment:
     ) -> Tensor:
         try:
             with Running(packed, self.switch), torch.no_grad():
-                out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+                out = self._call(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         except IndexError as error:
             raise InvalidInput(
                 f"step: the model has no embedding for a token or position of this step (positions "
