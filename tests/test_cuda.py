@@ -135,6 +135,27 @@ def test_own_streams_and_devices():
     assert torch.equal(again.cpu(), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [4500, 151_937])
+def test_sampled_tokens_are_the_cpus(dtype, vocab):
+    """Tokens exactly; the logarithm may be another library's by a unit."""
+    generator = torch.Generator().manual_seed(0)
+    scores = (2 * torch.randn(12, vocab, generator=generator)).to(dtype)
+    scores[::3, ::7] = -torch.inf
+    draws = ops.Draws(
+        12,
+        temperature=[0.0, 0.5, 1.0, 1.3] * 3,
+        top_k=[0, 40, 3, 0, 5000, 7, 0, 0, 11, 2, 300, 0],
+        top_p=[1.0, 0.9, 0.3, 0.95, 1.0, 0.0, 0.6, 1.0, 0.7, 1.0, 0.99, 0.5],
+        min_p=[0.0, 0.1, 0.0, 0.02] * 3,
+        key=range(12),
+    )
+    want, got = ops.sample(scores, draws), ops.sample(scores.to(GPU), draws).cpu()
+    assert got.tokens.tolist() == want.tokens.tolist()
+    for name in ("logprobs", "drawn_logprobs", "entropies"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-6, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

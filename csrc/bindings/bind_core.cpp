@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-
 #include <memory>
 #include <optional>
 #include <tuple>
