@@ -48,8 +48,8 @@ def test_commands(command, tmp_path, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) == 18
-    assert sum(command in RUN_ELSEWHERE for command in COMMANDS) == 9
+    assert len(COMMANDS) == 21
+    assert sum(command in RUN_ELSEWHERE for command in COMMANDS) == 12
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
