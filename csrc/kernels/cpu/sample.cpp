@@ -78,9 +78,9 @@ class Row {
   bool can_be_drawn_from() const { return std::isfinite(row_.top); }
   int64_t likeliest() const { return passes_.first(row_, highest_); }
 
-  // The same for all scores, where the temperature is 1; no token can be drawn after it.
+  // All scores, where the temperature is 1: for log-probabilities and the entropy, not for a draw.
   void weigh_plain() { sum_ = passes_.weigh_all(row_, moment_); }
-  // The sum of the weights of what is kept.
+  // What is kept; returns the sum of its weights.
   int64_t weigh(const Kept& kept) {
     passes_.weigh(row_, kept, blocks_.data());
     sum_ = 0;
