@@ -11,7 +11,7 @@ import apr
 import models
 import scripted
 from apr import _core
-from kernel_cases import GPUS, SETS, emulate
+from kernel_cases import GPUS, SETS, force
 
 _TRAPS = pytest.StashKey[dict[int, list[str]]]()
 _BUILT: dict[str, object] = {}
@@ -51,10 +51,7 @@ def instruction_set(request):
     """The kernels that run, by the name that `_core` knows them by."""
     name = request.param
     try:
-        if name in GPUS:
-            emulate(GPUS[name])
-        else:
-            _core.force_instruction_set(name)
+        force(name)
     except ValueError:
         pytest.skip(f"{name} was not built or does not run on this machine")
     given = request.node.callspec.params

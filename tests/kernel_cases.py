@@ -54,6 +54,14 @@ def emulate(
     )
 
 
+def force(name: str) -> None:
+    """Force one of SETS; raises ValueError where it was not built or does not run here."""
+    if name in GPUS:
+        emulate(GPUS[name])
+    else:
+        _core.force_instruction_set(name)
+
+
 def make(dtype, kv_heads, head_dim, pages=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pool = ops.empty_pool(pages, kv_heads, head_dim, dtype)
@@ -132,10 +140,7 @@ def everywhere():
     try:
         for name in SETS:
             try:
-                if name in GPUS:
-                    emulate(GPUS[name])
-                else:
-                    _core.force_instruction_set(name)
+                force(name)
             except ValueError:
                 continue
             yield name
