@@ -45,6 +45,18 @@ def ragged(session):
     return kids
 
 
+def calls_of(monkeypatch, processor):
+    """A list that gets the number of rows of each call of a class of transformers."""
+    rows, stock = [], processor.__call__
+
+    def counted(self, ids, scores):
+        rows.append(len(scores))
+        return stock(self, ids, scores)
+
+    monkeypatch.setattr(processor, "__call__", counted)
+    return rows
+
+
 def test_processors_read_the_threads_own_tokens(llama):
     """Through trims, tokens that the user puts in, and a thread that leaves and comes back."""
     with apr.Session(llama, max_tokens=4096) as s:
@@ -69,14 +81,7 @@ def test_processors_read_the_threads_own_tokens(llama):
 
 
 def test_processors_of_a_configuration_are_called_for_all_threads_of_a_length(llama, monkeypatch):
-    rows = []
-    stock = RepetitionPenaltyLogitsProcessor.__call__
-
-    def counted(self, ids, scores):
-        rows.append(len(ids))
-        return stock(self, ids, scores)
-
-    monkeypatch.setattr(RepetitionPenaltyLogitsProcessor, "__call__", counted)
+    rows = calls_of(monkeypatch, RepetitionPenaltyLogitsProcessor)
     with apr.Session(llama, max_tokens=4096) as s:
         kids = ragged(s)
         apr.decode(s, kids, repetition_penalty=1.7, max_new_tokens=5, do_sample=False)
@@ -307,14 +312,7 @@ def test_what_a_criterion_keeps_does_not_change(llama):
 def test_warpers_that_the_sampler_has_not_run_once_a_step(llama, monkeypatch):
     from transformers import TypicalLogitsWarper
 
-    rows = []
-    stock = TypicalLogitsWarper.__call__
-
-    def counted(self, ids, scores):
-        rows.append(len(scores))
-        return stock(self, ids, scores)
-
-    monkeypatch.setattr(TypicalLogitsWarper, "__call__", counted)
+    rows = calls_of(monkeypatch, TypicalLogitsWarper)
     with apr.Session(llama, max_tokens=4096) as s:
         apr.decode(s, ragged(s), typical_p=0.5, max_new_tokens=3, **SAMPLED)
     assert rows == [4] * 3

@@ -187,7 +187,7 @@ class ScoreRow {
   uint32_t highest_;
 };
 
-// What top-k, top-p and min-p leave of a row, in transformers' order; `draw` takes a token of it.
+// A token of what top-k, top-p and min-p leave of a row, in transformers' order.
 APR_DEVICE int draw(const ScoreRow& row, const RowDraw& how, int vocab, float& logprob) {
   ScoreRow::Prefix prefix{};
   if (how.top_k > 0 && how.top_k < vocab) {

@@ -161,9 +161,7 @@ class StepGraph:
         return replay
 
     def run(self, ids: Tensor) -> Tensor:
-        """Logits [len(ids), vocab], of memory that the next run of any graph writes
-        over.
-        """
+        """Logits [len(ids), vocab], of memory that the next run of any graph writes over."""
         count = len(ids)
         self._host_ids[:count] = ids  # the last step's copy is over: its logits were waited for
         with gpu.on(self._device):
@@ -196,7 +194,7 @@ class StepGraphs:
         self,
         table: _core.ThreadTable,
         numbers: list[int],
-        before_commit: Callable[[Ran], None] | None = None,
+        before_commit: Callable[[Ran], None],
     ) -> Ran | None:
         """An ordinary step; None where it is none and has to be planned.
 
@@ -218,8 +216,7 @@ class StepGraphs:
             logits = graph.run(torch.from_numpy(self._views.ids)).clone()
             rows = {number: (logits, row) for row, number in enumerate(numbers)}
             ran = Ran(rows, num_rows=len(numbers), forwards=1)
-            if before_commit is not None:
-                before_commit(ran)
+            before_commit(ran)
             self._views.commit()
         except BaseException:
             self._views.forget(table)

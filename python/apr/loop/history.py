@@ -18,7 +18,7 @@ class _Line:
     row: int
     length: int
     own: int  # the thread's own tokens that are in it, or were before it began
-    rewrites: int
+    trims: int
 
 
 class History:
@@ -45,7 +45,7 @@ class History:
         tokens, own = thread.tokens, thread.table.ask().own_length(thread._id)
         self._make_room(row + 1, len(tokens) + 1)
         self._ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        return _Line(row, len(tokens), own, thread.rewrites)
+        return _Line(row, len(tokens), own, thread.trims)
 
     def leave(self, thread: Thread) -> None:
         """Give its row back, if it has one."""
@@ -62,7 +62,7 @@ class History:
         """Take in what the threads wrote since."""
         news: list[tuple[_Line, list[int]]] = []
         for thread, line in self._lines.items():
-            if line.rewrites != thread.rewrites:
+            if line.trims != thread.trims:
                 line = self._lines[thread] = self._write(thread, line.row)
             new = thread.table.ask().own_tokens(thread._id, line.own)
             if new:

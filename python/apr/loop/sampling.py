@@ -242,11 +242,11 @@ class Rules:
     ]  # of the configuration, as for other threads of this prompt length
     own: list[LogitsProcessor]  # that the user gave, for this thread
     warpers: LogitsProcessorList
+    draw: dict[str, float] | None  # the warpers as the sampler's options; None: it has not all
     criteria: StoppingCriteriaList
     deadline: float | None
     stop: Callable[[list[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)  # written so far
-    draw: dict[str, float] | None = None  # what of the warpers the sampler does; None: nothing
 
     @property
     def history(self) -> list[LogitsProcessor]:
@@ -278,10 +278,10 @@ class Rules:
             return "eos"
         if self.stop is not None and self.stop(self.tokens):
             return "stop"
-        if self.criteria and all_tokens is not None and scores is not None:
+        if self.criteria:
+            assert all_tokens is not None and scores is not None
             # transformers' list of criteria answers a tensor, a single one may answer a bool.
-            answers = torch.as_tensor(self.criteria(all_tokens(), scores()))
-            if bool(answers.any()):
+            if bool(torch.as_tensor(self.criteria(all_tokens(), scores())).any()):
                 return "stop"
         if len(self.tokens) >= self.limit:
             return "length"
@@ -332,6 +332,7 @@ def make_rules(
         shared=history_processors(config, prompt, device) if shared is None else shared,
         own=list(logits_processor),
         warpers=warpers if warpers is not None else row_warpers(config, device),
+        draw=draw_options(config),
         criteria=criteria,
         deadline=None if config.max_time is None else time.monotonic() + config.max_time,
         stop=stop if callable(stop) else None,

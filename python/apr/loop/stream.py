@@ -19,7 +19,6 @@ from apr.loop.history import History
 from apr.loop.processors import Processors
 from apr.loop.sampling import (
     Rules,
-    draw_options,
     history_processors,
     make_rules,
     resolve,
@@ -119,22 +118,21 @@ class Stream:
         device, prompt = self.session.spec.device, len(thread) - len(written)
         key = self._key if config is self.config else str(config.to_dict())
         if key not in self._warpers:
-            self._warpers[key] = (row_warpers(config, device), draw_options(config))
+            self._warpers[key] = row_warpers(config, device)
         if (key, prompt) not in self._shared:
             self._shared[key, prompt] = history_processors(config, prompt, device)
-        warpers, draw = self._warpers[key]
         rules = make_rules(
             config,
             prompt,
             device,
-            warpers=warpers,
+            warpers=self._warpers[key],
             shared=self._shared[key, prompt],
             tokenizer=self.tokenizer,
             stop=stop,
             logits_processor=[*self._processors.of(thread), *logits_processor],
             stopping_criteria=[*self._criteria, *stopping_criteria],
         )
-        rules.tokens, rules.draw = list(written), draw
+        rules.tokens = list(written)
         if rules.reads_history:
             self._history.enter(thread)
         self._rules[thread] = rules

@@ -151,7 +151,7 @@ class Thread:
         self.is_line = True
         self._forks = 0
         self.draws = 0  # tokens that were drawn for it at random
-        self.rewrites = 0  # trims: edits that take tokens away
+        self.trims = 0  # how often tokens were taken from it
         self._key: int | None = None
 
     def __del__(self) -> None:
@@ -231,7 +231,7 @@ class Thread:
         self.table.edit().trim(self._id, check_position("trim", n))
         if n != before:
             self.table.logits.drop([self._id])
-            self.rewrites += 1
+            self.trims += 1
 
     def release(self) -> None:
         """Give the thread's pages back, except what other views still list."""
