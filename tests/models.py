@@ -10,17 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BartConfig,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    JambaConfig,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -85,6 +92,58 @@ MORE: dict[str, Any] = {
     "gemma3": Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
 }
 CACHED = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "mixtral", "opt"]
+# Models that keep more than keys and values: gated delta rules, convolutions, a state space beside
+# attention in each layer, one behind which several tokens at once go wrong, one without attention;
+# attention code of their own, and positions that are counted and not given.
+STATES: dict[str, Any] = {
+    "qwen3_next": Qwen3NextConfig(
+        **COMMON,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2": Lfm2Config(**COMMON, layer_types=["conv", "full_attention"]),
+    "falcon_h1": FalconH1Config(
+        **COMMON,
+        head_dim=16,
+        mamba_d_ssm=128,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=16,
+    ),
+    "jamba": JambaConfig(
+        **COMMON,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "mamba": MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, vocab_size=VOCAB),
+    "gptj": GPTJConfig(
+        n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=512, vocab_size=VOCAB
+    ),
+    "bart": BartConfig(
+        d_model=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        max_position_embeddings=512,
+        vocab_size=VOCAB,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    ),
+}
 ROTARY = [name for name, family in FAMILIES.items() if family.theta is not None]
 LEARNED = [name for name, family in FAMILIES.items() if family.theta is None]
 
@@ -104,7 +163,8 @@ def random_weights(model: Any, seed: int = 1) -> Any:
 def build(name: str, seed: int = 1) -> Any:
     import copy
 
-    config = copy.deepcopy(MORE[name] if name in MORE else FAMILIES[name].config)
+    known = {**{n: family.config for n, family in FAMILIES.items()}, **MORE, **STATES}
+    config = copy.deepcopy(known[name])
     torch.manual_seed(seed)
     model = random_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
     if (

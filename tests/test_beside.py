@@ -581,8 +581,14 @@ def test_wrapped_models_are_unwrapped_and_others_refused():
     short = GPT2LMHeadModel(
         GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=64, vocab_size=VOCAB)
     )
-    with pytest.raises(apr.UnsupportedModel, match="positions up to 100"):
-        apr.Session(short.eval())
+    with apr.Session(short.eval(), max_tokens=256) as s:  # too short to be measured
+        assert "positions up to 100" in s.spec.states.reason
+        thread = s.thread([5] * 64)
+        s.step([thread])
+        thread.extend([5])
+        with pytest.raises(apr.InvalidInput, match="keep threads shorter"):
+            s.step([thread])
+        assert len(thread) == 65 and s.stats.rows == 64
 
 
 def test_a_second_attach_runs_no_forward():

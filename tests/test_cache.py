@@ -110,8 +110,9 @@ def test_what_is_refused_says_so(llama):
     ids = torch.tensor([tokens(11)])
     with pytest.raises(apr.InvalidInput, match="2-D padding mask"):
         llama(ids, attention_mask=torch.ones(1, 1, 11, 11).bool(), past_key_values=cache)
-    with pytest.raises(apr.InvalidInput, match="several positions"):
-        llama(ids, position_ids=torch.arange(11).expand(3, 1, 11), past_key_values=cache)
+    planes = torch.arange(11).repeat(3, 1, 1) * torch.tensor([1, 1, 2])[:, None, None]
+    with pytest.raises(apr.InvalidInput, match="several a token"):
+        llama(ids, position_ids=planes, past_key_values=cache)
     with pytest.raises(apr.InvalidInput, match=r"position_ids \[2, 11\]; expected \[3, 11\]"):
         two = torch.arange(11).repeat(2, 1)
         llama(ids.repeat(3, 1), position_ids=two, past_key_values=cache)

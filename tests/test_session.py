@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import apr
 import models
@@ -241,14 +241,12 @@ def test_seeds(llama):
 
 
 def test_models_that_are_refused():
-    small = dict(hidden_size=32, vocab_size=VOCAB)
-    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, **small)).eval()
-    mamba = MambaForCausalLM(
-        MambaConfig(num_hidden_layers=1, state_size=4, time_step_rank=4, **small)
-    ).eval()
-    for model in (bloom, mamba):
+    config = OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCAB)
+    without_cache = OpenAIGPTLMHeadModel(config).eval()
+    encoder = BertLMHeadModel(BertConfig(**models.COMMON)).eval()
+    for model, says in ((without_cache, "returns no cache"), (encoder, "what stands behind them")):
         former = model.config._attn_implementation
-        with pytest.raises(apr.UnsupportedModel, match="cannot be attached: "):
+        with pytest.raises(apr.UnsupportedModel, match=f"cannot be attached: .*{says}"):
             apr.Session(model)
         assert model.config._attn_implementation == former
     with pytest.raises(apr.InvalidInput, match="PreTrainedModel"):

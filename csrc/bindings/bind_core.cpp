@@ -49,11 +49,12 @@ py::array_t<T> array_of(const std::vector<T>& values) {
 }
 
 std::unique_ptr<Step> make_step(ThreadTable& table, const std::vector<ThreadId>& threads,
-                                const std::vector<bool>& has_logits, int64_t step_tokens) {
+                                const std::vector<bool>& has_logits, int64_t step_tokens,
+                                bool ragged) {
   std::vector<StepThread> requests;
   requests.reserve(threads.size());
   for (size_t i = 0; i < threads.size(); ++i) requests.push_back({threads[i], has_logits[i]});
-  return std::make_unique<Step>(table, requests, step_tokens);
+  return std::make_unique<Step>(table, requests, step_tokens, ragged);
 }
 
 void bind_plan(py::module_& module) {
@@ -170,6 +171,12 @@ void bind_table(py::module_& module) {
              return std::make_tuple(s.stored_tokens, s.seen_tokens, s.shared_pages,
                                     s.replicated_pages);
            })
+      .def("keep_states", &ThreadTable::keep_states, py::arg("checkpoint_tokens"),
+           py::arg("one_token"))
+      .def("nearest_state", &ThreadTable::nearest_state, py::arg("thread"), py::arg("length"))
+      .def("take_freed_states", [](ThreadTable& t) { return t.segments().states().take_freed(); })
+      .def_property_readonly("num_states",
+                             [](ThreadTable& t) { return t.segments().states().size(); })
       .def_property_readonly("num_threads", &ThreadTable::num_threads)
       .def_property_readonly("num_segments", [](ThreadTable& t) { return t.segments().size(); })
       .def_property_readonly("num_pages", [](ThreadTable& t) { return t.pool().num_pages(); })
@@ -202,13 +209,15 @@ void bind_core(py::module_& module) {
   bind_view_tables(module);
   py::class_<Step>(module, "Step", "One step as a transaction.")
       .def(py::init(&make_step), py::arg("table"), py::arg("threads"), py::arg("has_logits"),
-           py::arg("step_tokens"), py::keep_alive<1, 2>())
+           py::arg("step_tokens"), py::arg("ragged") = false, py::keep_alive<1, 2>())
       .def("next", &Step::next)
       .def("commit", &Step::commit)
       .def("rollback", &Step::rollback)
       .def_property_readonly("plan", &Step::plan, py::return_value_policy::reference_internal)
       .def_property_readonly("copied_tokens", &Step::copied_tokens)
-      .def_property_readonly("logits_rows", &Step::logits_rows);
+      .def_property_readonly("logits_rows", &Step::logits_rows)
+      .def_property_readonly("starts", &Step::starts)
+      .def_property_readonly("ends", &Step::ends);
 }
 
 }  // namespace apr::bindings

@@ -1,6 +1,7 @@
 // Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
 #include "core/segment_store.h"
 
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -51,6 +52,7 @@ bool SegmentStore::destroy(SegmentId id) {
     const Segment segment = std::move(at(current));
     segments_.erase(current);
     for (const PageId page : segment.pages) pool_.release(page);
+    states_.release_all(segment.states);
     for (const Entry& entry : segment.context) {
       if (entry.segment == current || !contains(entry.segment)) continue;
       Segment& held = at(entry.segment);
@@ -102,6 +104,13 @@ void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   while (segment.pages.size() > keep) {
     pool_.release(segment.pages.back());
     segment.pages.pop_back();
+  }
+}
+
+void SegmentStore::drop_states_after(Segment& segment, int64_t count) {
+  while (!segment.states.empty() && segment.states.rbegin()->first > count) {
+    states_.release(segment.states.rbegin()->second);
+    segment.states.erase(std::prev(segment.states.end()));
   }
 }
 

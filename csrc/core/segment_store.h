@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/layer_states.h"
 #include "core/page_pool.h"
 #include "core/types.h"
 
@@ -17,6 +18,7 @@ struct Segment {
   int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
   std::vector<PageId> pages;
+  SegmentStates states;  // of recurrent layers, where the model has some
   ThreadId writer = kNone;
   ThreadId origin = kNone;  // the last thread that wrote it
   bool sealed = false;
@@ -31,7 +33,8 @@ struct Segment {
   // Scratch of the step in progress, valid where `stamp` is the step's number.
   uint64_t stamp = 0;
   int64_t encoded_before = 0;
-  int64_t required = 0;  // tokens that the step must leave encoded
+  int64_t required = 0;        // tokens that the step must leave encoded
+  std::vector<int64_t> stops;  // where a line goes on from, or ends
   uint64_t chunk_stamp = 0;
   int32_t local = -1;  // index in the plan of the chunk
   uint64_t run_stamp = 0;
@@ -59,6 +62,8 @@ class SegmentStore {
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
+  LayerStates& states() { return states_; }
+  void drop_states_after(Segment& segment, int64_t count);
   void set_context(SegmentId id, std::vector<Entry> context, Visibility visibility);
   void clear_context(SegmentId id);
 
@@ -73,6 +78,7 @@ class SegmentStore {
   void sweep();
 
   PagePool& pool_;
+  LayerStates states_;
   SegmentId next_ = 0;
   std::unordered_map<SegmentId, Segment> segments_;
 };

@@ -19,21 +19,26 @@ uint64_t fresh_stamp() {
 
 }  // namespace
 
-Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens)
-    : table_(table), step_tokens_(step_tokens), stamp_(fresh_stamp()) {
+Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens,
+           bool ragged)
+    : table_(table),
+      step_tokens_(step_tokens),
+      stamp_(fresh_stamp()),
+      ragged_(ragged),
+      threads_(threads) {
   if (step_tokens < 1) {
     throw Error(ErrorKind::kInvalidInput,
                 "step_tokens: got " + std::to_string(step_tokens) + "; expected at least 1");
   }
   table_.touch();
   for (const StepThread& request : threads) table_.at(request.thread);
-  replay_views_.reserve(threads.size());
   try {
     if (room_to_copy(threads)) {
       for (const StepThread& request : threads) copy_short_inheritance(request.thread);
     }
     for (const StepThread& request : threads) collect(request);
     check_split();
+    if (table_.keeps_states()) cut_into_pieces();
   } catch (...) {
     rollback();
     throw;
@@ -70,7 +75,7 @@ void Step::collect(const StepThread& request) {
   }
   replay_views_.push_back(std::move(view));
   runs_.push_back({thread.logits_segment, thread.logits_index, thread.logits_index + 1,
-                   &replay_views_.back(), thread.visibility, request.thread});
+                   &replay_views_.back(), thread.visibility, request.thread, false});
 }
 
 void Step::require(const Entry& entry) {
@@ -98,9 +103,11 @@ void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
   if (upto <= segment.encoded) return;
   if (segment.stamp == stamp_) {
     segment.required = std::max(segment.required, upto);
+    segment.stops.push_back(upto);
     return;
   }
   segment.stamp = stamp_;
+  segment.stops = {upto};
   segment.encoded_before = segment.encoded;
   segment.required = upto;
   touched_.push_back(id);
@@ -160,8 +167,9 @@ bool copies_inheritance(const ThreadTable& table, const Thread& thread) {
   const bool continues = before.offset + before.hi == mine.offset &&
                          source.base + before.hi == tail.base && source.stride == 1 &&
                          tail.stride == 1;
-  return source.forked_tail && continues && count > 0 && count < table.pool().page_size() &&
-         source.encoded >= before.hi;
+  const bool stateful = table.keeps_states() && source.states.count(before.hi) == 0;
+  return source.forked_tail && continues && !stateful && count > 0 &&
+         count < table.pool().page_size() && source.encoded >= before.hi;
 }
 
 void Step::copy_short_inheritance(ThreadId id) {
@@ -183,6 +191,10 @@ void Step::copy_short_inheritance(ThreadId id) {
   const auto first = source.tokens.begin() + source.copied + before.lo;
   tail.tokens.insert(tail.tokens.begin(), first, first + count);
   tail.copied = count;
+  if (table_.keeps_states()) {
+    change_states(thread.tail);
+    table_.inherit_state(thread.tail, &before);
+  }
   thread.view[own].lo = -count;
   thread.view.erase(thread.view.begin() + static_cast<int64_t>(own) - 1);
   copied_tokens_ += count;
@@ -191,11 +203,25 @@ void Step::copy_short_inheritance(ThreadId id) {
 // ---- one forward ----------------------------------------------------------------------------
 
 bool Step::next() {
-  if (next_run_ >= runs_.size()) return false;
+  if (table_.keeps_states() ? pieces_.empty() : next_run_ >= runs_.size()) return false;
   chunk_ = fresh_stamp();
   plan_.clear(table_.pool().page_size());
   plan_.copies.swap(copies_);
   chunk_runs_.clear();
+  if (table_.keeps_states()) {
+    next_pieces();
+  } else {
+    next_runs();
+  }
+  for (size_t i = 0; i < chunk_runs_.size(); ++i) {
+    add_pairs(chunk_runs_[i], static_cast<int32_t>(i));
+  }
+  plan_.finish();
+  collect_logits_rows();
+  return true;
+}
+
+void Step::next_runs() {
   int64_t room = step_tokens_;
   while (room > 0 && next_run_ < runs_.size()) {
     Run run = runs_[next_run_];
@@ -212,19 +238,12 @@ bool Step::next() {
     next_from_ = done ? 0 : run.to;
     if (done) ++next_run_;
   }
-  for (size_t i = 0; i < chunk_runs_.size(); ++i) {
-    add_pairs(chunk_runs_[i], static_cast<int32_t>(i));
-  }
-  plan_.finish();
-  collect_logits_rows();
-  return true;
 }
 
 void Step::add_rows(const Run& run) {
   Segment& segment = table_.segments().at(run.segment);
   const int64_t page_size = plan_.page_size;
-  const bool appends = run.replay == kNone;
-  if (appends) {
+  if (run.appends) {
     table_.segments().grow_pages(segment, segment.copied + run.to);
     segment.encoded = run.to;
     segment.run_stamp = chunk_;
@@ -235,7 +254,7 @@ void Step::add_rows(const Run& run) {
   plan_.add_run(run.to - run.from);
   for (int64_t i = run.from; i < run.to; ++i) {
     const int64_t slot = segment.copied + i;
-    plan_.slots.push_back(appends ? slot_of(segment.pages, slot, page_size) : -1);
+    plan_.slots.push_back(run.appends ? slot_of(segment.pages, slot, page_size) : -1);
     plan_.ids.push_back(segment.tokens[slot]);
     plan_.positions.push_back(segment.written_position(i));
     plan_.writers.push_back(segment.writer != kNone ? segment.writer : segment.origin);
@@ -306,6 +325,7 @@ void Step::commit() {
     // Clearing one context may free a segment that nothing else held.
     if (segments.contains(id) && segments.at(id).queued() == 0) segments.clear_context(id);
   }
+  if (table_.keeps_states()) commit_states();
   for (const InheritedCopy& copy : inherited_copies_) segments.release(copy.dropped);
 }
 
@@ -314,6 +334,7 @@ void Step::rollback() {
   open_ = false;
   SegmentStore& segments = table_.segments();
   // A step that was let go late, by a destructor, may find less than it left: it must not throw.
+  restore_states();
   for (const SegmentId id : touched_) {
     if (!segments.contains(id)) continue;
     Segment& segment = segments.at(id);

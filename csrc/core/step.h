@@ -2,6 +2,10 @@
 // back.
 #pragma once
 
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -20,8 +24,10 @@ bool copies_inheritance(const ThreadTable& table, const Thread& thread);
 
 class Step {
  public:
-  // Collects the work; throws kInvalidInput or kOutOfPages before anything is changed.
-  Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens);
+  // Collects the work; throws kInvalidInput or kOutOfPages before anything is changed. `ragged`:
+  // where layer states are kept, one forward takes lines of any length.
+  Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens,
+       bool ragged = false);
   ~Step();
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
@@ -34,6 +40,10 @@ class Step {
   // Rows of the planned forward whose logits some living thread is waiting for.
   const std::vector<std::pair<ThreadId, int32_t>>& logits_rows() const { return logits_rows_; }
   int64_t copied_tokens() const { return copied_tokens_; }
+  // Of each run of the planned forward the layer state that it begins with, kNone at the beginning
+  // of a line, and the one that it leaves, kNone where that is there already.
+  const std::vector<StateId>& starts() const { return starts_; }
+  const std::vector<StateId>& ends() const { return ends_; }
 
  private:
   struct Run {
@@ -41,7 +51,8 @@ class Step {
     int64_t from, to;
     const std::vector<Entry>* view;
     Visibility visibility;
-    ThreadId replay = kNone;  // a token that is run again for this thread's logits; appends nothing
+    ThreadId replay = kNone;  // a token that is run again for this thread's logits
+    bool appends = true;      // else its keys and values are stored already
   };
   struct InheritedCopy {
     ThreadId thread;
@@ -59,6 +70,16 @@ class Step {
   void add_pairs(const Run& run, int32_t run_index);
   void collect_logits_rows();
 
+  void next_runs();
+  void cut_into_pieces();
+  void require_state(SegmentId id, int64_t count, const std::vector<Entry>& view);
+  void cut(Run run, int64_t to);
+  std::optional<StateId> start_of(const Run& run);
+  void next_pieces();
+  SegmentStates& change_states(SegmentId id);
+  void commit_states();
+  void restore_states();
+
   ThreadTable& table_;
   int64_t step_tokens_;
   uint64_t stamp_;
@@ -71,10 +92,18 @@ class Step {
   std::vector<SegmentId> touched_;
   std::vector<InheritedCopy> inherited_copies_;
   std::vector<PlanCopy> copies_;
-  std::vector<std::vector<Entry>> replay_views_;
+  std::deque<std::vector<Entry>> replay_views_;
   int64_t copied_tokens_ = 0;
   std::vector<std::pair<ThreadId, int32_t>> logits_rows_;
   Plan plan_;
+
+  // Where layer states are kept.
+  bool ragged_;
+  std::vector<StepThread> threads_;
+  std::vector<Run> pieces_;                          // that no forward has taken yet
+  std::set<std::pair<SegmentId, int64_t>> planned_;  // states that they leave
+  std::vector<StateId> starts_, ends_;
+  std::map<SegmentId, SegmentStates> saved_states_;  // of segments whose states were changed
 };
 
 }  // namespace apr

@@ -47,6 +47,19 @@ class ThreadTable {
  public:
   ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate);
 
+  // For models with recurrent layers: a state is kept at the end of each segment, where a tail was
+  // forked, and after every `checkpoint_tokens` tokens, if not 0. `one_token`: from a state on, the
+  // model runs one token at a time.
+  void keep_states(int64_t checkpoint_tokens, bool one_token);
+  bool keeps_states() const { return keeps_states_; }
+  int64_t checkpoint_tokens() const { return checkpoint_tokens_; }
+  bool one_token_a_state() const { return one_token_; }
+  // Lets a tail begin with the state after `last`, the entry that it continues, where that is
+  // there.
+  void inherit_state(SegmentId tail, const Entry* last);
+  // The most tokens, up to `length`, after which a thread's state is kept.
+  int64_t nearest_state(ThreadId id, int64_t length) const;
+
   // Threads.
   ThreadId create(const std::vector<int32_t>& tokens);
   ThreadId create_with_view(std::vector<Entry> view, SegmentId writes, Visibility visibility);
@@ -120,6 +133,8 @@ class ThreadTable {
   PagePool pool_;
   SegmentStore segments_;
   bool can_rotate_;
+  bool keeps_states_ = false, one_token_ = false;
+  int64_t checkpoint_tokens_ = 0;
   ThreadId next_ = 0;
   uint64_t version_ = 0;
   bool granted_ = false;  // some segment has pages ahead of what is encoded

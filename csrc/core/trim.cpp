@@ -104,6 +104,7 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
     tail.tokens.resize(tail.copied + cut.own_kept);
     tail.encoded = std::min(tail.encoded, cut.own_kept);
     segments_.shrink_pages(tail, tail.copied + tail.encoded);
+    segments_.drop_states_after(tail, tail.encoded);
   }
   std::vector<Entry> view;
   for (Entry entry : cut.kept) {
@@ -119,6 +120,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   if (new_tail) {
     const int64_t offset = old_tail.offset == kMoving ? kMoving : cut.end;
     open_tail(thread, id, offset, cut.end - difference, forked);
+    if (keeps_states_ && thread.view.size() > 1) {
+      inherit_state(thread.tail, &thread.view[thread.view.size() - 2]);
+    }
   }
   thread.own_tokens.resize(
       std::max<int64_t>(static_cast<int64_t>(thread.own_tokens.size()) - cut.own_removed, 0));

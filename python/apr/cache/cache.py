@@ -16,8 +16,9 @@ from apr import ops
 from apr.cache.call import Call, common_columns, follow, hide, read_call
 from apr.cache.forward import BatchForward, Step
 from apr.cache.hooks import After, Before, Layer
+from apr.cache.states import BatchStates
 from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
-from apr.hf.compatibility import asked_by_whole_prefill, cache_of, describe, in_prefill
+from apr.hf.compatibility import asked_by_whole_prefill, describe, in_prefill
 from apr.hf.packed import changed
 from apr.hf.probe import counts_padding
 from apr.threads.session import Session
@@ -49,8 +50,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._open(session, weakref.WeakSet(), share_rows)
 
     def _open(self, session: Session, sharers: weakref.WeakSet[Cache], share_rows: bool) -> None:
-        windows = [layer.window or layer.chunk for layer in session.spec.layers]
-        super().__init__(layers=[Layer(self, i, w is not None) for i, w in enumerate(windows)])
+        self._states = None if session.spec.states is None else BatchStates(session)
+        if self._states is None:
+            windows = [layer.window or layer.chunk for layer in session.spec.layers]
+            layers = [Layer(self, i, w is not None) for i, w in enumerate(windows)]
+        else:
+            layers = self._states.layers(self)
+        super().__init__(layers=layers)
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
         # [batch, length]: which places are no padding.
@@ -94,22 +100,6 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 thread.release()
 
     # ---- around a forward -----------------------------------------------------------------------
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _check_dropped(self, arguments: dict[str, Any]) -> None:
-        """transformers leaves the cache out of generate() where longrope changes frequencies."""
-        ids, limit = arguments.get("input_ids"), self.session.spec.position_limit
-        if (
-            limit is None
-            or ids is None
-            or cache_of(arguments) is not None
-            or self._step is not None
-        ):
-            return
-        positions = arguments.get("position_ids")
-        furthest = ids.shape[1] - 1 if positions is None else int(positions.max())
-        if furthest >= limit and (self._begun or self._length == limit):
-            self.session.spec.check_position(furthest)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +211,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if not step.threads:
             keys = call.keys() if self.share_rows else list(range(call.ids.shape[0]))
             step.make_threads(session, call, keys)
+        session.restore_states(step.threads)
         step.queue(session, call)
         plan = None
         if step.queued:
@@ -229,11 +220,16 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             plan = ops.Plan(step.core.plan, invariant=session.invariant)
             for pool in session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
+            if self._states is not None:
+                self._states.load(self, step)
         step.extras = bool(call.extras())
         step.now = call.real
         arguments, device = call.arguments, session.spec.device
         arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
         arguments["use_cache"] = True
+        if call.spare_columns and session.spec.keeps_rows:
+            # As numbers: a model that is told "the last one" may leave rows out of its last layers.
+            arguments["logits_to_keep"] = call.kept_columns.to(device)
         step.forward = BatchForward(session, plan, step, call)
         self._step = step
         step.forward.start()
@@ -258,6 +254,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             step.forward.stop()
             if not step.forward.is_complete:
                 raise changed(self.session.model, "fewer")
+            if self._states is not None:
+                self._states.keep(self, step)
             self.session.end_step(step.core, step, commit=True)
             rows, stored = step.rows_of(), torch.cat([step.stored, step.now], 1)
             self.threads, self._stored, step.settled = rows, stored, True

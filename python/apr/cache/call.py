@@ -72,6 +72,11 @@ class Call:
             return 0
         return self.width - keep if isinstance(keep, int) and keep > 0 else 0
 
+    @property
+    def kept_columns(self) -> Tensor:
+        """The numbers of the others."""
+        return torch.arange(self.spare_columns, self.width)
+
     def keys(self) -> list[Any]:
         """One key a row; rows of equal keys are given the same in every argument."""
         batch = self.ids.shape[0]
@@ -158,11 +163,14 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
                 "tokens"
             )
         real = mask[:, : length + width].detach().cpu().bool()
+    if isinstance(positions, Tensor) and positions.ndim == 3 and _is_text(positions):
+        positions = positions[0]
     if positions is not None:
         if not isinstance(positions, Tensor) or positions.ndim != 2:
             raise InvalidInput(
-                "apr.Cache: got position_ids that are not [batch, tokens]; models whose tokens "
-                "have several positions each are not supported"
+                "apr.Cache: got position_ids that are not [batch, tokens], or several a token that "
+                "differ (images); of models that give tokens several positions only text is "
+                "supported"
             )
         if positions.shape[0] not in (1, batch) or positions.shape[1] < width:
             raise InvalidInput(
@@ -173,6 +181,11 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
     call = Call(arguments, ids, real[:, length:], real[:, :length], positions, whole)
     _check_last(call)
     return call
+
+
+def _is_text(positions: Tensor) -> bool:
+    """Whether positions [planes, batch, tokens] are the same in all planes, as those of text."""
+    return bool((positions == positions[:1]).all())
 
 
 def _check_last(call: Call) -> None:

@@ -6,6 +6,7 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -68,6 +69,18 @@ class _Hook:
         return type(self), ()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def check_dropped(cache: Cache, arguments: dict[str, Any]) -> None:
+    """Raise UnsupportedRope where generate() leaves the cache out: longrope changes frequencies."""
+    ids, limit = arguments.get("input_ids"), cache.session.spec.position_limit
+    if limit is None or ids is None or cache_of(arguments) is not None or cache._step is not None:
+        return
+    positions = arguments.get("position_ids")
+    furthest = ids.shape[1] - 1 if positions is None else int(positions.max())
+    if furthest >= limit and (cache._begun or cache._length == limit):
+        cache.session.spec.check_position(furthest)
+
+
 class Before(_Hook):
     def __init__(self, cache: Cache | None = None, model: Any = None) -> None:
         super().__init__(cache)
@@ -84,7 +97,7 @@ class Before(_Hook):
         if cache_of(arguments) is cache:
             return (), cache._before(module, arguments)
         if cache.session.spec.position_limit is not None:
-            cache._check_dropped(arguments)
+            check_dropped(cache, arguments)
         return None
 
 

@@ -5,17 +5,19 @@ attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apr import ops
-from apr.errors import InvalidInput
+from apr.errors import Error, InvalidInput, UnsupportedModel
 from apr.hf.interface import Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
-from apr.hf.packed import PackedForward
-from apr.hf.probe import ModelSpec, measure
+from apr.hf.packed import PackedForward, out_of_table
+from apr.hf.probe import ModelSpec, measure, measure_rows, refuse
+from apr.hf.row_forward import KeepsAll
 from apr.hf.self_test import self_test
 from apr.hf.vectors import RowVectors
 from apr.ops import device as gpu
@@ -31,7 +33,7 @@ class Attachment:
     def __init__(self, model: Any) -> None:
         self.model = unwrap(model)
         # One that torch.compile wrapped runs compiled.
-        self._call = model if getattr(model, "_orig_mod", None) is self.model else self.model
+        self.call = model if getattr(model, "_orig_mod", None) is self.model else self.model
         if self.model.training:
             raise InvalidInput("model: got a model in training mode; call model.eval() first")
         if self.model.device.type != "meta":  # where offloaded weights rest
@@ -80,6 +82,24 @@ class Attachment:
             return False
         return self._known.structure == structure(self.model)
 
+    def keep_rows(self, why: UnsupportedModel) -> None:
+        """Take the model as one whose cache is kept by rows, as its steps are wrong otherwise;
+        raises `why` where that is not possible.
+        """
+        states = self.spec.states
+        if states is not None and not states.attends:
+            raise why
+        self._known.spec = measure_rows(self.model, self.switch, why)
+
+    def running(self, packed: PackedForward) -> Running | nullcontext[None]:
+        """The context in which the model's attention is that of `packed`, where it attends by the
+        plan, or is looked at.
+        """
+        states = self.spec.states
+        if states is None or states.attends:
+            return Running(packed, self.switch)
+        return Running(KeepsAll(self.owner), self.switch) if states.chooses else nullcontext()
+
     def forward(
         self,
         plan: ops.Plan,
@@ -113,15 +133,31 @@ class Attachment:
     ) -> Tensor:
         try:
             with Running(packed, self.switch), torch.no_grad():
-                out = self._call(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+                out = self.call(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         except IndexError as error:
-            raise InvalidInput(
-                f"step: the model has no embedding for a token or position of this step (positions "
-                f"up to {int(positions.max())}): {error}; keep threads shorter"
-            ) from error
+            raise out_of_table(int(positions.max()), error) from error
         packed.check_complete(self.model)
         logits: Tensor = out.logits[0]
         return logits
+
+
+def _prove(attachment: Attachment, model: Any) -> None:
+    """Pass the self-test with what was measured, or else by rows of the model's own cache."""
+    try:
+        return self_test(attachment, model)
+    except UnsupportedModel as error:
+        why = error
+    except (Error, MemoryError):
+        raise
+    except Exception as error:  # from the model's own code, which did not expect such a forward
+        why = refuse(attachment.model, f"its steps failed ({type(error).__name__}: {error})")
+    attachment.keep_rows(why)
+    try:
+        self_test(attachment, model)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise why from error
 
 
 def attach(model: Any, prove: bool = True) -> Attachment:
@@ -132,6 +168,6 @@ def attach(model: Any, prove: bool = True) -> Attachment:
     attachment = Attachment(model)
     if prove and not attachment.tested:
         with undisturbed(attachment.spec.device):
-            self_test(attachment, model)
+            _prove(attachment, model)
         attachment.tested = True
     return attachment

@@ -206,7 +206,10 @@ class StepGraphs:
         try:
             if not self._views.refresh(table, numbers):
                 return None
-            self._attachment.spec.check_position(self._views.max_position)
+            spec, furthest = self._attachment.spec, self._views.max_position
+            spec.check_step(furthest, len(numbers), 0)
+            if spec.reach.turning is not None and furthest >= spec.reach.turning:
+                return None  # the plan says whether a segment turns
             graph = self._current
             if graph is None or self._views.changed:
                 graph = self._ready()
@@ -255,6 +258,11 @@ def step_graphs(
     GPU.
     """
     backend = gpu.backend(attachment.spec.device)
+    if wanted and attachment.spec.states is not None:
+        raise InvalidInput(
+            "cuda_graphs: got True for a model with layer states, whose steps are not replayed; "
+            "leave it None"
+        )
     if wanted and backend is None:
         raise InvalidInput(
             f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a "

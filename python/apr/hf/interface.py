@@ -46,7 +46,7 @@ def _former(config: Any) -> str | None:
     return None if name == IMPLEMENTATION else name
 
 
-def _own_attention(module: Any) -> Any:
+def own_attention(module: Any) -> Any:
     """The attention function that a user's own call of a model reaches: another Python thread may
     make one while we have the model switched.
     """
@@ -58,6 +58,11 @@ def _own_attention(module: Any) -> Any:
             break
     name = _former(getattr(module, "config", None))
     return AttentionInterface().get_interface(name or "sdpa", eager)
+
+
+def own_mask(*args: Any, **kwargs: Any) -> Any:
+    """The same for the mask."""
+    return AttentionMaskInterface()[_former(kwargs.get("config")) or "sdpa"](*args, **kwargs)
 
 
 def _attention(
@@ -76,7 +81,7 @@ def _attention(
         return torch.ops.apr.attend(query, key, value, sinks, scale, kwargs.get("softcap")), None
     running = _RUNNING.get()
     if running is None or id(module) not in running.owner:
-        out: tuple[Tensor, Any] = _own_attention(module)(
+        out: tuple[Tensor, Any] = own_attention(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out
@@ -88,7 +93,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         return kwargs.get("attention_mask")
     running, config = _RUNNING.get(), kwargs.get("config")
     if running is None or (config is not None and id(config) not in running.owner):
-        return AttentionMaskInterface()[_former(config) or "sdpa"](*args, **kwargs)
+        return own_mask(*args, **kwargs)
     return running.mask(*args, **kwargs)
 
 
@@ -198,6 +203,14 @@ class Running:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs; of what is offloaded, weights rest on the meta device, and
+    hooks bring inputs to where it runs.
+    """
+    device: torch.device = model.device
+    return device if device.type != "meta" else torch.device("cpu")
 
 
 def configurations(model: Any) -> list[Any]:

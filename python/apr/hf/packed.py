@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from apr import ops
-from apr.errors import NonFiniteLogits, UnsupportedModel
+from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
+from apr.hf.cache_rows import CacheRows
 from apr.hf.probe import SINKS, LayerSpec, ModelSpec
+from apr.hf.row_forward import forward_rows
 from apr.hf.vectors import PathVectors, RowVectors
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ def check_finite(logits: Tensor) -> None:
             "step: the model returned NaN logits; the step was taken back. Check the "
             "model's dtype and weights (float16 overflows where bfloat16 does not)"
         )
+
+
+def out_of_table(furthest: int, error: IndexError) -> InvalidInput:
+    """The exception for a token or position that the model has no embedding for."""
+    return InvalidInput(
+        f"step: the model has no embedding for a token or position of this step (positions up to "
+        f"{furthest}): {error}; keep threads shorter"
+    )
 
 
 def changed(model: Any, how_many: str) -> UnsupportedModel:
@@ -90,8 +100,15 @@ class PackedForward:
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
     ) -> Tensor:
-        rows = (q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1))
-        return self.attend_rows(module, *rows, scale, options)[None]
+        lines, _, length, _ = q.shape  # one line of all rows, or a line for each layer state
+        if k.shape[2] != length:
+            raise UnsupportedModel(
+                f"{type(module).__name__} attends to {k.shape[2]} keys in a forward of {length} "
+                "tokens: some are no token's"
+            )
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = self.attend_rows(module, q, k, v, scale, options)
+        return out.view(lines, length, *out.shape[1:])
 
     @property
     def is_complete(self) -> bool:
@@ -122,6 +139,16 @@ class Ran:
             check_finite(tensor)
 
 
+def keep_states(
+    table: _core.ThreadTable, spec: ModelSpec, checkpoint_tokens: int
+) -> CacheRows | None:
+    """Where the layer states of a table's threads lie; None for a model that has none."""
+    if spec.states is None:
+        return None
+    table.keep_states(checkpoint_tokens, spec.states.one_token)
+    return CacheRows()
+
+
 def run_step(
     step: _core.Step,
     attachment: Attachment,
@@ -129,6 +156,7 @@ def run_step(
     invariant: bool = False,
     vectors: Mapping[int, PathVectors] | None = None,
     before_commit: Callable[[Ran], None] | None = None,
+    held: CacheRows | None = None,
 ) -> Ran:
     """Run a step's forwards one after the other and commit it; on any exception, of `before_commit`
     too, it is rolled back.
@@ -136,7 +164,7 @@ def run_step(
     ran, began = Ran(), time.perf_counter()
     try:
         while step.next():
-            _run_forward(step, attachment, pools, invariant, vectors, ran)
+            _run_forward(step, attachment, pools, invariant, vectors, held, ran)
         if before_commit is not None:
             before_commit(ran)
         step.commit()
@@ -155,18 +183,32 @@ def _run_forward(
     pools: Sequence[ops.Pool],
     invariant: bool,
     vectors: Mapping[int, PathVectors] | None,
+    held: CacheRows | None,
     ran: Ran,
 ) -> None:
     plan = ops.Plan(step.plan, invariant=invariant)
-    attachment.spec.check_position(int(plan.core.positions.max()))
+    attachment.spec.check_step(int(plan.core.positions.max()), plan.num_rows, plan.furthest_turn)
     for pool in pools if step.plan.num_copies else ():
         ops.copy_tokens(pool, plan)
     wanted = step.logits_rows
     rows = sorted({row for _, row in wanted}) or [plan.num_rows - 1]  # as threads were given
     began = time.perf_counter()
-    adds = RowVectors(plan, vectors, attachment.spec) if vectors else None
-    logits = attachment.forward(plan, rows, pools, adds or None)
-    index = {row: i for i, row in enumerate(rows)}
+    adds = (RowVectors(plan, vectors, attachment.spec) if vectors else None) or None
+    if held is None:
+        logits = attachment.forward(plan, rows, pools, adds)
+        index = {row: i for i, row in enumerate(rows)}
+    else:
+        packed = PackedForward(attachment.spec, pools, plan, attachment.owner, adds)
+        length = plan.num_rows // len(step.starts)
+        columns = sorted({row % length for row in rows})
+        try:
+            lines = forward_rows(attachment, plan, packed, columns, held, step.starts, step.ends)
+        except IndexError as error:
+            raise out_of_table(int(plan.core.positions.max()), error) from error
+        packed.check_complete(attachment.model)
+        logits = lines.flatten(0, 1)
+        width = len(columns)
+        index = {row: row // length * width + columns.index(row % length) for row in rows}
     ran.rows.update((number, (logits, index[row])) for number, row in wanted)
     ran.num_rows, ran.forwards = ran.num_rows + plan.num_rows, ran.forwards + 1
     ran.forward_seconds += time.perf_counter() - began

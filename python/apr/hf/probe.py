@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from transformers.masking_utils import sdpa_mask
 
 from apr.errors import UnsupportedModel, UnsupportedRope
 from apr.hf import rope
-from apr.hf.interface import Running, Switch, members
+from apr.hf.compatibility import CACHE_ARGUMENTS
+from apr.hf.far import NEVER, Reach, measure_reach
+from apr.hf.interface import Running, Switch, input_device, members
+from apr.hf.layer_states import StateSpec, find_cache, has_states, measure_states
 from apr.ops import Pool, Rotation, empty_pool
 
 # Tensor arguments of an attention call that change nothing about what is visible.
@@ -41,11 +45,14 @@ class ModelSpec:
 
     layers: tuple[LayerSpec, ...]
     can_rotate: bool
-    position_limit: int | None
+    position_limit: int | None  # from here on all frequencies are others
+    reach: Reach
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
     keeps_rows: bool  # the forward takes `logits_to_keep`
+    takes_positions: bool = True  # the forward takes `position_ids`
+    states: StateSpec | None = None  # where more is kept for a thread than keys and values
 
     @property
     def bytes_per_token(self) -> int:
@@ -71,6 +78,26 @@ class ModelSpec:
                 f"step: position {furthest} passes {self.position_limit}, where this model's "
                 "rope_type (longrope or dynamic) changes all frequencies at once, those of cached "
                 "keys too; keep threads shorter"
+            )
+
+    def check_step(self, furthest: int, rows: int, turn: int) -> None:
+        """Raise UnsupportedRope for a forward of so many rows, up to position `furthest`, some of
+        whose segments are read up to `turn` positions from where they were written.
+        """
+        self.check_position(furthest)
+        past, turning = self.reach.past, self.reach.turning
+        if past is not None and max(furthest, rows - 1) >= past:
+            raise UnsupportedRope(
+                f"step: position {furthest} in a forward of {rows} rows passes {past}, where this "
+                "model scales its queries by how much its own cache holds, of which steps of many "
+                f"threads have none; keep threads, and step_tokens, shorter than {past}, or use "
+                "apr.Cache in generate()"
+            )
+        if turning is not None and turn and furthest + turn >= turning:
+            raise UnsupportedRope(
+                f"step: a segment is read {turn} positions from where it was written, at position "
+                f"{furthest}; from {turning} on this model scales queries by their position, which "
+                "re-rotation does not undo; keep segments at their written positions"
             )
 
 
@@ -113,8 +140,8 @@ def refuse(model: Any, why: str) -> UnsupportedModel:
     """The exception that says why a model cannot be attached."""
     return UnsupportedModel(
         f"{type(model).__name__} cannot be attached: {why}. apr needs a causal language model "
-        "whose attention layers all go through transformers' AttentionInterface and mix tokens "
-        "nowhere else"
+        "whose attention goes through transformers' AttentionInterface, or whose cache has a row "
+        "for each sequence"
     )
 
 
@@ -129,7 +156,14 @@ def _measure_visibility(
         row = function(zero, zero, torch.tensor(query), line)
         return torch.as_tensor(row).expand(len(line))
 
-    keys = visible(far)
+    try:
+        keys = visible(far)
+    except IndexError as error:
+        raise refuse(
+            model,
+            "its attention mask looks up each call's own tokens (image blocks), so that what it "
+            "hides far out cannot be measured",
+        ) from error
     first = int(keys.int().argmax())
     if bool(keys[far + 1]) or not bool(keys[first : far + 1].all()):
         raise refuse(model, "its attention mask is not causal with a window or chunk")
@@ -144,6 +178,14 @@ def _measure_visibility(
     raise refuse(model, "its attention mask is neither a window nor a chunk")
 
 
+def chosen_keys(options: dict[str, Any]) -> Tensor | None:
+    """The numbers of the keys that an attention call of a sparse index may see, [..., kept]."""
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name not in _HARMLESS and value.ndim >= 3:
+            return value if value.dtype in (torch.int32, torch.int64) else None
+    return None
+
+
 def _check_options(model: Any, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, Tensor) and name not in _HARMLESS and name not in SINKS:
@@ -153,12 +195,12 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
 
 
 def _probe_forward(
-    model: Any, switch: Switch, ids: Tensor, positions: Tensor
+    model: Any, switch: Switch, ids: Tensor, positions: Tensor, **more: Any
 ) -> tuple[_Probe, Any]:
     probe = _Probe(members(model))
     try:
         with Running(probe, switch), torch.no_grad():
-            out = model(input_ids=ids, position_ids=positions, use_cache=False)
+            out = model(input_ids=ids, position_ids=positions, **{"use_cache": False, **more})
     except (UnsupportedModel, MemoryError):
         raise
     except Exception as error:
@@ -211,7 +253,87 @@ def counts_padding(model: Any) -> bool:
     return places <= tokens
 
 
+def _measure_reach(
+    model: Any, switch: Switch, token: int, limit: int | None, turns: list[bool]
+) -> Reach:
+    parameters = inspect.signature(model.forward).parameters
+    name = next((n for n in CACHE_ARGUMENTS if n in parameters), None)
+
+    def queries(places: list[int], past: Any) -> list[Tensor]:
+        rows = torch.tensor(places, device=input_device(model))[:, None]
+        more = {} if past is None or name is None else {name: past, "use_cache": True}
+        try:
+            probe, _ = _probe_forward(model, switch, torch.full_like(rows, token), rows, **more)
+        except UnsupportedModel as error:
+            raise IndexError from error
+        return [call.q[:, :, 0] for call in probe.calls]
+
+    return measure_reach(model, queries, limit, turns)
+
+
 def measure(model: Any, switch: Switch) -> ModelSpec:
+    """What a model is; raises UnsupportedModel."""
+    try:
+        spec = _measure_attention(model, switch)
+    except UnsupportedModel as why:
+        return measure_rows(model, switch, why)
+    found = _find_cache(model)
+    if found is None or not has_states(found[1]):
+        return spec
+    # Recurrent layers beside attention: a text is one line, and nothing of it is read elsewhere.
+    states = measure_states(model, *found, True, partial(refuse, model), "")
+    return replace(spec, can_rotate=False, states=states)
+
+
+def measure_rows(model: Any, switch: Switch, why: UnsupportedModel) -> ModelSpec:
+    """The same for a model whose attention cannot run by a plan, for the reason `why`; raises
+    UnsupportedModel where its cache cannot be kept by rows either.
+    """
+    found = _find_cache(model)
+    if found is None:
+        raise UnsupportedModel(f"{why}. It returns no cache of which rows could be kept")
+    parameters = inspect.signature(model.forward).parameters
+    line = torch.arange(3, device=input_device(model))[None]
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    with torch.no_grad():
+        logits: Any = getattr(model(input_ids=line % vocab_size), "logits", None)
+    _check_logits(model, logits, line, vocab_size)
+    try:
+        states = measure_states(model, *found, False, partial(refuse, model), str(why))
+    except Exception as error:  # from the model's own code, which did not expect such a cache
+        raise UnsupportedModel(f"{why}. Rows of its cache cannot be kept: {error}") from error
+    states = replace(states, chooses=_chooses(model, switch, line))
+    return ModelSpec(
+        layers=(),
+        can_rotate=False,
+        position_limit=None,
+        reach=NEVER,
+        vocab_size=vocab_size,
+        dtype=logits.dtype,
+        device=logits.device,
+        keeps_rows="logits_to_keep" in parameters,
+        takes_positions=False,
+        states=states,
+    )
+
+
+def _chooses(model: Any, switch: Switch, line: Tensor) -> bool:
+    """Whether its attention is told by number which keys to see."""
+    try:
+        probe, _ = _probe_forward(model, switch, line, line)
+    except UnsupportedModel:
+        return False
+    return any(chosen_keys(call.options) is not None for call in probe.calls)
+
+
+def _find_cache(model: Any) -> tuple[str, Any] | None:
+    try:
+        return find_cache(model)
+    except Exception:  # whatever a model's own code may raise: it has no cache that we can use
+        return None
+
+
+def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     """Find the dispatching layers, their shapes, rotation, windows and chunks; raises
     UnsupportedModel.
     """
@@ -221,8 +343,7 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
         raise refuse(model, "its forward takes no position_ids")
     table = model.get_input_embeddings().weight
     vocab_size = int(table.shape[0])
-    # What is offloaded rests on the meta device, and its hooks bring inputs to where it runs.
-    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    device = input_device(model)
     token = min(5, vocab_size - 1)
     rows = len(rope.PROBE_POSITIONS)
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
@@ -234,13 +355,12 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
         raise refuse(model, "the number of attention calls changes from forward to forward")
 
     candidates = rope.frequency_candidates(model)
-    limit, can_rotate = rope.position_limit(model), True
-    layers = []
+    limit = rope.position_limit(model)
+    layers, turns = [], []
     for turned, masked in zip(turning.calls, masking.calls, strict=True):
         _check_options(model, masked.options)
         found = rope.fit(turned.q[:, :, 0], candidates)
-        if found is rope.Positions.ABSOLUTE:
-            can_rotate = False
+        turns.append(found is not rope.Positions.ABSOLUTE)
         window = chunk = None
         if masked.mask_pointer is not None:
             if masked.mask_pointer not in masking.mask_functions:
@@ -261,8 +381,9 @@ def measure(model: Any, switch: Switch) -> ModelSpec:
         )
     return ModelSpec(
         layers=tuple(layers),
-        can_rotate=can_rotate,
+        can_rotate=all(turns),
         position_limit=limit,
+        reach=_measure_reach(model, switch, token, limit, turns),
         vocab_size=vocab_size,
         dtype=turning.calls[0].q.dtype,
         device=turning.calls[0].q.device,

@@ -34,6 +34,6 @@ def pages_for(
 ) -> int:
     """Pages for so many tokens, or, with None, for a part of the device's free memory."""
     if max_tokens is None:
-        fitting = int(_free_memory(device) * _FREE_MEMORY_SHARE) // bytes_per_token
+        fitting = int(_free_memory(device) * _FREE_MEMORY_SHARE) // max(bytes_per_token, 1)
         max_tokens = max(page_size, min(fitting, _MOST_TOKENS))
     return -(-max_tokens // page_size)

@@ -76,6 +76,11 @@ class Plan:
         self._tables: dict[tuple[Rotation, torch.device], Tensor] = {}
         self.on_gpu = gpu.DevicePlan(core, invariant)
 
+    @property
+    def furthest_turn(self) -> int:
+        """The most positions that a segment is read from where it was written."""
+        return int(np.abs(self._rotations).max(initial=0))
+
     def rotation_table(self, rotation: Rotation, device: torch.device) -> Tensor | None:
         """cos and sin of each re-rotation that the plan needs [rotations, pairs, 2], or None."""
         if not len(self._rotations):

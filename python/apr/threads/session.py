@@ -49,6 +49,7 @@ class Session:
         cuda_graphs: bool | None = None,
         seed: int = 0,
         *,
+        checkpoint_tokens: int = 0,
         self_test: bool = True,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
@@ -56,12 +57,18 @@ class Session:
         check_page_size(page_size)
         if step_tokens < 1:
             raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
+        if checkpoint_tokens < 0:
+            raise InvalidInput(
+                f"checkpoint_tokens: got {checkpoint_tokens}; expected a number of tokens, or 0"
+            )
         self.model, self.seed, self.invariant = model, seed, invariant
-        self.page_size, self.step_tokens = page_size, step_tokens
+        self.page_size = page_size
         self.attachment = attach(model, prove=self_test)
         spec = self.spec
+        # A model that counts its rows as positions, far out, takes no more of them.
+        self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
         pages = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
-        self.table = ThreadTable(pages, page_size, spec, seed)
+        self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
         self._cuda_graphs = cuda_graphs
         self._stats = Stats()
         self._make_pools(spec, pages)
@@ -120,8 +127,10 @@ class Session:
         own.
         """
         table = self.table.edit()
-        now = attach(self.model, prove=False)  # it was proved, or not, when this was opened
-        if now.spec.can_rotate != self.spec.can_rotate:
+        # It was proved, or not, when this was opened; that rows must be kept is found by the proof.
+        fell_back = self.spec.states is not None and not self.spec.states.attends
+        now = attach(self.model, prove=fell_back)
+        if (now.spec.can_rotate, now.spec.states) != (self.spec.can_rotate, self.spec.states):
             raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
         self.table.release_all()
         self._graphs = None
@@ -232,7 +241,10 @@ class Session:
         held = [number in self.table.logits for number in numbers]
         step = _core.Step(table, numbers, held, self.step_tokens)
         vectors = self.table.vectors
-        ran = run_step(step, self.attachment, self.pools, self.invariant, vectors, before_commit)
+        states = self.table.states
+        ran = run_step(
+            step, self.attachment, self.pools, self.invariant, vectors, before_commit, states
+        )
         self._arena.keep_ahead(table.peak_pages, table.num_threads)
         return ran
 
@@ -246,12 +258,21 @@ class Session:
             return None
         return self._graphs.step(table, numbers, before_commit)
 
+    def restore_states(self, threads: Sequence[Thread]) -> None:
+        """Run again what is needed for the layer states after trims; nothing for other models."""
+        if self.table.states is not None:
+            core = self.table.edit()
+            lacking = [t for t in threads if core.nearest_state(t._id, len(t)) < len(t)]
+            if lacking:
+                self.step(lacking)
+
     def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,
         whatever happens.
         """
         table = self._start_step(who)
-        return _core.Step(table, [t._id for t in threads], [False] * len(threads), step_tokens)
+        numbers = [t._id for t in threads]
+        return _core.Step(table, numbers, [False] * len(threads), step_tokens, ragged=True)
 
     def end_step(self, step: _core.Step | None, who: object, commit: bool) -> None:
         """Close a step of `begin_step`; rolling back is safe to do twice."""
@@ -274,4 +295,10 @@ class Session:
         if not self.table.is_open:
             return self._stats
         page_bytes = self.page_size * self.spec.bytes_per_token
-        return self._stats.with_sharing(self.table.settled(), page_bytes)
+        states = self.table.states
+        return self._stats.with_sharing(
+            self.table.settled(),
+            page_bytes,
+            0 if states is None else len(states),
+            0 if states is None else states.nbytes,
+        )

@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Sequence
 
 from apr import _core
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, UnsupportedModel
+from apr.hf.packed import keep_states
 from apr.hf.probe import ModelSpec
 from apr.hf.vectors import PathVectors
 from apr.threads.logits import HeldLogits
@@ -34,8 +35,12 @@ class ThreadTable:
     turn it is.
     """
 
-    def __init__(self, pages: int, page_size: int, spec: ModelSpec, seed: int) -> None:
-        self._core: _core.ThreadTable | None = _core.ThreadTable(pages, page_size, spec.can_rotate)
+    def __init__(
+        self, pages: int, page_size: int, spec: ModelSpec, seed: int, checkpoint_tokens: int = 0
+    ) -> None:
+        core = _core.ThreadTable(pages, page_size, spec.can_rotate)
+        self.states = keep_states(core, spec, checkpoint_tokens)
+        self._core: _core.ThreadTable | None = core
         self.spec, self.seed = spec, seed
         self.trace = Trace()
         self.logits = HeldLogits()
@@ -59,6 +64,7 @@ class ThreadTable:
         self._core = None
         self.logits.clear()
         self.vectors.clear()
+        self.states = None
 
     def ask(self) -> _core.ThreadTable:
         """The core's table, for a question."""
@@ -79,7 +85,21 @@ class ThreadTable:
                 self.trace.release(number)
         while self.dropped_segments:
             core.release_segment(self.dropped_segments.pop())
+        self.drop_states()
         return core
+
+    def drop_states(self) -> None:
+        """Let the layer states go that no thread leads to any more."""
+        if self.states is not None:
+            self.states.drop(self.ask().take_freed_states())
+
+    def need_keys(self, what: str) -> None:
+        """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
+        if self.spec.states is not None:
+            raise UnsupportedModel(
+                f"{what}: this model keeps a state of all that a thread has read, and it has not "
+                "read the keys of others; expected forks, trims, and joins with reencode=True"
+            )
 
     def settled(self) -> _core.ThreadTable:
         """The same for figures: up to date, where no step is running."""
@@ -101,6 +121,8 @@ class ThreadTable:
         """Safe to call twice, and by a caller that was refused."""
         if self.stepping is who:
             self.stepping = None
+            if self.is_open:
+                self.drop_states()
 
     # ---- threads --------------------------------------------------------------------------------
 
@@ -120,6 +142,7 @@ class ThreadTable:
         if view is None and writes is None and visibility == "previous":
             number = core.create(tokens)
         else:
+            self.need_keys("thread: view, writes and visibility")
             target = None if writes is None else self.number_of(writes)
             number = core.create_with_view(
                 self.entries(view or ()), target, visibility == "current"
@@ -162,12 +185,14 @@ class ThreadTable:
 
     def segment(self, ids: TokenIds, base: int, after: ViewLike) -> Segment:
         """`Session.segment`."""
+        self.need_keys("segment")
         tokens = check_ids(ids, self.spec.vocab_size)
         check_position("base", base)
         return self._hold(self.edit().create_segment(tokens, base, self.entries(after)))
 
     def region(self, ids: TokenIds, base: int, stride: int) -> Segment:
         """`Session.region`."""
+        self.need_keys("region")
         tokens = check_ids(ids, self.spec.vocab_size)
         check_position("base", base)
         check_position("stride", stride)

@@ -209,6 +209,8 @@ class Thread:
                 f"join: got positions={positions!r}; expected one of {list(JOIN_POSITIONS)}"
             )
         children = list(children)
+        if not reencode:
+            self.table.need_keys("join without reencode=True")
         table = self.table.edit()
         for child in children:
             if not self.table.owns(child):
@@ -298,6 +300,7 @@ class Thread:
 
     @writes.setter
     def writes(self, segment: Segment) -> None:
+        self.table.need_keys("thread.writes")
         self.table.edit().set_writes(self._id, self.table.number_of(segment))
         self.table.logits.drop([self._id])
         self.is_line = False
@@ -310,6 +313,7 @@ class Thread:
 
     @view.setter
     def view(self, entries: ViewLike) -> None:
+        self.table.need_keys("thread.view")
         self.table.edit().set_view(self._id, self.table.entries(entries))
         self.table.logits.drop([self._id])
         self.is_line = False
@@ -327,6 +331,7 @@ class Thread:
     def vectors(self, vectors: PathVectors | None) -> None:
         self.table.edit()
         if vectors is not None:
+            self.table.need_keys("thread.vectors")
             vectors.check(self.table.spec)
         self.table.set_vectors(self._id, vectors)
 

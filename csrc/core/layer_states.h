@@ -1,0 +1,46 @@
+// Names for what recurrent layers hold after a token: the core says which are there and who may
+// start from them; the tensors lie with whoever runs the model.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/types.h"
+
+namespace apr {
+
+using StateId = int64_t;  // never used twice
+
+// Of one segment: the state after so many of its tokens. 0 is where a forked tail begins.
+using SegmentStates = std::map<int64_t, StateId>;
+
+class LayerStates {
+ public:
+  StateId create() {
+    references_[next_] = 1;
+    return next_++;
+  }
+  void retain(StateId id) { ++references_.at(id); }
+  void release(StateId id) {
+    const auto found = references_.find(id);
+    if (--found->second > 0) return;
+    references_.erase(found);
+    freed_.push_back(id);
+  }
+  void release_all(const SegmentStates& states) {
+    for (const auto& [count, id] : states) release(id);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(references_.size()); }
+  std::vector<StateId> take_freed() { return std::exchange(freed_, {}); }
+
+ private:
+  std::unordered_map<StateId, int64_t> references_;
+  std::vector<StateId> freed_;
+  StateId next_ = 0;
+};
+
+}  // namespace apr

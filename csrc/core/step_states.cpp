@@ -1,0 +1,185 @@
+// Steps of models with layer states: lines of tokens are cut where a state has to be kept, and each
+// forward takes pieces of one length that all begin at a state that is there.
+#include <algorithm>
+
+#include "core/error.h"
+#include "core/step.h"
+#include "core/view.h"
+
+namespace apr {
+namespace {
+
+// The entry that a line continues in `view`, before `own`; null at its beginning.
+const Entry* before(const std::vector<Entry>& view, SegmentId own) {
+  const Entry* last = nullptr;
+  for (const Entry& entry : view) {
+    if (entry.segment == own) break;
+    if (entry.hi > entry.lo) last = &entry;
+  }
+  return last;
+}
+
+}  // namespace
+
+SegmentStates& Step::change_states(SegmentId id) {
+  Segment& segment = table_.segments().at(id);
+  if (saved_states_.emplace(id, segment.states).second) {
+    for (const auto& [count, state] : segment.states) table_.segments().states().retain(state);
+  }
+  return segment.states;
+}
+
+// Cuts what has to run into pieces, and puts before them what has to run again because the state
+// that it left was not kept.
+void Step::cut_into_pieces() {
+  for (const Run& run : runs_) {
+    const Segment& segment = table_.segments().at(run.segment);
+    const int64_t to = run.replay == kNone ? segment.required : run.to;
+    require_state(run.segment, run.from, *run.view);
+    cut(run, to);
+  }
+}
+
+// Puts pieces down that leave the state after `count` tokens of a segment, where it is not there.
+void Step::require_state(SegmentId id, int64_t count, const std::vector<Entry>& view) {
+  const Segment& segment = table_.segments().at(id);
+  const auto there = [&](int64_t n) {
+    return segment.states.count(n) != 0 || planned_.count({id, n}) != 0;
+  };
+  if (there(count)) return;
+  const Entry* last = before(view, id);
+  if (count == 0) {
+    if (last != nullptr) {
+      const auto end = std::find_if(view.begin(), view.end(),
+                                    [&](const Entry& e) { return e.segment == last->segment; });
+      replay_views_.emplace_back(view.begin(), end + 1);
+      require_state(last->segment, last->hi, replay_views_.back());
+    }
+    return;
+  }
+  int64_t from = count - 1;
+  while (from > 0 && !there(from)) --from;
+  require_state(id, from, view);
+  Run again{id, from, count, &view, Visibility::kPrevious};
+  again.appends = false;
+  cut(again, count);
+}
+
+void Step::cut(Run run, int64_t to) {
+  Segment& segment = table_.segments().at(run.segment);
+  const bool begins =
+      run.from == 0 && segment.states.count(0) == 0 && before(*run.view, run.segment) == nullptr;
+  const int64_t every = table_.checkpoint_tokens();
+  while (run.from < to) {
+    run.to = to;
+    if (ragged_) {
+      pieces_.push_back(run);
+      return;
+    }
+    if (segment.stamp == stamp_) {
+      for (const int64_t stop : segment.stops) {
+        if (stop > run.from) run.to = std::min(run.to, stop);
+      }
+    }
+    if (every > 0) run.to = std::min(run.to, (run.from / every + 1) * every);
+    run.to = std::min(run.to, run.from + step_tokens_);
+    if (table_.one_token_a_state() && !(begins && run.from == 0)) run.to = run.from + 1;
+    pieces_.push_back(run);
+    planned_.insert({run.segment, run.to});
+    run.from = run.to;
+  }
+}
+
+// The state that a piece begins with; kNone at the beginning of a line.
+std::optional<StateId> Step::start_of(const Run& run) {
+  const SegmentStore& segments = table_.segments();
+  const SegmentStates& own = segments.at(run.segment).states;
+  if (const auto found = own.find(run.from); found != own.end()) return found->second;
+  if (run.from > 0) return std::nullopt;
+  const Entry* last = before(*run.view, run.segment);
+  if (last == nullptr) return kNone;
+  const SegmentStates& inherited = segments.at(last->segment).states;
+  const auto found = inherited.find(last->hi);
+  if (found == inherited.end()) return std::nullopt;
+  // A forked line keeps where it began.
+  table_.segments().states().retain(found->second);
+  return change_states(run.segment)[0] = found->second;
+}
+
+void Step::next_pieces() {
+  starts_.clear();
+  ends_.clear();
+  int64_t room = step_tokens_, length = 0;
+  bool begins = false;
+  std::vector<Run> later;
+  std::set<SegmentId> waiting;  // pieces of one segment run in their order
+  for (const Run& piece : pieces_) {
+    const bool first = chunk_runs_.empty();
+    const int64_t size = piece.to - piece.from;
+    const bool blocked = waiting.count(piece.segment) != 0;
+    const std::optional<StateId> start = blocked ? std::nullopt : start_of(piece);
+    const bool fits =
+        first || ragged_ || (size == length && (*start == kNone) == begins && size <= room);
+    if (!start || !fits) {
+      waiting.insert(piece.segment);
+      later.push_back(piece);
+      continue;
+    }
+    if (first) {
+      length = size;
+      begins = *start == kNone;
+    }
+    waiting.insert(piece.segment);
+    starts_.push_back(*start);
+    chunk_runs_.push_back(piece);
+    room -= size;
+  }
+  if (chunk_runs_.empty() && !later.empty()) invalid("step: pieces wait for each other");
+  pieces_.swap(later);
+  for (const Run& piece : chunk_runs_) {
+    add_rows(piece);
+    SegmentStates& states = change_states(piece.segment);
+    const auto [at, is_new] = states.emplace(piece.to, kNone);
+    if (is_new) at->second = table_.segments().states().create();
+    ends_.push_back(is_new ? at->second : kNone);
+  }
+}
+
+// Of each segment the last state stays, the one that it began with, and the checkpoints.
+void Step::commit_states() {
+  SegmentStore& segments = table_.segments();
+  for (const StepThread& request : threads_) {
+    if (!table_.alive(request.thread)) continue;
+    const Thread& thread = table_.at(request.thread);
+    table_.inherit_state(thread.tail, before(thread.view, thread.tail));
+  }
+  for (const auto& [id, saved] : saved_states_) {
+    segments.states().release_all(saved);
+    if (!segments.contains(id)) continue;
+    Segment& segment = segments.at(id);
+    const int64_t every = table_.checkpoint_tokens();
+    std::erase_if(segment.states, [&](const auto& state) {
+      const int64_t count = state.first;
+      const bool stays =
+          count == 0 || count == segment.encoded || (every > 0 && count % every == 0);
+      if (!stays) segments.states().release(state.second);
+      return !stays;
+    });
+  }
+  saved_states_.clear();
+}
+
+void Step::restore_states() {
+  SegmentStore& segments = table_.segments();
+  for (auto& [id, saved] : saved_states_) {
+    if (!segments.contains(id)) {
+      segments.states().release_all(saved);
+      continue;
+    }
+    segments.states().release_all(segments.at(id).states);
+    segments.at(id).states = std::move(saved);
+  }
+  saved_states_.clear();
+}
+
+}  // namespace apr

@@ -1,0 +1,84 @@
+"""Layer states of a batch: layers of a model's own cache, filled before a forward, then kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from apr.cache.hooks import Layer
+from apr.errors import InvalidInput, UnsupportedModel
+from apr.hf.cache_rows import leaves, rebuild
+from apr.hf.layer_states import empty_cache, lend
+
+if TYPE_CHECKING:
+    from apr.cache.cache import Cache
+    from apr.cache.forward import Step
+    from apr.threads.session import Session
+
+
+class BatchStates:
+    """What the recurrent layers of a model hold for the rows of a cache."""
+
+    def __init__(self, session: Session) -> None:
+        states = session.spec.states
+        assert states is not None
+        if not states.attends or not states.starts_empty:
+            raise UnsupportedModel(
+                f"apr.Cache: {type(session.attachment.model).__name__} runs with its own kind of "
+                "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
+                "or the model's own cache"
+            )
+        self._session, self._spec = session, states
+
+    def _empty(self) -> Any:
+        return empty_cache(self._session.attachment.model, self._spec)
+
+    def layers(self, cache: Cache) -> list[Any]:
+        """Layers for a cache that holds nothing yet."""
+        return [
+            layer
+            if self._holds_states(layer) or not isinstance(layer, CacheLayerMixin)
+            else Layer(cache, i, bool(getattr(layer, "is_sliding", False)))
+            for i, layer in enumerate(self._empty().layers)
+        ]
+
+    @staticmethod
+    def _holds_states(layer: Any) -> bool:
+        return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+    def load(self, cache: Cache, step: Step) -> None:
+        """Give the layers of `cache` what the rows of a step begin with."""
+        assert step.core is not None
+        if len(step.queued) != len(step.threads):
+            raise InvalidInput(
+                "apr.Cache: a row of this call is padding alone, which a model with layer states "
+                "cannot skip; leave it out"
+            )
+        starts = [step.core.starts[owner] for owner in step.owners]
+        if min(starts) < 0 <= max(starts):
+            raise InvalidInput(
+                "apr.Cache: some rows begin with this call and others go on; a model with layer "
+                "states runs them in calls of their own"
+            )
+        held = self._session.table.states
+        assert held is not None
+        given = self._empty() if starts[0] < 0 else lend(held.gather(starts), self._spec)
+        for i, layer in enumerate(given.layers):
+            if self._holds_states(layer):
+                cache.layers[i] = layer
+
+    def keep(self, cache: Cache, step: Step) -> None:
+        """Hold what a forward left in the layers of `cache`, a row for each thread."""
+        held = self._session.table.states
+        assert held is not None and step.core is not None
+        after = self._empty()
+        for i, layer in enumerate(cache.layers):
+            if self._holds_states(layer):
+                after.layers[i] = layer
+        rows = [step.owners.index(i) for i in range(len(step.threads))]
+        if len(rows) < len(step.owners):
+            at = torch.tensor(rows, device=leaves(after)[0].device)
+            after = rebuild(after, lambda x: x.index_select(0, at.to(x.device)))
+        held.put([end if end >= 0 else None for end in step.core.ends], after)

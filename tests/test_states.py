@@ -1,0 +1,418 @@
+"""Models that keep layer states: every thread equals its own sequence through the stock model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GenerationConfig
+
+import apr
+import models
+from apr.hf import cache_rows, layer_states
+from conftest import built
+from models import CLOSE, FAR, STATES, distance, stock, tokens
+
+PROMPT, A, B, C = tokens(21, 0), tokens(9, 1), tokens(6, 2), tokens(5, 3)
+HYBRIDS = ["qwen3_next", "lfm2", "falcon_h1", "jamba"]  # whose attention runs by the plan
+
+
+@pytest.fixture(params=list(STATES))
+def model(request):
+    return built(request.param)
+
+
+@pytest.fixture(params=HYBRIDS)
+def hybrid(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def lfm2():
+    return built("lfm2")
+
+
+def test_what_is_measured():
+    found = {}
+    for name in STATES:
+        with apr.Session(built(name), max_tokens=256) as s:
+            states = s.spec.states
+            found[name] = (states.attends, states.one_token)
+    assert found == {
+        "qwen3_next": (True, False),
+        "lfm2": (True, False),
+        "falcon_h1": (True, False),
+        "jamba": (True, True),
+        "mamba": (False, True),
+        "gptj": (False, False),
+        "bart": (False, False),
+    }
+
+
+def test_forks(model):
+    """Ragged children, several tokens and one, in company and alone."""
+    texts = [A, B, C]
+    want = [stock(model, PROMPT + t)[len(PROMPT) :] for t in texts]
+    with apr.Session(model, max_tokens=2048) as s:
+        root = s.thread(PROMPT)
+        children = root.fork(3)
+        assert distance(s.step(children)[1], stock(model, PROMPT)[-1]) < CLOSE
+        at = [0, 0, 0]
+        for counts in [(3, 1, 2), (1, 1, 1), (4, 1, 1), (1, 3, 1)]:
+            for i, (child, n) in enumerate(zip(children, counts, strict=True)):
+                child.extend(texts[i][at[i] : at[i] + n])
+                at[i] += n
+            got = s.step(children)
+            for i in range(3):
+                assert distance(got[i], want[i][at[i] - 1]) < CLOSE
+        assert distance(got[0], want[1][at[1] - 1]) > FAR
+        children[0].fork(1)
+        root.extend(C)
+        assert distance(s.step([root])[0], want[2][-1]) < CLOSE  # what the children did is theirs
+
+
+def test_a_state_is_shared_until_it_is_run(lfm2, monkeypatch):
+    """Where a forward's writing into a state is not seen, a sibling's state is spoilt."""
+
+    def both(session):
+        root = session.thread(PROMPT)
+        session.step([root])
+        (child,) = root.fork(1)
+        child.extend(A[:1])
+        session.step([child])
+        root.extend(B)
+        return distance(session.step([root])[0], want)
+
+    want = stock(lfm2, PROMPT + B)[-1]
+    with apr.Session(lfm2, max_tokens=512) as s:
+        assert both(s) < CLOSE
+    monkeypatch.setattr(layer_states, "lend", lambda cache, spec: cache)
+    with apr.Session(lfm2, max_tokens=512, self_test=False) as s:
+        assert both(s) > FAR
+
+
+def test_queued_prefix_of_a_fork_and_what_follows_it(model):
+    """A fork point inside of what a step runs: the state there is kept, and both go on from it."""
+    with apr.Session(model, max_tokens=2048) as s:
+        root = s.thread(PROMPT)
+        (child,) = root.fork(1)
+        root.extend(A)
+        child.extend(B)
+        got = s.step([root, child])
+        assert distance(got[0], stock(model, PROMPT + A)[-1]) < CLOSE
+        assert distance(got[1], stock(model, PROMPT + B)[-1]) < CLOSE
+
+
+@pytest.mark.parametrize("cut", [3, len(PROMPT), len(PROMPT) + 4])
+def test_trim(model, cut):
+    """Behind a cut the state is made again, from the nearest that is kept."""
+    text = PROMPT + A
+    with apr.Session(model, max_tokens=2048) as s:
+        root = s.thread(PROMPT)
+        (child,) = root.fork(1)
+        child.extend(A)
+        s.step([child])
+        child.trim(cut)
+        assert distance(s.step([child])[0], stock(model, text[:cut])[-1]) < CLOSE
+        child.extend(C)
+        assert distance(s.step([child])[0], stock(model, text[:cut] + C)[-1]) < CLOSE
+
+
+def test_checkpoints_bound_what_runs_again(lfm2):
+    def rows(checkpoint_tokens):
+        with apr.Session(lfm2, 2048, checkpoint_tokens=checkpoint_tokens) as s:
+            thread = s.thread(tokens(200))
+            s.step([thread])
+            kept = s.stats.states
+            thread.trim(150)
+            before = s.stats.rows
+            got = s.step([thread])[0]
+            assert distance(got, stock(lfm2, tokens(200)[:150])[-1]) < CLOSE
+            return kept, s.stats.rows - before
+
+    assert rows(0) == (1, 150)
+    assert rows(16) == (13, 6)
+
+
+def test_reencoded_join(model):
+    with apr.Session(model, max_tokens=2048) as s:
+        root = s.thread(PROMPT)
+        kids = root.fork(2)
+        kids[0].extend(A)
+        kids[1].extend(B)
+        s.step(kids)
+        (grandchild,) = kids[1].fork(1)
+        root.join(kids, reencode=True)
+        assert distance(s.step([root])[0], stock(model, PROMPT + A + B)[-1]) < CLOSE
+        grandchild.extend(C)
+        assert distance(s.step([grandchild])[0], stock(model, PROMPT + B + C)[-1]) < CLOSE
+
+
+def test_what_reads_keys_of_others_is_refused(model):
+    with apr.Session(model, max_tokens=512) as s:
+        root = s.thread(PROMPT)
+        kids = root.fork(2)
+        s.step(kids)
+        for attempt in (
+            lambda: s.segment(A),
+            lambda: s.region(),
+            lambda: s.thread(visibility="current"),
+            lambda: s.thread(view=[]),
+            lambda: root.join(kids),
+            lambda: setattr(root, "view", []),
+            lambda: setattr(root, "writes", root.tail),
+        ):
+            with pytest.raises(apr.UnsupportedModel, match="state"):
+                attempt()
+        root.extend(A)
+        assert distance(s.step([root])[0], stock(model, PROMPT + A)[-1]) < CLOSE
+
+
+def test_a_failed_step_leaves_states_as_they_were(model):
+    with apr.Session(model, max_tokens=512) as s:
+        root = s.thread(PROMPT)
+        kids = root.fork(2)
+        kids[0].extend(A)
+        s.step(kids)
+        held = s.stats.states
+
+        def fail(logits):
+            raise RuntimeError("no")
+
+        for kid in kids:
+            kid.extend(B)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no"):
+                s.advance(kids, fail)
+        assert s.stats.states == held
+        got = s.step(kids)
+        assert distance(got[0], stock(model, PROMPT + A + B)[-1]) < CLOSE
+        assert distance(got[1], stock(model, PROMPT + B)[-1]) < CLOSE
+
+
+def test_a_thousand_forks_leave_no_state(lfm2):
+    with apr.Session(lfm2, max_tokens=4096) as s:
+        root = s.thread(PROMPT)
+        s.step([root])
+        one = s.stats.state_bytes
+        assert s.stats.states == 1
+        for _ in range(100):
+            kids = root.fork(10)
+            assert s.stats.state_bytes == one  # of forks that have not run
+            for kid in kids[:3]:
+                kid.extend(A[:1])
+            s.step(kids[:3])
+            assert s.stats.states == 4 and s.stats.state_bytes == 4 * one
+            for kid in kids:
+                kid.release()
+            assert s.stats.states == 1 and s.stats.state_bytes == one
+        root.release()
+        assert s.stats.states == 0 == s.stats.state_bytes
+
+
+def test_bytes_of_a_state(lfm2):
+    """One row: the inputs of each short convolution that it still needs."""
+    config = lfm2.config
+    with apr.Session(lfm2, max_tokens=256) as s:
+        thread = s.thread(PROMPT)
+        s.step([thread])
+        convolutions = config.layer_types.count("conv")
+        assert s.stats.state_bytes == 4 * convolutions * config.hidden_size * config.conv_L_cache
+
+
+def test_rows_of_a_batch_that_few_want_are_given_back(lfm2):
+    with apr.Session(lfm2, max_tokens=4096) as s:
+        threads = [s.thread(PROMPT + A[:1]) for _ in range(8)]
+        s.step(threads)
+        row = s.stats.state_bytes // 8
+        for thread in threads[1:]:
+            thread.release()
+        assert s.stats.state_bytes == row
+        threads[0].extend(B)
+        assert distance(s.step(threads[:1])[0], stock(lfm2, PROMPT + A[:1] + B)[-1]) < CLOSE
+
+
+def test_threads_that_step_together_are_not_gathered(lfm2, monkeypatch):
+    """While the same threads step, the batch that a forward left is the next one's."""
+    with apr.Session(lfm2, max_tokens=512) as s:
+        threads = [s.thread([*PROMPT, i + 3]) for i in range(4)]
+        s.step(threads)
+        copied = []
+        monkeypatch.setattr(
+            cache_rows.torch.Tensor,
+            "index_select",
+            lambda x, *a: copied.append(x) or torch.index_select(x, *a),
+        )
+        for token in A:
+            for thread in threads:
+                thread.extend([token])
+            got = s.step(threads)
+        assert not copied
+        assert distance(got[2], stock(lfm2, [*PROMPT, 5, *A])[-1]) < CLOSE
+        threads[0].extend(B[:1])
+        s.step(threads[:1])
+        assert copied
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_edits(model, seed):
+    """Random forks, texts, trims, joins and releases, each step against the stock forward."""
+    rng = random.Random(seed)
+    with apr.Session(model, max_tokens=8192, checkpoint_tokens=rng.choice([0, 8])) as s:
+        threads = [s.thread(tokens(5, seed))]
+        for turn in range(25):
+            thread = rng.choice(threads)
+            kind = rng.choice(["fork", "extend", "extend", "extend", "trim", "join", "release"])
+            if kind == "fork" and len(threads) < 6:
+                threads += thread.fork(rng.randint(1, 2))
+            elif kind == "extend":
+                thread.extend(tokens(rng.randint(1, 5), 100 * seed + turn))
+            elif kind == "trim" and len(thread) > 2:
+                thread.trim(rng.randint(1, len(thread)))
+            elif kind == "join":
+                kids = thread.fork(2)
+                for kid in kids:
+                    kid.extend(tokens(2, turn))
+                thread.join(kids, reencode=True)
+            elif kind == "release" and len(threads) > 1:
+                threads.remove(thread)
+                thread.release()
+            chosen = rng.sample(threads, rng.randint(1, len(threads)))
+            for thread, logits in zip(chosen, s.step(chosen), strict=True):
+                assert distance(logits, stock(model, thread.tokens)[-1]) < CLOSE
+
+
+def test_runs_sample_as_alone(model):
+    def run(together):
+        with apr.Session(model, max_tokens=2048, seed=3) as s:
+            threads = s.thread(PROMPT).fork(4)
+            groups = [threads] if together else [[t] for t in threads]
+            settings = {"max_new_tokens": 8, "top_k": 20, "temperature": 4.0}
+            return [o.tokens for g in groups for o in apr.decode(s, g, **settings)]
+
+    assert run(True) == run(False)
+    assert len({tuple(t) for t in run(True)}) == 4
+
+
+def test_prompts_in_pieces(model):
+    with apr.Session(model, max_tokens=512, step_tokens=8) as s:
+        assert distance(s.step([s.thread(PROMPT)])[0], stock(model, PROMPT)[-1]) < CLOSE
+
+
+# ---- apr.Cache ----------------------------------------------------------------------------------
+
+
+def generated(model, how, cache=None):
+    options = {"max_new_tokens": 10, "do_sample": False}
+    ids, mask = torch.tensor([PROMPT]), torch.ones(1, len(PROMPT), dtype=torch.long)
+    if how == "beams":
+        options |= {"num_beams": 3, "num_return_sequences": 2}
+    if how == "sample":
+        options |= {"do_sample": True, "top_k": 20, "num_return_sequences": 3}
+    if how == "padded":
+        ids = torch.tensor([PROMPT[:15], [0] * 6 + PROMPT[6:15]])
+        mask = torch.tensor([[1] * 15, [0] * 6 + [1] * 9])
+    if cache is not None:
+        options["past_key_values"] = cache
+    settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    torch.manual_seed(5)
+    run = model.generate
+    out = run(ids, attention_mask=mask, generation_config=settings, **options)
+    if how == "turns":
+        ids = torch.tensor([out[0].tolist() + B])
+        mask = torch.ones_like(ids)
+        out = run(ids, attention_mask=mask, generation_config=settings, **options)
+    return out[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "sample", "padded", "turns"])
+def test_generate(hybrid, how):
+    cache = apr.Cache(hybrid, max_tokens=2048)
+    assert generated(hybrid, how, cache) == generated(hybrid, how)
+    held = cache.session.stats
+    assert held.states <= 2 * len(cache.threads) and cache.threads
+    for thread in cache.threads:
+        assert cache.session.table.ask().nearest_state(thread._id, len(thread)) == len(thread)
+    cache.close()
+
+
+def test_generate_goes_on_behind_a_crop(lfm2):
+    """The state behind a cut is made again; transformers' own cache cannot."""
+    cache = apr.Cache(lfm2, max_tokens=512)
+    generated(lfm2, "greedy", cache)
+    cache.crop(-5)
+    text = cache.threads[0].tokens
+    with torch.no_grad():
+        got = lfm2(torch.tensor([A[:2]]), past_key_values=cache).logits[0]
+    assert distance(got, stock(lfm2, text + A[:2])[-2:]) < CLOSE
+    cache.close()
+
+
+def test_threads_of_a_cache_go_on_in_a_session(lfm2):
+    cache = apr.Cache(lfm2, max_tokens=512)
+    generated(lfm2, "sample", cache)
+    (child,) = cache.threads[1].fork(1)
+    child.extend(A)
+    got = cache.session.step([child])[0]
+    assert distance(got, stock(lfm2, child.tokens)[-1]) < CLOSE
+    cache.close()
+
+
+def test_a_model_that_takes_only_its_own_cache_is_refused():
+    with pytest.raises(apr.UnsupportedModel, match=r"apr\.Session"):
+        apr.Cache(built("gptj"), max_tokens=256)
+
+
+# ---- no silent wrong answer ---------------------------------------------------------------------
+
+
+def test_the_proof_has_power_in_half_precision(monkeypatch):
+    """Steps that ignore the states of a model with transformers' own small weights are off by less
+    than bfloat16's noise may be, and are refused all the same.
+    """
+    model = models.MODEL_FOR_CAUSAL_LM_MAPPING[type(STATES["qwen3_next"])](STATES["qwen3_next"])
+    model = model.to(torch.bfloat16).eval()
+    apr.Session(model, max_tokens=256).close()
+    monkeypatch.setattr("apr.hf.probe.has_states", lambda cache: False)
+    monkeypatch.setattr("apr.hf.attachment.measure_rows", lambda model, switch, why: _raise(why))
+    again = models.MODEL_FOR_CAUSAL_LM_MAPPING[type(STATES["qwen3_next"])](STATES["qwen3_next"])
+    with pytest.raises(apr.UnsupportedModel, match="change places"):
+        apr.Session(again.to(torch.bfloat16).eval(), max_tokens=256)
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_sparse_index_is_served_while_it_leaves_nothing_out():
+    config = DeepseekV32Config(
+        **models.COMMON | {"num_key_value_heads": 4},
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        index_topk=16,
+        index_head_dim=16,
+        index_n_heads=2,
+        num_nextn_predict_layers=0,
+    )
+    model = models.random_weights(DeepseekV32ForCausalLM(config))
+    with apr.Session(model, max_tokens=512) as s:
+        thread = s.thread(PROMPT[:14])
+        assert distance(s.step([thread])[0], stock(model, PROMPT[:14])[-1]) < CLOSE
+        thread.extend(A[:2])
+        assert distance(s.step([thread])[0], stock(model, PROMPT[:14] + A[:2])[-1]) < CLOSE
+        thread.extend(A[2:3])
+        with pytest.raises(apr.UnsupportedModel, match="keeps 16"):
+            s.step([thread])
+        thread.trim(15)
+        assert distance(s.step([thread])[0], stock(model, PROMPT[:14] + A[:1])[-1]) < CLOSE
