@@ -64,6 +64,15 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("num_segments", &Plan::num_segments)
       .def_property_readonly("ids", [](const Plan& p) { return array_of(p.ids); })
       .def_property_readonly("positions", [](const Plan& p) { return array_of(p.positions); })
+      .def_property_readonly("furthest_view",
+                             [](const Plan& p) {
+                               int32_t furthest = 0;
+                               for (const PlanRun& run : p.runs) {
+                                 const int32_t last = run.stride * (run.row_count - 1);
+                                 furthest = std::max(furthest, run.view_position + last);
+                               }
+                               return furthest;
+                             })
       .def_property_readonly("rotations", [](const Plan& p) { return array_of(p.rotations); })
       .def_property_readonly("slots", [](const Plan& p) { return array_of(p.slots); })
       .def_property_readonly("writers", [](const Plan& p) { return array_of(p.writers); })

@@ -207,7 +207,7 @@ class StepGraphs:
             if not self._views.refresh(table, numbers):
                 return None
             spec, furthest = self._attachment.spec, self._views.max_position
-            spec.check_step(furthest, len(numbers), 0)
+            spec.check_step(furthest, len(numbers))
             if spec.reach.turning is not None and furthest >= spec.reach.turning:
                 return None  # the plan says whether a segment turns
             graph = self._current

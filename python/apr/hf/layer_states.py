@@ -84,7 +84,8 @@ def adopt(cache: Any, attends: bool) -> Any:
     for i, layer in enumerate(getattr(cache, "layers", ()) if isinstance(cache, Cache) else ()):
         if isinstance(layer, (_Assigned, _Elsewhere)):
             continue
-        kind: Any = _ours(type(layer), attends)
+        former: Any = type(layer)
+        kind: Any = _ours(former, attends)
         cache.layers[i] = ours = kind.__new__(kind)
         vars(ours).update(vars(layer))
         if isinstance(ours, _Elsewhere):

@@ -187,7 +187,10 @@ def _run_forward(
     ran: Ran,
 ) -> None:
     plan = ops.Plan(step.plan, invariant=invariant)
-    attachment.spec.check_step(int(plan.core.positions.max()), plan.num_rows, plan.furthest_turn)
+    furthest = int(plan.core.positions.max())
+    attachment.spec.check_step(furthest, plan.num_rows)
+    if plan.turns:
+        attachment.spec.check_turn(max(furthest, plan.core.furthest_view))
     for pool in pools if step.plan.num_copies else ():
         ops.copy_tokens(pool, plan)
     wanted = step.logits_rows

@@ -80,12 +80,10 @@ class ModelSpec:
                 "keys too; keep threads shorter"
             )
 
-    def check_step(self, furthest: int, rows: int, turn: int) -> None:
-        """Raise UnsupportedRope for a forward of so many rows, up to position `furthest`, some of
-        whose segments are read up to `turn` positions from where they were written.
-        """
+    def check_step(self, furthest: int, rows: int) -> None:
+        """Raise UnsupportedRope for a forward of so many rows, up to position `furthest`."""
         self.check_position(furthest)
-        past, turning = self.reach.past, self.reach.turning
+        past = self.reach.past
         if past is not None and max(furthest, rows - 1) >= past:
             raise UnsupportedRope(
                 f"step: position {furthest} in a forward of {rows} rows passes {past}, where this "
@@ -93,11 +91,17 @@ class ModelSpec:
                 f"threads have none; keep threads, and step_tokens, shorter than {past}, or use "
                 "apr.Cache in generate()"
             )
-        if turning is not None and turn and furthest + turn >= turning:
+
+    def check_turn(self, furthest: int) -> None:
+        """Raise UnsupportedRope where segments are read away from where they were written, by or as
+        what stands at position `furthest`.
+        """
+        turning = self.reach.turning
+        if turning is not None and furthest >= turning:
             raise UnsupportedRope(
-                f"step: a segment is read {turn} positions from where it was written, at position "
-                f"{furthest}; from {turning} on this model scales queries by their position, which "
-                "re-rotation does not undo; keep segments at their written positions"
+                f"step: a segment is read away from where it was written, at position {furthest}; "
+                f"from {turning} on this model scales queries by their position, which re-rotation "
+                "does not undo; keep segments at their written positions"
             )
 
 

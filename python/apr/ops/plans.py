@@ -77,9 +77,9 @@ class Plan:
         self.on_gpu = gpu.DevicePlan(core, invariant)
 
     @property
-    def furthest_turn(self) -> int:
-        """The most positions that a segment is read from where it was written."""
-        return int(np.abs(self._rotations).max(initial=0))
+    def turns(self) -> bool:
+        """Whether some segment is read away from where it was written."""
+        return bool(len(self._rotations))
 
     def rotation_table(self, rotation: Rotation, device: torch.device) -> Tensor | None:
         """cos and sin of each re-rotation that the plan needs [rotations, pairs, 2], or None."""
