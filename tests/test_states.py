@@ -10,6 +10,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GenerationCo
 
 import apr
 import models
+import scripted
 from apr.hf import cache_rows, layer_states
 from conftest import built
 from models import CLOSE, FAR, STATES, distance, stock, tokens
@@ -300,6 +301,33 @@ def test_prompts_in_pieces(model):
         assert distance(s.step([s.thread(PROMPT)])[0], stock(model, PROMPT)[-1]) < CLOSE
 
 
+def test_methods(lfm2):
+    """Those that fork and read text run; those that read keys of others say so before a step."""
+    words = scripted.tokenizer()
+    options = {"do_sample": True, "max_new_tokens": 5}
+
+    runs = [
+        lambda s: apr.majority_vote(s, words, PROMPT, n=4, extract=str, **options),
+        lambda s: apr.best_of_n(s, words, PROMPT, n=3, verifier=lambda *_: 1.0, **options),
+        lambda s: apr.beam_search(s, words, PROMPT, num_beams=3, max_new_tokens=5),
+        lambda s: apr.branching_vote(s, words, PROMPT, n=3, extract=str, **options),
+    ]
+    for method in runs:
+        with apr.Session(lfm2, max_tokens=4096) as s:
+            method(s)
+            assert s.stats.threads == s.stats.states == s.stats.state_bytes == 0
+    refused = [
+        lambda s: apr.parathinker(s, words, PROMPT, n=2, **options),
+        lambda s: apr.group_think(s, words, PROMPT, n=2, **options),
+        lambda s: apr.run(s, s.thread(PROMPT), apr.protocols.multiverse, tokenizer=words),
+    ]
+    for method in refused:
+        with apr.Session(lfm2, max_tokens=4096) as s:
+            with pytest.raises(apr.UnsupportedModel, match="state"):
+                method(s)
+            assert s.stats.steps == 0
+
+
 # ---- apr.Cache ----------------------------------------------------------------------------------
 
 
@@ -334,6 +362,25 @@ def test_generate(hybrid, how):
     assert held.states <= 2 * len(cache.threads) and cache.threads
     for thread in cache.threads:
         assert cache.session.table.ask().nearest_state(thread._id, len(thread)) == len(thread)
+    cache.close()
+
+
+def test_several_tokens_behind_a_state_that_takes_one():
+    """Where the model's own code would answer wrongly, and does in its own cache."""
+    model = built("jamba")
+    cache = apr.Cache(model, max_tokens=512)
+    generated(model, "greedy", cache)
+    text = cache.threads[0].tokens
+    ids = torch.tensor([A[:3]])
+    with torch.no_grad():
+        with pytest.raises(apr.InvalidInput, match="one at a time"):
+            model(ids, past_key_values=cache)
+        for i in range(3):
+            got = model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
+        assert distance(got, stock(model, text + A[:3])[-1]) < CLOSE
+        own = model(torch.tensor([text]), use_cache=True).past_key_values
+        got = model(ids, past_key_values=own).logits[0, -1]
+        assert distance(got, stock(model, text + A[:3])[-1]) > FAR
     cache.close()
 
 

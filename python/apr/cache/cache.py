@@ -186,7 +186,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; "
                 "feed the new tokens alone with the whole attention_mask, or call reset()"
             )
-        if batch % rows or extras or call.positions is None or not call.spare_columns:
+        anew = self._states is not None and self._states.spec.one_token
+        if anew or batch % rows or extras or call.positions is None or not call.spare_columns:
             step.replace([])
             step.stored = self._stored[:0, :0]
             return
@@ -221,7 +222,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             for pool in session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
             if self._states is not None:
-                self._states.load(self, step)
+                self._states.load(self, step, call.width)
         step.extras = bool(call.extras())
         step.now = call.real
         arguments, device = call.arguments, session.spec.device

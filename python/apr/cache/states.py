@@ -30,10 +30,10 @@ class BatchStates:
                 "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
                 "or the model's own cache"
             )
-        self._session, self._spec = session, states
+        self._session, self.spec = session, states
 
     def _empty(self) -> Any:
-        return empty_cache(self._session.attachment.model, self._spec)
+        return empty_cache(self._session.attachment.model, self.spec)
 
     def layers(self, cache: Cache) -> list[Any]:
         """Layers for a cache that holds nothing yet."""
@@ -48,8 +48,8 @@ class BatchStates:
     def _holds_states(layer: Any) -> bool:
         return isinstance(layer, LinearAttentionCacheLayerMixin)
 
-    def load(self, cache: Cache, step: Step) -> None:
-        """Give the layers of `cache` what the rows of a step begin with."""
+    def load(self, cache: Cache, step: Step, width: int) -> None:
+        """Give the layers of `cache` what the rows of a step of `width` columns begin with."""
         assert step.core is not None
         if len(step.queued) != len(step.threads):
             raise InvalidInput(
@@ -62,9 +62,15 @@ class BatchStates:
                 "apr.Cache: some rows begin with this call and others go on; a model with layer "
                 "states runs them in calls of their own"
             )
+        if self.spec.one_token and width > 1 and starts[0] >= 0:
+            raise InvalidInput(
+                f"apr.Cache: got {width} tokens behind stored ones, where this model's own code "
+                "takes one at a time (its answers differ); feed them singly, or the whole text "
+                "to a cache that is reset"
+            )
         held = self._session.table.states
         assert held is not None
-        given = self._empty() if starts[0] < 0 else lend(held.gather(starts), self._spec)
+        given = self._empty() if starts[0] < 0 else lend(held.gather(starts), self.spec)
         for i, layer in enumerate(given.layers):
             if self._holds_states(layer):
                 cache.layers[i] = layer

@@ -81,7 +81,11 @@ def _ours(layer: Any, attends: bool) -> Any:
 
 def adopt(cache: Any, attends: bool) -> Any:
     """A cache of the model's, made ours: with `attends` it holds no keys and values."""
-    for i, layer in enumerate(getattr(cache, "layers", ()) if isinstance(cache, Cache) else ()):
+    if not isinstance(cache, Cache):
+        return cache
+    for part in vars(cache).values():  # a cache of an encoder and a decoder has two in it
+        adopt(part, attends)
+    for i, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(layer, (_Assigned, _Elsewhere)):
             continue
         former: Any = type(layer)

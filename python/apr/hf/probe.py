@@ -313,7 +313,7 @@ def measure_rows(model: Any, switch: Switch, why: UnsupportedModel) -> ModelSpec
         position_limit=None,
         reach=NEVER,
         vocab_size=vocab_size,
-        dtype=logits.dtype,
+        dtype=model.get_input_embeddings().weight.dtype,  # logits may be float32 in any
         device=logits.device,
         keeps_rows="logits_to_keep" in parameters,
         takes_positions=False,

@@ -93,7 +93,8 @@ def self_test(attachment: Attachment, model: Any) -> None:
     _check_company(bench, name, root, vocab, scale, apart=False)
     if states is not None:
         _check_company(bench, name, root, vocab, scale, apart=True)
-    if not spec.can_rotate:
+    furthest = len(prefix) + 40 + len(tails[0])
+    if not spec.can_rotate or any(x is not None and x <= furthest for x in spec.reach):
         return
     # The same tokens, written 40 positions further on, seen at the same place.
     first = bench.table.create_segment(prefix, 0, [])

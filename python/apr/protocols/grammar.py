@@ -130,6 +130,11 @@ class Grammar:
         if field != "success" and groups != 1:
             self._refuse(f"{field} {pattern!r} has {groups} groups; expected one")
 
+    @property
+    def needs_keys(self) -> bool:
+        """Whether joined keys are read, or positions kept free for them."""
+        return self.returns in ("max", "sum", "keep") or bool(self.reserve)
+
     def outlines(self, head: str) -> list[str]:
         """The outlines in a head's text; `width` empty ones where the grammar has no heads."""
         if self.launch is None:

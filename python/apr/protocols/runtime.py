@@ -59,6 +59,8 @@ def run(
     roots: list[Thread] = list(threads) if not isinstance(threads, Thread) else [threads]
     if not roots or len(set(roots)) != len(roots):
         raise InvalidInput("run: expected at least one thread, each listed once")
+    if grammar.needs_keys:
+        session.table.need_keys(f"run: grammar {grammar.name!r} joins keys")
     limits = budget or Budget()
     if width is not None:
         width = free_threads(session) if width == "auto" else width

@@ -66,6 +66,7 @@ def parathinker(
     def run(
         session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
     ) -> list[Result]:
+        session.table.need_keys("parathinker")
         begins = [_tag_ids(tokenizer, think, i + 1) for i in range(n)]
         ends = [_tag_ids(tokenizer, end_think, i + 1) for i in range(n)]
         roots: list[Thread] = []
