@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test test-quick test-versions bench-check lint docs wheel cuda cuda-all cross sanitize format stubs clean
+.PHONY: demo test test-quick test-versions coverage bench-check lint docs wheel cuda cuda-all cross sanitize format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: $(VENV)/installed
 # For work in progress: the core, the oracles on one model, the rules of the house.
 test-quick: $(VENV)/installed
 	$(RUN) -m pytest --quick
+
+# Every architecture of transformers against its stock self; --update writes the baseline and docs/models.md.
+PART = 1/1
+coverage: $(VENV)/installed
+	$(RUN) tools/coverage --part $(PART)
 
 # Ratios of things timed in turn against bench/ratios.json; wants idle cores, not part of CI.
 bench-check: $(VENV)/installed

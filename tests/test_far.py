@@ -117,6 +117,7 @@ def test_without_the_look_it_would_be_wrong(ministral3, monkeypatch):
         assert distance(s.step([thread])[0], stock(ministral3, text)[-1]) > FAR
 
 
+@pytest.mark.filterwarnings("ignore:.*runs by rows:UserWarning")
 def test_a_mask_that_looks_up_each_calls_tokens_is_not_measured():
     """Its window cannot be seen far out; rows of the model's own cache serve it."""
     text = {k: v for k, v in COMMON.items() if k != "num_hidden_layers"}

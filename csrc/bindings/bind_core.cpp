@@ -225,6 +225,7 @@ void bind_core(py::module_& module) {
       .def_property_readonly("plan", &Step::plan, py::return_value_policy::reference_internal)
       .def_property_readonly("copied_tokens", &Step::copied_tokens)
       .def_property_readonly("logits_rows", &Step::logits_rows)
+      .def("take_freed_states", &Step::take_freed_states)
       .def_property_readonly("starts", &Step::starts)
       .def_property_readonly("ends", &Step::ends);
 }

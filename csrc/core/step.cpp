@@ -207,6 +207,7 @@ bool Step::next() {
   chunk_ = fresh_stamp();
   plan_.clear(table_.pool().page_size());
   plan_.copies.swap(copies_);
+  if (table_.keeps_states()) forget_used();
   chunk_runs_.clear();
   if (table_.keeps_states()) {
     next_pieces();

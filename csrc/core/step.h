@@ -44,15 +44,21 @@ class Step {
   // of a line, and the one that it leaves, kNone where that is there already.
   const std::vector<StateId>& starts() const { return starts_; }
   const std::vector<StateId>& ends() const { return ends_; }
+  // States that nothing leads to any more, since this was asked last.
+  std::vector<StateId> take_freed_states() { return table_.segments().states().take_freed(); }
 
  private:
+  using Place = std::pair<SegmentId, int64_t>;  // after so many tokens of a segment
+  static constexpr Place kBeginning{kNone, 0};
+
   struct Run {
     SegmentId segment;
     int64_t from, to;
     const std::vector<Entry>* view;
     Visibility visibility;
-    ThreadId replay = kNone;  // a token that is run again for this thread's logits
-    bool appends = true;      // else its keys and values are stored already
+    ThreadId replay = kNone;   // a token that is run again for this thread's logits
+    bool appends = true;       // else its keys and values are stored already
+    Place start = kBeginning;  // where the layer state lies that it begins with
   };
   struct InheritedCopy {
     ThreadId thread;
@@ -74,7 +80,10 @@ class Step {
   void cut_into_pieces();
   void require_state(SegmentId id, int64_t count, const std::vector<Entry>& view);
   void cut(Run run, int64_t to);
+  bool has_state(const Place& place) const;
   std::optional<StateId> start_of(const Run& run);
+  void forget_used();
+  bool stays(const Segment& segment, int64_t count) const;
   void next_pieces();
   SegmentStates& change_states(SegmentId id);
   void commit_states();
@@ -100,8 +109,9 @@ class Step {
   // Where layer states are kept.
   bool ragged_;
   std::vector<StepThread> threads_;
-  std::vector<Run> pieces_;                          // that no forward has taken yet
-  std::set<std::pair<SegmentId, int64_t>> planned_;  // states that they leave
+  std::vector<Run> pieces_;        // that no forward has taken yet
+  std::set<Place> planned_;        // where they leave states
+  std::map<Place, int64_t> uses_;  // pieces that begin there, and have not run
   std::vector<StateId> starts_, ends_;
   std::map<SegmentId, SegmentStates> saved_states_;  // of segments whose states were changed
 };

@@ -40,16 +40,17 @@ void Step::cut_into_pieces() {
   }
 }
 
+bool Step::has_state(const Place& place) const {
+  return table_.segments().at(place.first).states.count(place.second) != 0 ||
+         planned_.count(place) != 0;
+}
+
 // Puts pieces down that leave the state after `count` tokens of a segment, where it is not there.
 void Step::require_state(SegmentId id, int64_t count, const std::vector<Entry>& view) {
-  const Segment& segment = table_.segments().at(id);
-  const auto there = [&](int64_t n) {
-    return segment.states.count(n) != 0 || planned_.count({id, n}) != 0;
-  };
-  if (there(count)) return;
-  const Entry* last = before(view, id);
-  if (count == 0) {
-    if (last != nullptr) {
+  if (has_state({id, count})) return;
+  const int64_t begin = -table_.segments().at(id).copied;
+  if (count == begin) {
+    if (const Entry* last = before(view, id)) {
       const auto end = std::find_if(view.begin(), view.end(),
                                     [&](const Entry& e) { return e.segment == last->segment; });
       replay_views_.emplace_back(view.begin(), end + 1);
@@ -58,7 +59,7 @@ void Step::require_state(SegmentId id, int64_t count, const std::vector<Entry>& 
     return;
   }
   int64_t from = count - 1;
-  while (from > 0 && !there(from)) --from;
+  while (from > begin && !has_state({id, from})) --from;
   require_state(id, from, view);
   Run again{id, from, count, &view, Visibility::kPrevious};
   again.appends = false;
@@ -67,43 +68,66 @@ void Step::require_state(SegmentId id, int64_t count, const std::vector<Entry>& 
 
 void Step::cut(Run run, int64_t to) {
   Segment& segment = table_.segments().at(run.segment);
-  const bool begins =
-      run.from == 0 && segment.states.count(0) == 0 && before(*run.view, run.segment) == nullptr;
   const int64_t every = table_.checkpoint_tokens();
+  run.start = {run.segment, run.from};
+  if (run.from == -segment.copied && !has_state(run.start)) {
+    const Entry* last = before(*run.view, run.segment);
+    run.start = last == nullptr ? kBeginning : Place{last->segment, last->hi};
+  }
   while (run.from < to) {
     run.to = to;
-    if (ragged_) {
-      pieces_.push_back(run);
-      return;
-    }
-    if (segment.stamp == stamp_) {
-      for (const int64_t stop : segment.stops) {
-        if (stop > run.from) run.to = std::min(run.to, stop);
+    if (!ragged_) {
+      if (segment.stamp == stamp_) {
+        for (const int64_t stop : segment.stops) {
+          if (stop > run.from) run.to = std::min(run.to, stop);
+        }
       }
+      if (every > 0) run.to = std::min(run.to, (run.from / every + 1) * every);
+      run.to = std::min(run.to, run.from + step_tokens_);
+      if (table_.one_token_a_state() && run.start != kBeginning) run.to = run.from + 1;
     }
-    if (every > 0) run.to = std::min(run.to, (run.from / every + 1) * every);
-    run.to = std::min(run.to, run.from + step_tokens_);
-    if (table_.one_token_a_state() && !(begins && run.from == 0)) run.to = run.from + 1;
     pieces_.push_back(run);
+    ++uses_[run.start];
     planned_.insert({run.segment, run.to});
     run.from = run.to;
+    run.start = {run.segment, run.from};
   }
 }
 
 // The state that a piece begins with; kNone at the beginning of a line.
 std::optional<StateId> Step::start_of(const Run& run) {
-  const SegmentStore& segments = table_.segments();
-  const SegmentStates& own = segments.at(run.segment).states;
-  if (const auto found = own.find(run.from); found != own.end()) return found->second;
-  if (run.from > 0) return std::nullopt;
-  const Entry* last = before(*run.view, run.segment);
-  if (last == nullptr) return kNone;
-  const SegmentStates& inherited = segments.at(last->segment).states;
-  const auto found = inherited.find(last->hi);
-  if (found == inherited.end()) return std::nullopt;
-  // A forked line keeps where it began.
-  table_.segments().states().retain(found->second);
-  return change_states(run.segment)[0] = found->second;
+  if (run.start == kBeginning) return kNone;
+  const auto [id, count] = run.start;
+  const SegmentStates& states = table_.segments().at(id).states;
+  const auto found = states.find(count);
+  if (found == states.end()) return std::nullopt;
+  const StateId state = found->second;
+  if (id != run.segment) {  // a forked line keeps where it began
+    const auto [own, is_new] = change_states(run.segment).emplace(run.from, state);
+    if (is_new) table_.segments().states().retain(state);
+  }
+  return state;
+}
+
+// Lets states go that the last forward began with, and that nothing else will.
+void Step::forget_used() {
+  SegmentStore& segments = table_.segments();
+  for (const Run& piece : chunk_runs_) {
+    const auto [id, count] = piece.start;
+    if (piece.start == kBeginning || --uses_[piece.start] > 0) continue;
+    const auto saved = saved_states_.find(id);
+    const bool is_new = saved != saved_states_.end() && saved->second.count(count) == 0;
+    Segment& segment = segments.at(id);
+    const auto state = segment.states.find(count);
+    if (!is_new || state == segment.states.end() || stays(segment, count)) continue;
+    segments.states().release(state->second);
+    segment.states.erase(state);
+  }
+}
+
+bool Step::stays(const Segment& segment, int64_t count) const {
+  const int64_t every = table_.checkpoint_tokens();
+  return count == 0 || count == segment.encoded || (every > 0 && count % every == 0);
 }
 
 void Step::next_pieces() {
@@ -118,9 +142,8 @@ void Step::next_pieces() {
     const int64_t size = piece.to - piece.from;
     const bool blocked = waiting.count(piece.segment) != 0;
     const std::optional<StateId> start = blocked ? std::nullopt : start_of(piece);
-    const bool fits =
-        first || ragged_ || (size == length && (*start == kNone) == begins && size <= room);
-    if (!start || !fits) {
+    const bool alike = start && size == length && (*start == kNone) == begins && size <= room;
+    if (!start || !(first || ragged_ || alike)) {
       waiting.insert(piece.segment);
       later.push_back(piece);
       continue;
@@ -157,13 +180,10 @@ void Step::commit_states() {
     segments.states().release_all(saved);
     if (!segments.contains(id)) continue;
     Segment& segment = segments.at(id);
-    const int64_t every = table_.checkpoint_tokens();
     std::erase_if(segment.states, [&](const auto& state) {
-      const int64_t count = state.first;
-      const bool stays =
-          count == 0 || count == segment.encoded || (every > 0 && count % every == 0);
-      if (!stays) segments.states().release(state.second);
-      return !stays;
+      const bool goes = !stays(segment, state.first);
+      if (goes) segments.states().release(state.second);
+      return goes;
     });
   }
   saved_states_.clear();

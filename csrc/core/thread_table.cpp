@@ -99,6 +99,16 @@ void ThreadTable::keep_states(int64_t checkpoint_tokens, bool one_token) {
   one_token_ = one_token;
 }
 
+// A parent that has not run hands on what it began with.
+void ThreadTable::inherit_state(Thread& child, SegmentId parent_tail) {
+  const Segment& parent = segments_.at(parent_tail);
+  Entry begun;
+  begun.segment = parent_tail;
+  begun.hi = 0;
+  if (parent.length() == 0) inherit_state(child.tail, &begun);
+  if (child.view.size() > 1) inherit_state(child.tail, &child.view[child.view.size() - 2]);
+}
+
 void ThreadTable::inherit_state(SegmentId tail, const Entry* last) {
   Segment& segment = segments_.at(tail);
   if (last == nullptr || segment.states.count(0) != 0) return;
@@ -273,9 +283,7 @@ std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
     }
     const int64_t offset = parent_tail.offset == kMoving ? kMoving : fork_position;
     open_tail(child, child_id, offset, written, true);
-    if (keeps_states_ && child.view.size() > 1) {
-      inherit_state(child.tail, &child.view[child.view.size() - 2]);
-    }
+    if (keeps_states_) inherit_state(child, parent.tail);
     for (size_t k = own + 1; k < parent.view.size(); ++k) {
       Entry entry = parent.view[k];
       entry.inherited = true;

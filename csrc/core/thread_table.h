@@ -57,6 +57,7 @@ class ThreadTable {
   // Lets a tail begin with the state after `last`, the entry that it continues, where that is
   // there.
   void inherit_state(SegmentId tail, const Entry* last);
+  void inherit_state(Thread& child, SegmentId parent_tail);
   // The most tokens, up to `length`, after which a thread's state is kept.
   int64_t nearest_state(ThreadId id, int64_t length) const;
 

@@ -30,7 +30,6 @@ BASELINE = HERE / "baseline.json"
 SECONDS = 90  # for one architecture
 BYTES = 8 << 30  # address space of a child
 BATCH = 12  # architectures of one child
-BEST_FIRST = ("plan", "plan and states", "rows", "refused", "not built")
 
 
 def child(names: list[str]) -> None:
@@ -85,7 +84,7 @@ def run(names: list[str]) -> dict[str, dict[str, Any]]:
 
 def worse(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     """What an architecture did before and does not do now."""
-    rank = BEST_FIRST.index
+    rank = report.ORDER.index
     if rank(now["how"]) > rank(before["how"]):
         return [f"was run by {before['how']}, and is now {now['how']}: {now.get('why', '')[:200]}"]
     gone = [n for n in examine.CHECKS if before.get(n) is not None and now.get(n) is None]

@@ -20,7 +20,8 @@ WINDOW = 16
 _BY_SIZE: dict[int, str] = {
     VOCAB: "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size "
     "intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim "
-    "d_ff d_inner dff dim_ff feed_forward_size intermediate_size_mlp dense_intermediate_size mamba_d_ssm",
+    "d_ff d_inner dff dim_ff feed_forward_size intermediate_size_mlp dense_intermediate_size "
+    "mamba_d_ssm",
     64: "hidden_size n_embd d_model dim emb_dim embedding_dim embedding_size word_embed_proj_dim "
     "lru_width attention_hidden_size input_embedding_size output_embedding_size embed_dim "
     "backbone_hidden_size cross_hidden_size nemo_final_size ext_pw_out_channel "

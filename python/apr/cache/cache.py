@@ -212,7 +212,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if not step.threads:
             keys = call.keys() if self.share_rows else list(range(call.ids.shape[0]))
             step.make_threads(session, call, keys)
-        session.restore_states(step.threads)
+        if self._states is not None:
+            self._states.check(call, step)
+            session.restore_states(step.threads)
         step.queue(session, call)
         plan = None
         if step.queued:

@@ -10,10 +10,12 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from apr.cache.hooks import Layer
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.cache_rows import leaves, rebuild
+from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.layer_states import empty_cache, lend
 
 if TYPE_CHECKING:
     from apr.cache.cache import Cache
+    from apr.cache.call import Call
     from apr.cache.forward import Step
     from apr.threads.session import Session
 
@@ -24,7 +26,8 @@ class BatchStates:
     def __init__(self, session: Session) -> None:
         states = session.spec.states
         assert states is not None
-        if not states.attends or not states.starts_empty:
+        ordinary = states.argument in CACHE_ARGUMENTS and states.starts_empty
+        if not states.attends or not ordinary:
             raise UnsupportedModel(
                 f"apr.Cache: {type(session.attachment.model).__name__} runs with its own kind of "
                 "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
@@ -48,14 +51,27 @@ class BatchStates:
     def _holds_states(layer: Any) -> bool:
         return isinstance(layer, LinearAttentionCacheLayerMixin)
 
+    def check(self, call: Call, step: Step) -> None:
+        """Raise InvalidInput for padding that would enter a row's state: what a row reads is one
+        line, and padding may stand on its left in the first call.
+        """
+        behind = call.real.cummax(1).values & ~call.real
+        if not bool(call.real.any(1).all()):
+            what = "a row that is padding alone"
+        elif bool(behind.any()):
+            what = "padding behind real tokens"
+        elif any(map(len, step.threads)) and not bool(call.real.all()):
+            what = "padding behind stored tokens"
+        else:
+            return
+        raise InvalidInput(
+            f"apr.Cache: got {what}, which would enter the layer states of this model; expected "
+            "padding on the left of the first call alone"
+        )
+
     def load(self, cache: Cache, step: Step, width: int) -> None:
         """Give the layers of `cache` what the rows of a step of `width` columns begin with."""
         assert step.core is not None
-        if len(step.queued) != len(step.threads):
-            raise InvalidInput(
-                "apr.Cache: a row of this call is padding alone, which a model with layer states "
-                "cannot skip; leave it out"
-            )
         starts = [step.core.starts[owner] for owner in step.owners]
         if min(starts) < 0 <= max(starts):
             raise InvalidInput(
@@ -86,5 +102,7 @@ class BatchStates:
         rows = [step.owners.index(i) for i in range(len(step.threads))]
         if len(rows) < len(step.owners):
             at = torch.tensor(rows, device=leaves(after)[0].device)
-            after = rebuild(after, lambda x: x.index_select(0, at.to(x.device)))
+            after = rebuild(after, lambda x: x.detach().index_select(0, at.to(x.device)))
+        else:
+            after = rebuild(after, torch.Tensor.detach)
         held.put([end if end >= 0 else None for end in step.core.ends], after)

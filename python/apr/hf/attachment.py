@@ -4,6 +4,7 @@ attention.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
-from apr.hf.interface import Running
+from apr.hf.interface import OF_THE_MACHINE, Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
 from apr.hf.packed import PackedForward, out_of_table
 from apr.hf.probe import ModelSpec, measure, measure_rows, refuse
@@ -67,6 +68,10 @@ class Attachment:
         if self._watch.configured_anew():
             with undisturbed(self.model.device):
                 now = known(self.model, measure)
+                states = self.spec.states
+                if now is not self._known and states is not None and not states.attends:
+                    why = UnsupportedModel(states.reason)
+                    now.spec, now.tested = measure_rows(self.model, self.switch, why), True
             if now.spec != self.spec:
                 raise InvalidInput(
                     "the model's configuration was changed, and with it what its attention sees "
@@ -147,14 +152,14 @@ def _prove(attachment: Attachment, model: Any) -> None:
         return self_test(attachment, model)
     except UnsupportedModel as error:
         why = error
-    except (Error, MemoryError):
+    except (Error, *OF_THE_MACHINE):
         raise
     except Exception as error:  # from the model's own code, which did not expect such a forward
         why = refuse(attachment.model, f"its steps failed ({type(error).__name__}: {error})")
     attachment.keep_rows(why)
     try:
         self_test(attachment, model)
-    except MemoryError:
+    except OF_THE_MACHINE:
         raise
     except Exception as error:
         raise why from error
@@ -170,4 +175,11 @@ def attach(model: Any, prove: bool = True) -> Attachment:
         with undisturbed(attachment.spec.device):
             _prove(attachment, model)
         attachment.tested = True
+        states = attachment.spec.states
+        if states is not None and not states.attends:
+            warnings.warn(
+                f"{type(attachment.model).__name__} runs by rows of its own cache, which is right "
+                f"and slower: {states.reason}",
+                stacklevel=4,
+            )
     return attachment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,23 +27,22 @@ def _parts(node: Any) -> Iterable[tuple[Any, Any]]:
 
 def _walk(node: Any) -> Iterator[Any]:
     """Tensors and plain values below a node, in one order."""
-    if isinstance(node, Tensor) and node.ndim:
-        yield node
+    if isinstance(node, Tensor):
+        yield node if node.ndim else node.item()  # a setting that is kept as a tensor
         return
     parts = list(_parts(node))
     for key, value in parts:
         yield key
         yield from _walk(value)
-    if not parts:
-        if isinstance(node, Tensor):
-            yield node.item()  # a setting that is kept as a tensor
-        elif isinstance(node, (bool, int, float, str, type(None))):
-            yield node
+    if not parts and isinstance(node, (bool, int, float, str, type(None))):
+        yield node
 
 
-def leaves(cache: Any) -> list[Tensor]:
+def leaves(node: Any) -> list[Tensor]:
     """The tensors of a cache, in one order; all of them have a row for each sequence."""
-    return [x for x in _walk(cache) if isinstance(x, Tensor)]
+    if isinstance(node, Tensor):
+        return [node] if node.ndim else []
+    return [x for _, value in _parts(node) for x in leaves(value)]
 
 
 def kind(cache: Any) -> tuple[Any, ...]:
@@ -84,6 +84,10 @@ class _Batch:
     cache: Any
     states: list[int | None]
 
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        return kind(self.cache)
+
     @property
     def alive(self) -> list[int]:
         return [row for row, state in enumerate(self.states) if state is not None]
@@ -111,15 +115,9 @@ class CacheRows:
     def groups(self, states: Sequence[int]) -> list[list[int]]:
         """Indices of `states` (or -1) that can run in one forward, in groups."""
         kinds: dict[Any, list[int]] = {}
-        known: dict[int, Any] = {}
         for i, state in enumerate(states):
-            if state < 0:
-                kinds.setdefault(None, []).append(i)
-                continue
-            batch = self._where[state][0]
-            if id(batch) not in known:
-                known[id(batch)] = kind(batch.cache)
-            kinds.setdefault(known[id(batch)], []).append(i)
+            key = None if state < 0 else self._where[state][0].kind
+            kinds.setdefault(key, []).append(i)
         return list(kinds.values())
 
     def gather(self, states: Sequence[int]) -> Any:

@@ -55,13 +55,15 @@ def measure_reach(model: Any, queries: Queries, limit: int | None, turns: list[b
     """Compare queries far out with those at position 0, and with those that follow a past.
 
     limit: the position from which all is different anyway; turns: of each layer, whether keys of it
-    are read away from where they were written.
+    can be read away from where they were written.
     """
+    if not all(turns):
+        return NEVER  # a table of positions, past whose end no place may be asked
     places = [0, *(p for p in _FAR if limit is None or p < limit)]
     try:
         far = queries(places, None)
     except IndexError:
-        return NEVER  # a table of positions: steps past its end are refused
+        return NEVER
     tolerance = _TOLERANCE.get(far[0].dtype, 2e-2)
 
     def same(a: Tensor, b: Tensor) -> bool:
@@ -71,8 +73,7 @@ def measure_reach(model: Any, queries: Queries, limit: int | None, turns: list[b
     def turned_only(rows: list[Tensor], row: int) -> bool:
         return all(
             same(x[row].float().norm(dim=-1), y[0].float().norm(dim=-1))
-            for x, y, turning in zip(rows, far, turns, strict=True)
-            if turning
+            for x, y in zip(rows, far, strict=True)
         )
 
     def same_after_past(place: int, alone: list[Tensor]) -> bool:

@@ -17,6 +17,13 @@ from apr.errors import Error
 
 IMPLEMENTATION = "apr"
 
+# Failures of the machine, which say nothing about a model.
+OF_THE_MACHINE = (
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
+
 
 class Forward(Protocol):
     """What handles the attention and mask calls of a running forward.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 
 from apr.hf.cache_rows import leaves, rebuild
 from apr.hf.interface import input_device
+
+_ROWS = 3  # of the forwards that measure; no cache has so many parts of another kind
 
 # From one state on, several tokens at once and one by one: what a model that goes on rightly may
 # differ by, in standard deviations of the logits. It costs only speed to be strict.
@@ -32,7 +34,8 @@ class StateSpec:
     starts_empty: bool  # a cache that holds nothing can be given to a first forward
     changed: frozenset[int]  # tensors of a row that a forward writes into
     one_token: bool  # from a state on, only single tokens give what the text as a whole gives
-    reason: str = ""  # why attention does not run by the plan
+    # Why attention does not run by the plan.
+    reason: str = field(default="", compare=False)
     chooses: bool = False  # a sparse index says which keys attention sees
 
 
@@ -125,7 +128,7 @@ def run(model: Any, spec: StateSpec, cache: Any, ids: Tensor, **more: Any) -> tu
 
 
 def find_cache(model: Any) -> tuple[str, Any] | None:
-    """The name and value of the cache that a model returns, found by a forward of two rows."""
+    """The name and value of the cache that a model returns, found by a forward of `_ROWS` rows."""
     with torch.no_grad():
         out = model(input_ids=_ids(model, 5), use_cache=True)
     for name in inspect.signature(model.forward).parameters:
@@ -140,13 +143,19 @@ def has_states(cache: Any) -> bool:
     return bool(leaves(adopt(rebuild(cache, lambda x: x), attends=True)))
 
 
+def has_attention(cache: Any) -> bool:
+    """Whether a cache may hold keys and values."""
+    layers = getattr(cache, "layers", None)
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
 def measure_states(
     model: Any, name: str, cache: Any, attends: bool, refuse: Callable[[str], Exception], why: str
 ) -> StateSpec:
-    """How rows of a cache that a forward of two rows returned can be kept; raises what `refuse`
+    """How rows of a cache that a forward of three rows returned can be kept; raises what `refuse`
     makes of a reason.
     """
-    if any(x.shape[0] != 2 for x in leaves(cache)):
+    if any(x.shape[0] != _ROWS for x in leaves(cache)):
         raise refuse("its cache holds tensors that are not rows of its sequences")
     for layer in getattr(cache, "layers", ()):
         if type(layer).__module__ != CacheLayerMixin.__module__:
@@ -192,6 +201,6 @@ def _one_token(model: Any, spec: StateSpec, cache: Any) -> bool:
 
 
 def _ids(model: Any, length: int) -> Tensor:
-    line = torch.arange(2 * length, device=input_device(model)).view(2, length) * 5 + 3
+    line = torch.arange(_ROWS * length, device=input_device(model)).view(_ROWS, length) * 5 + 3
     vocab_size: int = model.get_input_embeddings().weight.shape[0]
     return line % vocab_size

@@ -186,6 +186,8 @@ def _run_forward(
     held: CacheRows | None,
     ran: Ran,
 ) -> None:
+    if held is not None:
+        held.drop(step.take_freed_states())
     plan = ops.Plan(step.plan, invariant=invariant)
     furthest = int(plan.core.positions.max())
     attachment.spec.check_step(furthest, plan.num_rows)
@@ -205,13 +207,16 @@ def _run_forward(
         length = plan.num_rows // len(step.starts)
         columns = sorted({row % length for row in rows})
         try:
-            lines = forward_rows(attachment, plan, packed, columns, held, step.starts, step.ends)
+            lines, forwards = forward_rows(
+                attachment, plan, packed, columns, held, step.starts, step.ends
+            )
         except IndexError as error:
             raise out_of_table(int(plan.core.positions.max()), error) from error
         packed.check_complete(attachment.model)
         logits = lines.flatten(0, 1)
         width = len(columns)
         index = {row: row // length * width + columns.index(row % length) for row in rows}
+        ran.forwards += forwards - 1
     ran.rows.update((number, (logits, index[row])) for number, row in wanted)
     ran.num_rows, ran.forwards = ran.num_rows + plan.num_rows, ran.forwards + 1
     ran.forward_seconds += time.perf_counter() - began

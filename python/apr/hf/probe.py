@@ -17,8 +17,14 @@ from apr.errors import UnsupportedModel, UnsupportedRope
 from apr.hf import rope
 from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.far import NEVER, Reach, measure_reach
-from apr.hf.interface import Running, Switch, input_device, members
-from apr.hf.layer_states import StateSpec, find_cache, has_states, measure_states
+from apr.hf.interface import OF_THE_MACHINE, Running, Switch, input_device, members
+from apr.hf.layer_states import (
+    StateSpec,
+    find_cache,
+    has_attention,
+    has_states,
+    measure_states,
+)
 from apr.ops import Pool, Rotation, empty_pool
 
 # Tensor arguments of an attention call that change nothing about what is visible.
@@ -205,7 +211,7 @@ def _probe_forward(
     try:
         with Running(probe, switch), torch.no_grad():
             out = model(input_ids=ids, position_ids=positions, **{"use_cache": False, **more})
-    except (UnsupportedModel, MemoryError):
+    except (UnsupportedModel, *OF_THE_MACHINE):
         raise
     except Exception as error:
         where = f"at positions up to {int(positions.max())}"
@@ -303,7 +309,13 @@ def measure_rows(model: Any, switch: Switch, why: UnsupportedModel) -> ModelSpec
         logits: Any = getattr(model(input_ids=line % vocab_size), "logits", None)
     _check_logits(model, logits, line, vocab_size)
     try:
-        states = measure_states(model, *found, False, partial(refuse, model), str(why))
+        # A model without attention has nothing but states, and nothing is slower for it.
+        attends = not has_attention(found[1])
+        reason = "" if attends else str(why).split(" cannot be attached: ")[-1]
+        reason = reason.split(". apr needs")[0]
+        states = measure_states(model, *found, attends, partial(refuse, model), reason)
+    except OF_THE_MACHINE:
+        raise
     except Exception as error:  # from the model's own code, which did not expect such a cache
         raise UnsupportedModel(f"{why}. Rows of its cache cannot be kept: {error}") from error
     states = replace(states, chooses=_chooses(model, switch, line))
@@ -333,6 +345,8 @@ def _chooses(model: Any, switch: Switch, line: Tensor) -> bool:
 def _find_cache(model: Any) -> tuple[str, Any] | None:
     try:
         return find_cache(model)
+    except OF_THE_MACHINE:
+        raise
     except Exception:  # whatever a model's own code may raise: it has no cache that we can use
         return None
 

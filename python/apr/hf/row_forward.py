@@ -54,8 +54,9 @@ def forward_rows(
     held: CacheRows,
     starts: Sequence[int],
     ends: Sequence[int],
-) -> Tensor:
-    """Run the plan's rows as [lines, L]; logits [lines, len(columns), vocab], unchecked.
+) -> tuple[Tensor, int]:
+    """Run the plan's rows as [lines, L]; logits [lines, len(columns), vocab], unchecked, and the
+    number of forwards that it took.
 
     starts and ends: the state that each line begins with, -1 at the beginning of a text, and the
     one that it leaves, -1 where nobody wants it.
@@ -77,8 +78,11 @@ def forward_rows(
         if spec.states.attends and spec.takes_positions:
             more["position_ids"] = positions[group]
         part = ids if len(group) == len(ids) else ids[group]
-        with attachment.running(packed):
-            logits, after = run(attachment.call, spec.states, cache, part, **more)
+        # In a compiled model the numbers of an index do not reach our attention.
+        call = attachment.model if spec.states.chooses else attachment.call
+        stance = "force_eager" if spec.states.chooses else "default"
+        with attachment.running(packed), torch.compiler.set_stance(stance):
+            logits, after = run(call, spec.states, cache, part, **more)
         if not spec.keeps_rows:
             logits = logits[:, columns]
         for i, row in zip(group, logits, strict=True):
@@ -86,4 +90,4 @@ def forward_rows(
         wanted = [ends[i] if ends[i] >= 0 else None for i in group]
         if any(end is not None for end in wanted):
             held.put(wanted, after)
-    return logits if len(groups) == 1 else torch.stack(found)
+    return logits if len(groups) == 1 else torch.stack(found), len(groups)

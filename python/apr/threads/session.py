@@ -35,8 +35,11 @@ class Session:
     thread do not depend on its neighbours. cuda_graphs: capture the model's decode step and replay
     it (hf/graph.py): its forward must be capturable, and weights must stay where they are while the
     session is open. seed: with the request index and the fork path it keys every thread's
-    random numbers. Raises UnsupportedModel with the reason where the model cannot be attached;
-    `self_test=False` skips the proof (three tiny forwards, once a model).
+    random numbers. checkpoint_tokens: for models with layer states (docs/models.md), whose trims
+    run tokens again from the nearest state that is kept: keep one every so many tokens too, each of
+    `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. Their states lie outside of
+    the pool. Raises UnsupportedModel with the reason where the model cannot be attached;
+    `self_test=False` skips the proof (a dozen tiny forwards, once a model).
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class Session:
                 f"checkpoint_tokens: got {checkpoint_tokens}; expected a number of tokens, or 0"
             )
         self.model, self.seed, self.invariant = model, seed, invariant
+        self._checkpoint_tokens = checkpoint_tokens
         self.page_size = page_size
         self.attachment = attach(model, prove=self_test)
         spec = self.spec
+        self._check_states(spec)
         # A model that counts its rows as positions, far out, takes no more of them.
         self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
         pages = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
@@ -73,6 +78,21 @@ class Session:
         self._stats = Stats()
         self._make_pools(spec, pages)
         self._make_graphs()
+
+    def _check_states(self, spec: ModelSpec) -> None:
+        """Refuse what a model with layer states cannot honour."""
+        if spec.states is None:
+            return
+        if self.invariant and not spec.states.attends:
+            raise InvalidInput(
+                "invariant: got True for a model whose attention is its own, in batches that "
+                f"change; leave it False ({spec.states.reason})"
+            )
+        if self._checkpoint_tokens and spec.states.one_token:
+            raise InvalidInput(
+                f"checkpoint_tokens: got {self._checkpoint_tokens} for a model that takes one "
+                "token at a time behind a state: each prompt would run token by token; leave it 0"
+            )
 
     def _make_pools(self, spec: ModelSpec, pages: int) -> None:
         self.pools = spec.make_pools(pages, self.page_size)
@@ -259,12 +279,12 @@ class Session:
         return self._graphs.step(table, numbers, before_commit)
 
     def restore_states(self, threads: Sequence[Thread]) -> None:
-        """Run again what is needed for the layer states after trims; nothing for other models."""
-        if self.table.states is not None:
-            core = self.table.edit()
-            lacking = [t for t in threads if core.nearest_state(t._id, len(t)) < len(t)]
-            if lacking:
-                self.step(lacking)
+        """Run again what is needed for the layer states of threads, after trims and the like."""
+        core = self.table.edit()
+        lacking = [t for t in threads if core.nearest_state(t._id, len(t)) < len(t)]
+        if lacking:
+            self.table.logits.drop([t._id for t in lacking])  # a thread that has some is not run
+            self.step(lacking)
 
     def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
         """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,

@@ -96,9 +96,11 @@ class ThreadTable:
     def need_keys(self, what: str) -> None:
         """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
         if self.spec.states is not None:
+            why = self.spec.states.reason
+            why = f" (it runs by rows of its own cache: {why})" if why else ""
             raise UnsupportedModel(
                 f"{what}: this model keeps a state of all that a thread has read, and it has not "
-                "read the keys of others; expected forks, trims, and joins with reencode=True"
+                f"read the keys of others; expected forks, trims, and joins with reencode=True{why}"
             )
 
     def settled(self) -> _core.ThreadTable:
