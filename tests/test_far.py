@@ -108,7 +108,7 @@ def test_a_scale_by_position(ministral3):
 
 
 def test_without_the_look_it_would_be_wrong(ministral3, monkeypatch):
-    monkeypatch.setattr("apr.hf.probe.ModelSpec.check_turn", lambda *_: None)
+    monkeypatch.setattr("apr.hf.spec.ModelSpec.check_turn", lambda *_: None)
     text = tokens(24)
     with apr.Session(ministral3, max_tokens=1024, self_test=False) as s:
         head, tail = s.segment(text[:20]), s.region(base=BORDER)

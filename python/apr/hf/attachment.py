@@ -17,9 +17,10 @@ from apr.errors import Error, InvalidInput, UnsupportedModel
 from apr.hf.interface import OF_THE_MACHINE, Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
 from apr.hf.packed import PackedForward, out_of_table
-from apr.hf.probe import ModelSpec, measure, measure_rows, refuse
+from apr.hf.probe import measure, measure_rows, refuse
 from apr.hf.row_forward import KeepsAll
 from apr.hf.self_test import self_test
+from apr.hf.spec import ModelSpec
 from apr.hf.vectors import RowVectors
 from apr.ops import device as gpu
 

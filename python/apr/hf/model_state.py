@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from apr.errors import InvalidInput
 from apr.hf.interface import Switch, configurations, members
-from apr.hf.probe import ModelSpec
+from apr.hf.spec import ModelSpec
 
 
 def unwrap(model: Any) -> PreTrainedModel:

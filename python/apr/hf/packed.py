@@ -14,8 +14,8 @@ from torch import Tensor
 from apr import ops
 from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
 from apr.hf.cache_rows import CacheRows
-from apr.hf.probe import SINKS, LayerSpec, ModelSpec
 from apr.hf.row_forward import forward_rows
+from apr.hf.spec import SINKS, LayerSpec, ModelSpec
 from apr.hf.vectors import PathVectors, RowVectors
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ class PackedForward:
                 f"{type(module).__name__} attends to {k.shape[2]} keys in a forward of {length} "
                 "tokens: some are no token's"
             )
+        if lines == 1:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return self.attend_rows(module, q, k, v, scale, options)[None]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         out = self.attend_rows(module, q, k, v, scale, options)
         return out.view(lines, length, *out.shape[1:])

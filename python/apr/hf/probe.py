@@ -13,102 +13,22 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from apr.errors import UnsupportedModel, UnsupportedRope
+from apr.errors import UnsupportedModel
 from apr.hf import rope
 from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.far import NEVER, Reach, measure_reach
 from apr.hf.interface import OF_THE_MACHINE, Running, Switch, input_device, members
 from apr.hf.layer_states import (
-    StateSpec,
     find_cache,
     has_attention,
     has_states,
     measure_states,
 )
-from apr.ops import Pool, Rotation, empty_pool
+from apr.hf.spec import SINKS, LayerSpec, ModelSpec
+from apr.ops import Rotation
 
 # Tensor arguments of an attention call that change nothing about what is visible.
 _HARMLESS = {"position_ids", "cache_position"}
-SINKS = ("s_aux", "sinks")
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One attention call of a forward, in call order."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    rotation: Rotation | None
-    window: int | None
-    chunk: int | None
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the probe found out about a model."""
-
-    layers: tuple[LayerSpec, ...]
-    can_rotate: bool
-    position_limit: int | None  # from here on all frequencies are others
-    reach: Reach
-    vocab_size: int
-    dtype: torch.dtype
-    device: torch.device
-    keeps_rows: bool  # the forward takes `logits_to_keep`
-    takes_positions: bool = True  # the forward takes `position_ids`
-    states: StateSpec | None = None  # where more is kept for a thread than keys and values
-
-    @property
-    def bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers."""
-        size = torch.empty((), dtype=self.dtype).element_size()
-        return size * sum(x.kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
-
-    def make_pools(self, pages: int, page_size: int) -> list[Pool]:
-        """A pool for each layer, of pages that hold nothing yet."""
-        return [
-            empty_pool(
-                pages, x.kv_heads, x.head_dim, self.dtype, self.device, page_size, x.head_dim_v
-            )
-            for x in self.layers
-        ]
-
-    def check_position(self, furthest: int) -> None:
-        """Raise UnsupportedRope where a position lies past what the model's frequencies hold
-        for.
-        """
-        if self.position_limit is not None and furthest >= self.position_limit:
-            raise UnsupportedRope(
-                f"step: position {furthest} passes {self.position_limit}, where this model's "
-                "rope_type (longrope or dynamic) changes all frequencies at once, those of cached "
-                "keys too; keep threads shorter"
-            )
-
-    def check_step(self, furthest: int, rows: int) -> None:
-        """Raise UnsupportedRope for a forward of so many rows, up to position `furthest`."""
-        self.check_position(furthest)
-        past = self.reach.past
-        if past is not None and max(furthest, rows - 1) >= past:
-            raise UnsupportedRope(
-                f"step: position {furthest} in a forward of {rows} rows passes {past}, where this "
-                "model scales its queries by how much its own cache holds, of which steps of many "
-                f"threads have none; keep threads, and step_tokens, shorter than {past}, or use "
-                "apr.Cache in generate()"
-            )
-
-    def check_turn(self, furthest: int) -> None:
-        """Raise UnsupportedRope where segments are read away from where they were written, by or as
-        what stands at position `furthest`.
-        """
-        turning = self.reach.turning
-        if turning is not None and furthest >= turning:
-            raise UnsupportedRope(
-                f"step: a segment is read away from where it was written, at position {furthest}; "
-                f"from {turning} on this model scales queries by their position, which re-rotation "
-                "does not undo; keep segments at their written positions"
-            )
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apr.errors import InvalidInput
-from apr.hf.probe import ModelSpec
+from apr.hf.spec import ModelSpec
 from apr.ops import Plan
 from apr.ops.reference import rotate
 

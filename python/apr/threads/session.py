@@ -17,7 +17,7 @@ from apr.errors import ForeignThread, InvalidInput
 from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
 from apr.hf.packed import Ran, check_finite, run_step
-from apr.hf.probe import ModelSpec
+from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
 from apr.threads.table import ThreadTable

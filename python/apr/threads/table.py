@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from apr import _core
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.packed import keep_states
-from apr.hf.probe import ModelSpec
+from apr.hf.spec import ModelSpec
 from apr.hf.vectors import PathVectors
 from apr.threads.logits import HeldLogits
 from apr.threads.thread import (
