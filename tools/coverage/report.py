@@ -40,8 +40,8 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     said = ", ".join(f"{how} {found[how]}" for how in ORDER if how in found)
     rows = "\n".join(_row(name, record) for name, record in sorted(records.items()))
     return f"""{(HERE / "head.md").read_text()}
-{len(records)} architectures: {said}. Bytes are those of the tiny models (hidden size 64): of a token's
-keys and values, and of what a fork copies when it runs, by rows at 70 tokens.
+{len(records)} architectures: {said}. Bytes are those of the tiny models (hidden size 64): of a
+token's keys and values, and of what a fork copies when it runs, by rows at 70 tokens.
 
 | architecture | runs by | `generate()` with `apr.Cache` | token | state | why, or why not |
 |---|---|---|---|---|---|
