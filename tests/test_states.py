@@ -363,6 +363,12 @@ def test_runs_sample_as_alone(model):
     assert len({tuple(t) for t in run(True)}) == 4
 
 
+def test_width_is_measured(model):
+    with apr.Session(model, max_tokens=1024) as s:
+        assert apr.measure_width(s, widths=[1, 2], context=8, repeats=1).widths == [1, 2]
+        assert s.stats.states == 0
+
+
 def test_prompts_in_pieces(model):
     with apr.Session(model, max_tokens=512, step_tokens=8) as s:
         assert distance(s.step([s.thread(PROMPT)])[0], stock(model, PROMPT)[-1]) < CLOSE
@@ -438,6 +444,19 @@ def test_refresh_after_new_weights():
         model.config.use_cache = False  # a setting that changes nothing
         thread.extend(A)
         assert distance(s.step([thread])[0], stock(model, PROMPT + A)[-1]) < CLOSE
+
+
+def test_refresh_in_another_format():
+    model = models.build("lfm2")
+    with apr.Session(model, max_tokens=512, checkpoint_tokens=4) as s:
+        s.step([s.thread(PROMPT)])
+        model.to(torch.bfloat16)
+        s.refresh()
+        assert s.stats.states == 0
+        thread = s.thread(PROMPT)
+        want = stock(model, PROMPT)[-1]
+        assert distance(s.step([thread])[0], want) < 0.1 * float(want.std())
+        assert s.stats.states == 6 and s.spec.dtype is torch.bfloat16
 
 
 # ---- apr.Cache ----------------------------------------------------------------------------------

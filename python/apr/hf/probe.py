@@ -246,7 +246,7 @@ def measure_rows(model: Any, switch: Switch, why: UnsupportedModel) -> ModelSpec
         reach=NEVER,
         vocab_size=vocab_size,
         dtype=model.get_input_embeddings().weight.dtype,  # logits may be float32 in any
-        device=logits.device,
+        device=input_device(model),
         keeps_rows="logits_to_keep" in parameters,
         takes_positions=False,
         states=states,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from apr.hf.probe import chosen_keys
 if TYPE_CHECKING:
     from apr.hf.attachment import Attachment
     from apr.hf.packed import PackedForward
+
+
+_ANYHOW: AbstractContextManager[Any] = nullcontext()
 
 
 class KeepsAll:
@@ -78,10 +82,10 @@ def forward_rows(
         if spec.states.attends and spec.takes_positions:
             more["position_ids"] = positions[group]
         part = ids if len(group) == len(ids) else ids[group]
-        # In a compiled model the numbers of an index do not reach our attention.
-        call = attachment.model if spec.states.chooses else attachment.call
-        stance = "force_eager" if spec.states.chooses else "default"
-        with attachment.running(packed), torch.compiler.set_stance(stance):
+        call, eager = attachment.call, _ANYHOW
+        if spec.states.chooses:  # in a compiled model an index's numbers do not reach KeepsAll
+            call, eager = attachment.model, torch.compiler.set_stance("force_eager")
+        with attachment.running(packed), eager:
             logits, after = run(call, spec.states, cache, part, **more)
         if not spec.keeps_rows:
             logits = logits[:, columns]

@@ -72,7 +72,7 @@ def measure_width(
     if not widths or min(widths) < 1 or context < 1 or repeats < 1:
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
     vocab = session.spec.vocab_size
-    pages = session.pools[0].num_pages - session.stats.used_pages
+    pages = session.table.ask().num_pages - session.stats.used_pages
     room = pages - -(-context // session.page_size)
     possible = [w for w in sorted(set(widths)) if w <= room] or [1]
     root = session.thread([(7919 * i + 13) % vocab for i in range(context)])

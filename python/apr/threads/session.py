@@ -150,15 +150,21 @@ class Session:
         # It was proved, or not, when this was opened; that rows must be kept is found by the proof.
         fell_back = self.spec.states is not None and not self.spec.states.attends
         now = attach(self.model, prove=fell_back)
-        if (now.spec.can_rotate, now.spec.states) != (self.spec.can_rotate, self.spec.states):
-            raise InvalidInput("refresh: the model's positions changed; open a new apr.Session")
+        was, states = self.spec, now.spec.states
+        if (now.spec.can_rotate, states is None) != (was.can_rotate, was.states is None):
+            raise InvalidInput(
+                "refresh: how the model's positions enter, or what is kept of a thread, changed; "
+                "open a new apr.Session"
+            )
+        self._check_states(now.spec)
         self.table.release_all()
         self._graphs = None
         if now.spec != self.spec or not self.pools:
             self._arena.close()
             self.pools = []  # let go before others are made; where that fails, refresh again
             self._make_pools(now.spec, table.num_pages)
-        self.attachment, self.table.spec = now, now.spec
+        self.attachment = now
+        self.table.renew(now.spec)
         self._make_graphs()
 
     # ---- threads and segments -------------------------------------------------------------------

@@ -40,6 +40,7 @@ class ThreadTable:
     ) -> None:
         core = _core.ThreadTable(pages, page_size, spec.can_rotate)
         self.states = keep_states(core, spec, checkpoint_tokens)
+        self._checkpoint_tokens = checkpoint_tokens
         self._core: _core.ThreadTable | None = core
         self.spec, self.seed = spec, seed
         self.trace = Trace()
@@ -87,6 +88,11 @@ class ThreadTable:
             core.release_segment(self.dropped_segments.pop())
         self.drop_states()
         return core
+
+    def renew(self, spec: ModelSpec) -> None:
+        """Go on with a model that was measured anew, when all threads are released."""
+        self.spec = spec
+        self.states = keep_states(self.edit(), spec, self._checkpoint_tokens)
 
     def drop_states(self) -> None:
         """Let the layer states go that no thread leads to any more."""
