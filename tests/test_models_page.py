@@ -27,7 +27,7 @@ def test_the_page_is_the_record(tool):
     records = json.loads((TOOL / "baseline.json").read_text())
     assert report.PAGE.read_text() == report.page(records)
     assert not {name: examine.faults(r) for name, r in records.items() if examine.faults(r)}
-    found = report.counts(records)
+    found = report.counts({name: r for name, r in records.items() if "," not in name})
     assert found["plan"] + found["plan and states"] + found["rows"] >= 165
     assert all(r["why"] for r in records.values() if r["how"] in ("refused", "not built", "rows"))
 

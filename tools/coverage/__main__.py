@@ -24,6 +24,7 @@ from typing import Any
 
 import examine
 import report
+import tiny
 
 HERE = Path(__file__).resolve().parent
 BASELINE = HERE / "baseline.json"
@@ -110,7 +111,8 @@ def main() -> int:
     part = part or 1 + time.gmtime().tm_yday % parts
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    names = options.names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[part - 1 :: parts]
+    everything = [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *tiny.VARIED]
+    names = options.names or everything[part - 1 :: parts]
     records = run(names)
     before = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     bad = 0

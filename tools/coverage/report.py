@@ -36,12 +36,12 @@ def _row(name: str, record: dict[str, Any]) -> str:
 
 def page(records: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
-    found = counts(records)
+    found = counts({name: record for name, record in records.items() if "," not in name})
     said = ", ".join(f"{how} {found[how]}" for how in ORDER if how in found)
     rows = "\n".join(_row(name, record) for name, record in sorted(records.items()))
     return f"""{(HERE / "head.md").read_text()}
-{len(records)} architectures: {said}. Bytes are those of the tiny models (hidden size 64): of a
-token's keys and values, and of what a fork copies when it runs, by rows at 70 tokens.
+{sum(found.values())} architectures: {said}. Bytes are those of the tiny models (hidden size 64):
+of a token's keys and values, and of what a fork copies when it runs, by rows at 70 tokens.
 
 | architecture | runs by | `generate()` with `apr.Cache` | token | state | why, or why not |
 |---|---|---|---|---|---|

@@ -240,8 +240,41 @@ def randomize(model: Any, std: float = 0.15, seed: int = 1) -> Any:
     return model.eval()
 
 
+def adapted(model: Any) -> Any:
+    """With low-rank adapters on every linear layer, of random weights."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config).eval()
+
+
+def offloaded(model: Any) -> Any:
+    """With weights that rest elsewhere, as `device_map` leaves them."""
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def compiled(model: Any) -> Any:
+    """As one graph, without the minutes that making code of it takes."""
+    return torch.compile(model, backend="eager")
+
+
+# What users do to a model before they bring it, by the word behind the comma of a name.
+VARIANTS = {"adapters": adapted, "offloaded": offloaded, "compiled": compiled}
+VARIED = [
+    f"{name}, {way}" for name in ("llama", "gemma3_text", "lfm2", "bloom") for way in VARIANTS
+]
+
+
 def build(name: str, std: float | None = 0.15, seed: int = 1) -> Any:
     """A model in float32; std None leaves transformers' own small initial weights."""
+    name, _, way = name.partition(", ")
+    model = _built(name, std, seed)
+    return VARIANTS[way](model) if way else model
+
+
+def _built(name: str, std: float | None, seed: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = CONFIG_MAPPING[name]
