@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import apr
 import apr.hf
@@ -140,6 +142,17 @@ def test_no_name_of_a_package_hides_a_module_of_it():
 def test_no_architecture_is_named():
     for path in PACKAGE.rglob("*.py"):
         assert "model_type" not in path.read_text(), path
+
+
+def test_no_architecture_is_known_by_name():
+    """Neither as a word of the code, nor by a class of its own."""
+    names = set(CONFIG_MAPPING_NAMES) | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for room in ("ops", "hf", "threads", "loop", "cache"):
+        for path in (PACKAGE / room).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+            assert not texts & names, (path, texts & names)
+            assert not any(name.startswith("transformers.models") for name in imports(path)), path
 
 
 def test_every_file_says_what_it_owns():
