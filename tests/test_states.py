@@ -429,7 +429,10 @@ def test_a_failure_of_the_machine_is_not_the_models(monkeypatch):
 
 def test_rows_are_named_as_slower():
     with pytest.warns(UserWarning, match="GPTJForCausalLM runs by rows.*slower: .*no layer"):
-        apr.Session(models.build("gptj"), max_tokens=256)
+        s = apr.Session(models.build("gptj"), max_tokens=256)
+    assert s.stats.attention == "rows"
+    for name in ("lfm2", "mamba", "llama"):
+        assert apr.Session(built(name), max_tokens=256).stats.attention == "plan"
 
 
 def test_refresh_after_new_weights():

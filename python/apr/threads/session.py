@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -321,10 +322,9 @@ class Session:
         if not self.table.is_open:
             return self._stats
         page_bytes = self.page_size * self.spec.bytes_per_token
-        states = self.table.states
-        return self._stats.with_sharing(
-            self.table.settled(),
-            page_bytes,
-            0 if states is None else len(states),
-            0 if states is None else states.nbytes,
-        )
+        stats = self._stats.with_sharing(self.table.settled(), page_bytes)
+        held, spec = self.table.states, self.spec.states
+        if held is None or spec is None:
+            return stats
+        attention = "plan" if spec.attends else "rows"
+        return replace(stats, attention=attention, states=len(held), state_bytes=held.nbytes)

@@ -34,6 +34,8 @@ class Stats:
     seen_tokens: int = 0  # the same, once for every thread that sees them
     shared_pages: int = 0  # pages that more than one thread reads
     replicated_pages: int = 0  # pages that one copy of the cache per thread would take
+    # "plan", or "rows": by the model itself on rows of its own cache, which is slower
+    attention: str = "plan"
     states: int = 0  # layer states, for models that have some: forks share one until they run
     state_bytes: int = 0
 
@@ -47,7 +49,7 @@ class Stats:
         self.forward_seconds += ran.forward_seconds
         self.choice_seconds += ran.choice_seconds
 
-    def with_sharing(self, table: Any, page_bytes: int, states: int, state_bytes: int) -> Stats:
+    def with_sharing(self, table: Any, page_bytes: int) -> Stats:
         """The counters, with what the threads of `table` hold now; page_bytes: bytes of a page, all
         layers.
         """
@@ -62,8 +64,6 @@ class Stats:
             seen_tokens=seen,
             shared_pages=shared,
             replicated_pages=replicated,
-            states=states,
-            state_bytes=state_bytes,
         )
 
 
