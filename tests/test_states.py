@@ -169,6 +169,25 @@ def test_a_fork_of_a_fork_that_has_not_run(lfm2):
         assert s.stats.rows == rows + len(B)
 
 
+def test_trims_to_different_places_in_one_step(lfm2):
+    """One thread's state is on the way to the other's, and both are kept."""
+    with apr.Session(lfm2, max_tokens=1024) as s:
+        root = s.thread(PROMPT)
+        s.step([root])
+        kids = root.fork(2)
+        for kid, keep in zip(kids, (5, 12), strict=True):
+            kid.trim(keep)
+        s.step(kids)
+        for kid, keep in zip(kids, (5, 12), strict=True):
+            assert s.table.ask().nearest_state(kid._id, keep) == keep
+            kid.extend(A)
+        rows = s.stats.rows
+        got = s.step(kids)
+        assert s.stats.rows == rows + 2 * len(A)
+        assert distance(got[0], stock(lfm2, PROMPT[:5] + A)[-1]) < CLOSE
+        assert distance(got[1], stock(lfm2, PROMPT[:12] + A)[-1]) < CLOSE
+
+
 def test_states_within_a_step_go_when_they_were_used():
     """A line in many pieces leaves one state, not one a piece, at any time."""
     model = built("jamba")
@@ -496,6 +515,20 @@ def test_generate(hybrid, how):
     assert held.states <= 2 * len(cache.threads) and cache.threads
     for thread in cache.threads:
         assert cache.session.table.ask().nearest_state(thread._id, len(thread)) == len(thread)
+    cache.close()
+
+
+@pytest.mark.parametrize("keeps", [(9, 15), (0, 15)])
+def test_prompts_that_keep_different_parts(hybrid, keeps):
+    """The next prompts share some tokens of what is stored, or none: for each row another count."""
+    first = torch.tensor([PROMPT, PROMPT])
+    other = [[*PROMPT[:n], *tokens(len(PROMPT) + 2 - n, 7)] for n in keeps]
+    cache = apr.Cache(hybrid, max_tokens=1024)
+    settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    options = {"generation_config": settings, "max_new_tokens": 6, "do_sample": False}
+    hybrid.generate(first, past_key_values=cache, **options)
+    got = hybrid.generate(torch.tensor(other), past_key_values=cache, **options)
+    assert torch.equal(got, hybrid.generate(torch.tensor(other), **options))
     cache.close()
 
 

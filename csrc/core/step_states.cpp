@@ -38,6 +38,12 @@ void Step::cut_into_pieces() {
     require_state(run.segment, run.from, *run.view);
     cut(run, to);
   }
+  // A thread that has written nothing takes the state that it begins with when the step ends.
+  for (const StepThread& request : threads_) {
+    const Thread& thread = table_.at(request.thread);
+    if (table_.segments().at(thread.tail).length() > 0) continue;
+    if (const Entry* last = before(thread.view, thread.tail)) ++uses_[{last->segment, last->hi}];
+  }
 }
 
 bool Step::has_state(const Place& place) const {

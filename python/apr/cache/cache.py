@@ -15,8 +15,8 @@ from torch import Tensor
 from apr import ops
 from apr.cache.call import Call, common_columns, follow, hide, read_call
 from apr.cache.forward import BatchForward, Step
-from apr.cache.hooks import After, Before, Layer
-from apr.cache.states import BatchStates
+from apr.cache.hooks import After, Before
+from apr.cache.states import BatchStates, layers_of
 from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
 from apr.hf.compatibility import asked_by_whole_prefill, describe, in_prefill
 from apr.hf.packed import changed
@@ -51,12 +51,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _open(self, session: Session, sharers: weakref.WeakSet[Cache], share_rows: bool) -> None:
         self._states = None if session.spec.states is None else BatchStates(session)
-        if self._states is None:
-            windows = [layer.window or layer.chunk for layer in session.spec.layers]
-            layers = [Layer(self, i, w is not None) for i, w in enumerate(windows)]
-        else:
-            layers = self._states.layers(self)
-        super().__init__(layers=layers)
+        super().__init__(layers=layers_of(self, session, self._states))
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
         # [batch, length]: which places are no padding.
@@ -186,17 +181,21 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; "
                 "feed the new tokens alone with the whole attention_mask, or call reset()"
             )
-        anew = self._states is not None and self._states.spec.one_token
-        if anew or batch % rows or extras or call.positions is None or not call.spare_columns:
-            step.replace([])
-            step.stored = self._stored[:0, :0]
-            return
+        if batch % rows or extras or call.positions is None or not call.spare_columns:
+            return self._forget_rows(step)
         if batch != rows:
             step.replace([k for thread in step.threads for k in thread.fork(batch // rows)])
         columns, kept = common_columns(call, step.threads)
+        if self._states is not None and (self._states.spec.one_token or not all(kept)):
+            return self._forget_rows(step)
         step.trim(kept)
         call.cut(columns)
         step.stored = call.past
+
+    def _forget_rows(self, step: Step) -> None:
+        """Begin anew, with nothing stored."""
+        step.replace([])
+        step.stored = self._stored[:0, :0]
 
     def _positions(self, call: Call) -> Tensor:
         """[batch, width] positions: those given, or those that the model would give."""

@@ -106,3 +106,11 @@ class BatchStates:
         else:
             after = rebuild(after, torch.Tensor.detach)
         held.put([end if end >= 0 else None for end in step.core.ends], after)
+
+
+def layers_of(cache: Cache, session: Session, states: BatchStates | None) -> list[Any]:
+    """What transformers asks of each layer of a cache that holds nothing yet."""
+    if states is not None:
+        return states.layers(cache)
+    windows = [layer.window or layer.chunk for layer in session.spec.layers]
+    return [Layer(cache, i, window is not None) for i, window in enumerate(windows)]

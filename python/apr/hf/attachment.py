@@ -5,8 +5,8 @@ attention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,16 +68,16 @@ class Attachment:
         self._watch.check(remedy)
         if self._watch.configured_anew():
             with undisturbed(self.model.device):
-                now = known(self.model, measure)
-                states = self.spec.states
-                if now is not self._known and states is not None and not states.attends:
-                    why = UnsupportedModel(states.reason)
-                    now.spec, now.tested = measure_rows(self.model, self.switch, why), True
-            if now.spec != self.spec:
+                now, states = known(self.model, measure).spec, self.spec.states
+                if now != self.spec and states is not None and not states.attends:
+                    # That rows are kept was found by a proof, and not by measuring.
+                    now = measure_rows(self.model, self.switch, UnsupportedModel(states.reason))
+            if now != self.spec:
                 raise InvalidInput(
                     "the model's configuration was changed, and with it what its attention sees "
                     f"or how it turns; {remedy}"
                 )
+            self._watch.accept()
 
     @property
     def is_current(self) -> bool:
@@ -88,14 +88,20 @@ class Attachment:
             return False
         return self._known.structure == structure(self.model)
 
-    def keep_rows(self, why: UnsupportedModel) -> None:
-        """Take the model as one whose cache is kept by rows, as its steps are wrong otherwise;
-        raises `why` where that is not possible.
+    @contextmanager
+    def kept_by_rows(self, why: UnsupportedModel) -> Iterator[None]:
+        """Take the model as one whose cache is kept by rows, as its steps are wrong otherwise, for
+        good unless the block raises. Raises `why` where that is not possible.
         """
-        states = self.spec.states
-        if states is not None and not states.attends:
+        measured = self.spec
+        if measured.states is not None and not measured.states.attends:
             raise why
         self._known.spec = measure_rows(self.model, self.switch, why)
+        try:
+            yield
+        except BaseException:
+            self._known.spec = measured
+            raise
 
     def running(self, packed: PackedForward) -> Running | nullcontext[None]:
         """The context in which the model's attention is that of `packed`, where it attends by the
@@ -157,13 +163,13 @@ def _prove(attachment: Attachment, model: Any) -> None:
         raise
     except Exception as error:  # from the model's own code, which did not expect such a forward
         why = refuse(attachment.model, f"its steps failed ({type(error).__name__}: {error})")
-    attachment.keep_rows(why)
-    try:
-        self_test(attachment, model)
-    except OF_THE_MACHINE:
-        raise
-    except Exception as error:
-        raise why from error
+    with attachment.kept_by_rows(why):
+        try:
+            self_test(attachment, model)
+        except OF_THE_MACHINE:
+            raise
+        except Exception as error:
+            raise why from error
 
 
 def attach(model: Any, prove: bool = True) -> Attachment:

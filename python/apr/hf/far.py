@@ -59,7 +59,8 @@ def measure_reach(model: Any, queries: Queries, limit: int | None, turns: list[b
     """
     if not all(turns):
         return NEVER  # a table of positions, past whose end no place may be asked
-    places = [0, *(p for p in _FAR if limit is None or p < limit)]
+    places = [0, *(p for p in _FAR if limit is None or p < limit - 1)]
+    places += [] if limit is None else [limit - 1]
     try:
         far = queries(places, None)
     except IndexError:

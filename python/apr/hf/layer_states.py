@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 from apr.hf.cache_rows import leaves, rebuild
 from apr.hf.interface import OF_THE_MACHINE, input_device
 
-_ROWS = 3  # of the forwards that measure; no cache has so many parts of another kind
+_ROWS = 5  # of the forwards that measure; no cache has so many parts of another kind
 
 # From one state on, several tokens at once and one by one: what a model that goes on rightly may
 # differ by, as a part of what the whole past is worth. In float32 2e-5 was seen, and 3e-3 where it
@@ -154,7 +154,7 @@ def has_attention(cache: Any) -> bool:
 def measure_states(
     model: Any, name: str, cache: Any, attends: bool, refuse: Callable[[str], Exception], why: str
 ) -> StateSpec:
-    """How rows of a cache that a forward of three rows returned can be kept; raises what `refuse`
+    """How rows of a cache that a forward of `_ROWS` rows returned can be kept; raises what `refuse`
     makes of a reason.
     """
     if any(x.shape[0] != _ROWS for x in leaves(cache)):

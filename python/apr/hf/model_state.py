@@ -88,9 +88,12 @@ class Watch:
         return [sum(map(id, vars(config).values())) for config in self._configurations]
 
     def configured_anew(self) -> bool:
-        """Whether a setting of a configuration was changed since this was asked last."""
-        was, self._set = self._set, self._settings()
-        return was != self._set
+        """Whether a setting of a configuration was changed since `accept`."""
+        return self._set != self._settings()
+
+    def accept(self) -> None:
+        """Take the settings as they are: they change nothing that was measured."""
+        self._set = self._settings()
 
     def _sum(self) -> int:
         """Version counters of all parameters: torch counts the changes made in place."""
