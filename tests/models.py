@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import (
     BartConfig,
+    BloomConfig,
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
-    GPTJConfig,
     JambaConfig,
     Lfm2Config,
     LlamaConfig,
@@ -130,9 +130,7 @@ STATES: dict[str, Any] = {
         use_mamba_kernels=False,
     ),
     "mamba": MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, vocab_size=VOCAB),
-    "gptj": GPTJConfig(
-        n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=512, vocab_size=VOCAB
-    ),
+    "bloom": BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB),
     "bart": BartConfig(
         d_model=64,
         decoder_layers=2,

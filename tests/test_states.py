@@ -54,7 +54,7 @@ def test_what_is_measured():
         "falcon_h1": (True, False),
         "jamba": (True, True),
         "mamba": (True, True),
-        "gptj": (False, False),
+        "bloom": (False, False),
         "bart": (False, False),
     }
 
@@ -426,7 +426,7 @@ def test_arguments_that_a_model_cannot_honour_are_refused():
     with pytest.raises(apr.InvalidInput, match="one token at a time"):
         apr.Session(built("jamba"), checkpoint_tokens=8)
     with pytest.raises(apr.InvalidInput, match="attention is its own"):
-        apr.Session(built("gptj"), invariant=True)
+        apr.Session(built("bloom"), invariant=True)
     with pytest.raises(apr.InvalidInput, match="not replayed"):
         apr.Session(built("lfm2"), max_tokens=256, cuda_graphs=True)
 
@@ -447,8 +447,8 @@ def test_a_failure_of_the_machine_is_not_the_models(monkeypatch):
 
 
 def test_rows_are_named_as_slower():
-    with pytest.warns(UserWarning, match="GPTJForCausalLM runs by rows.*slower: .*no layer"):
-        s = apr.Session(models.build("gptj"), max_tokens=256)
+    with pytest.warns(UserWarning, match="BloomForCausalLM runs by rows.*slower: .*no layer"):
+        s = apr.Session(models.build("bloom"), max_tokens=256)
     assert s.stats.attention == "rows"
     for name in ("lfm2", "mamba", "llama"):
         assert apr.Session(built(name), max_tokens=256).stats.attention == "plan"
@@ -637,7 +637,7 @@ def test_threads_of_a_cache_go_on_in_a_session(lfm2):
     cache.close()
 
 
-@pytest.mark.parametrize("name", ["gptj", "mamba"])
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
 def test_a_model_that_takes_only_its_own_cache_is_refused(name):
     with pytest.raises(apr.UnsupportedModel, match=r"apr\.Session"):
         apr.Cache(built(name), max_tokens=256)

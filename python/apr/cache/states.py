@@ -26,8 +26,9 @@ class BatchStates:
     def __init__(self, session: Session) -> None:
         states = session.spec.states
         assert states is not None
-        ordinary = states.argument in CACHE_ARGUMENTS and states.starts_empty
-        if not states.attends or not ordinary:
+        # generate() shows by the positions that it gives whether a prompt is whole.
+        ordinary = states.argument in CACHE_ARGUMENTS and session.spec.takes_positions
+        if not (states.attends and states.starts_empty and ordinary):
             raise UnsupportedModel(
                 f"apr.Cache: {type(session.attachment.model).__name__} runs with its own kind of "
                 "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
