@@ -1,0 +1,186 @@
+"""`apr.Cache` in generate(), for models with layer states: the tokens are stock's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import apr
+from apr.hf import cache_rows
+from conftest import built
+from models import CLOSE, FAR, distance, stock, tokens
+
+PROMPT, A, B = tokens(21, 0), tokens(9, 1), tokens(6, 2)
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs by rows:UserWarning")
+
+
+@pytest.fixture(params=["qwen3_next", "lfm2", "falcon_h1", "jamba"])
+def hybrid(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def lfm2():
+    return built("lfm2")
+
+
+def generated(model, how, cache=None):
+    options = {"max_new_tokens": 10, "do_sample": False}
+    ids, mask = torch.tensor([PROMPT]), torch.ones(1, len(PROMPT), dtype=torch.long)
+    if how == "beams":
+        options |= {"num_beams": 3, "num_return_sequences": 2}
+    if how == "sample":
+        options |= {"do_sample": True, "top_k": 20, "num_return_sequences": 3}
+    if how == "padded":
+        ids = torch.tensor([PROMPT[:15], [0] * 6 + PROMPT[6:15]])
+        mask = torch.tensor([[1] * 15, [0] * 6 + [1] * 9])
+    if cache is not None:
+        options["past_key_values"] = cache
+    settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    torch.manual_seed(5)
+    run = model.generate
+    out = run(ids, attention_mask=mask, generation_config=settings, **options)
+    if how == "turns":
+        ids = torch.tensor([out[0].tolist() + B])
+        mask = torch.ones_like(ids)
+        out = run(ids, attention_mask=mask, generation_config=settings, **options)
+    return out[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "sample", "padded", "turns"])
+def test_generate(hybrid, how):
+    cache = apr.Cache(hybrid, max_tokens=2048)
+    assert generated(hybrid, how, cache) == generated(hybrid, how)
+    held = cache.session.stats
+    assert held.states <= 2 * len(cache.threads) and cache.threads
+    for thread in cache.threads:
+        assert cache.session.table.ask().nearest_state(thread._id, len(thread)) == len(thread)
+    cache.close()
+
+
+@pytest.mark.parametrize("keeps", [(9, 15), (0, 15)])
+def test_prompts_that_keep_different_parts(hybrid, keeps):
+    """The next prompts share some tokens of what is stored, or none: for each row another count."""
+    first = torch.tensor([PROMPT, PROMPT])
+    other = [[*PROMPT[:n], *tokens(len(PROMPT) + 2 - n, 7)] for n in keeps]
+    cache = apr.Cache(hybrid, max_tokens=1024)
+    settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    options = {"generation_config": settings, "max_new_tokens": 6, "do_sample": False}
+    hybrid.generate(first, past_key_values=cache, **options)
+    got = hybrid.generate(torch.tensor(other), past_key_values=cache, **options)
+    assert torch.equal(got, hybrid.generate(torch.tensor(other), **options))
+    cache.close()
+
+
+def test_several_tokens_behind_a_state_that_takes_one():
+    """Where the model's own code would answer wrongly, and does in its own cache."""
+    model = built("jamba")
+    cache = apr.Cache(model, max_tokens=512)
+    generated(model, "greedy", cache)
+    text = cache.threads[0].tokens
+    ids = torch.tensor([A[:3]])
+    with torch.no_grad():
+        with pytest.raises(apr.InvalidInput, match="one at a time"):
+            model(ids, past_key_values=cache)
+        for i in range(3):
+            got = model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
+        assert distance(got, stock(model, text + A[:3])[-1]) < CLOSE
+        own = model(torch.tensor([text]), use_cache=True).past_key_values
+        got = model(ids, past_key_values=own).logits[0, -1]
+        assert distance(got, stock(model, text + A[:3])[-1]) > FAR
+    cache.close()
+
+
+def test_padding_that_would_enter_a_state_is_refused(lfm2):
+    cache = apr.Cache(lfm2, max_tokens=512)
+    ids, mask = torch.tensor([PROMPT] * 2), torch.ones(2, len(PROMPT), dtype=torch.long)
+    hole = mask.clone()
+    hole[1, -6:] = 0
+    with pytest.raises(apr.InvalidInput, match="padding behind real tokens"):
+        lfm2(ids, attention_mask=hole, past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="padding alone"):
+        lfm2(ids, attention_mask=mask * torch.tensor([[1], [0]]), past_key_values=cache)
+    with torch.no_grad():
+        lfm2(ids, attention_mask=mask, past_key_values=cache)
+        longer = torch.cat([mask, torch.tensor([[1, 1], [0, 1]])], 1)
+        with pytest.raises(apr.InvalidInput, match="padding behind stored tokens"):
+            lfm2(ids[:, :2], attention_mask=longer, past_key_values=cache)
+        with pytest.raises(apr.InvalidInput, match="padding alone"):
+            lfm2(
+                ids[:, :1],
+                attention_mask=longer[:, :-1] * 0 + mask.new_tensor([[1] * len(PROMPT) + [0]] * 2),
+                past_key_values=cache,
+            )
+        got = lfm2(ids[:, :2], past_key_values=cache).logits[1, -1]
+    assert distance(got, stock(lfm2, PROMPT + PROMPT[:2])[-1]) < CLOSE
+    cache.close()
+
+
+def test_beams_and_a_crop(lfm2):
+    cache = apr.Cache(lfm2, max_tokens=512)
+    with torch.no_grad():
+        lfm2(torch.tensor([PROMPT] * 2), past_key_values=cache)
+        for token in A[:3]:
+            cache.reorder_cache(torch.tensor([0, 0]))
+            lfm2(torch.tensor([[token], [token - 1]]), past_key_values=cache)
+        cache.crop(-2)
+        text = cache.threads[1].tokens
+        got = lfm2(torch.tensor([B[:2]] * 2), past_key_values=cache).logits[1]
+    assert text == PROMPT + A[:1]
+    assert distance(got, stock(lfm2, text + B[:2])[-2:]) < CLOSE
+    cache.close()
+
+
+def test_a_copy_of_a_copy_goes_on(lfm2):
+    """Its threads have logits, and nothing but the text of a thread that has gone on."""
+    first = apr.Cache(lfm2, max_tokens=1024)
+    with torch.no_grad():
+        lfm2(torch.tensor([PROMPT]), past_key_values=first)
+        first.session.step(first.threads)
+        second = copy.deepcopy(first)
+        lfm2(torch.tensor([A]), past_key_values=first)
+        third = copy.deepcopy(second)
+        got = lfm2(torch.tensor([B]), past_key_values=third).logits[0]
+    assert distance(got, stock(lfm2, PROMPT + B)[-len(B) :]) < CLOSE
+    for cache in (first, second, third):
+        cache.close()
+
+
+def test_held_states_have_no_graph(lfm2):
+    cache = apr.Cache(lfm2, max_tokens=512)
+    for _ in range(2):
+        lfm2(torch.tensor([A]), past_key_values=cache)
+    (batch, _), *_ = cache.session.table.states._where.values()
+    assert not any(x.requires_grad for x in cache_rows.leaves(batch.cache))
+    cache.close()
+
+
+def test_generate_goes_on_behind_a_crop(lfm2):
+    """The state behind a cut is made again; transformers' own cache cannot."""
+    cache = apr.Cache(lfm2, max_tokens=512)
+    generated(lfm2, "greedy", cache)
+    cache.crop(-5)
+    text = cache.threads[0].tokens
+    with torch.no_grad():
+        got = lfm2(torch.tensor([A[:2]]), past_key_values=cache).logits[0]
+    assert distance(got, stock(lfm2, text + A[:2])[-2:]) < CLOSE
+    cache.close()
+
+
+def test_threads_of_a_cache_go_on_in_a_session(lfm2):
+    cache = apr.Cache(lfm2, max_tokens=512)
+    generated(lfm2, "sample", cache)
+    (child,) = cache.threads[1].fork(1)
+    child.extend(A)
+    got = cache.session.step([child])[0]
+    assert distance(got, stock(lfm2, child.tokens)[-1]) < CLOSE
+    cache.close()
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_a_model_that_takes_only_its_own_cache_is_refused(name):
+    with pytest.raises(apr.UnsupportedModel, match=r"apr\.Session"):
+        apr.Cache(built(name), max_tokens=256)
