@@ -6,8 +6,10 @@ import gc
 
 import pytest
 import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import apr
+import models
 from models import CLOSE, FAR, build, distance, stock, tokens
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -102,6 +104,34 @@ def test_a_failed_forward_is_taken_back(llama):
         assert cache.session.stats.used_pages == used
         logits = llama(torch.tensor([[7]]), past_key_values=cache).logits[0, -1]
     assert distance(logits, stock(llama, [*prompt, 7])[-1]) < CLOSE
+    cache.close()
+
+
+def test_several_positions_a_token_that_are_the_same(llama):
+    """As models for images give them for text alone."""
+    cache, text = apr.Cache(llama, max_tokens=256), tokens(11)
+    with torch.no_grad():
+        planes = torch.arange(11).expand(3, 1, 11)
+        got = llama(torch.tensor([text]), position_ids=planes, past_key_values=cache).logits[0]
+    assert distance(got, stock(llama, text)) < CLOSE
+    cache.close()
+
+
+def test_layers_that_share_keys_and_are_told_to_keep_one_row():
+    """Such a model leaves queries out of its last layers where only the last logits are asked."""
+    config = Gemma4TextConfig(
+        **{**models.COMMON, "num_hidden_layers": 4},
+        head_dim=16,
+        sliding_window=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=models.VOCAB,
+    )
+    model = models.random_weights(Gemma4ForCausalLM(config))
+    ids, cache = torch.tensor([tokens(20)]), apr.Cache(model, max_tokens=512)
+    want = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), want)
     cache.close()
 
 

@@ -16,8 +16,7 @@ from transformers import (
 
 import apr
 from apr.hf.far import NEVER
-from conftest import built
-from models import CLOSE, COMMON, FAMILIES, FAR, distance, random_weights, stock, tokens
+from models import CLOSE, COMMON, FAR, build, distance, random_weights, stock, tokens
 
 BORDER = 128
 
@@ -140,12 +139,8 @@ def test_a_mask_that_looks_up_each_calls_tokens_is_not_measured():
 
 
 def test_attach_costs_few_forwards():
-    model = built("llama")
-    calls = []
+    model, calls = build("llama"), []
     hook = model.register_forward_hook(lambda *_: calls.append(0))
-    fresh = random_weights(type(model)(FAMILIES["llama"].config))
+    apr.Session(model, max_tokens=256).close()
     hook.remove()
-    hook = fresh.register_forward_hook(lambda *_: calls.append(0))
-    apr.Session(fresh, max_tokens=256).close()
-    hook.remove()
-    assert len(calls) <= 13
+    assert 0 < len(calls) <= 13

@@ -167,8 +167,8 @@ bool copies_inheritance(const ThreadTable& table, const Thread& thread) {
   const bool continues = before.offset + before.hi == mine.offset &&
                          source.base + before.hi == tail.base && source.stride == 1 &&
                          tail.stride == 1;
-  const bool stateful = table.keeps_states() && source.states.count(before.hi) == 0;
-  return source.forked_tail && continues && !stateful && count > 0 &&
+  const bool without_state = table.keeps_states() && source.states.count(before.hi) == 0;
+  return source.forked_tail && continues && !without_state && count > 0 &&
          count < table.pool().page_size() && source.encoded >= before.hi;
 }
 

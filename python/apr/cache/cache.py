@@ -33,7 +33,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     is not stored. `threads` are the rows, to fork or join after. A `generate()` is given its whole
     prompt: what it has in common with the stored text is kept, the rest is trimmed.
     `copy.deepcopy(cache)` forks its threads in the same session. Other arguments are those of
-    `apr.Session`. Close it, or let it go, to free its pages.
+    `apr.Session`; `checkpoint_tokens` keeps no state inside of one call's text. Close it, or let it
+    go, to free its pages.
     """
 
     is_compileable = False

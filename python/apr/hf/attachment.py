@@ -68,10 +68,10 @@ class Attachment:
         self._watch.check(remedy)
         if self._watch.configured_anew():
             with undisturbed(self.model.device):
-                now, states = known(self.model, measure).spec, self.spec.states
-                if now != self.spec and states is not None and not states.attends:
+                now = known(self.model, measure).spec
+                if now != self.spec and self.spec.by_rows:
                     # That rows are kept was found by a proof, and not by measuring.
-                    now = measure_rows(self.model, self.switch, UnsupportedModel(states.reason))
+                    now = measure_rows(self.model, self.switch, UnsupportedModel(self.spec.why))
             if now != self.spec:
                 raise InvalidInput(
                     "the model's configuration was changed, and with it what its attention sees "
@@ -94,7 +94,7 @@ class Attachment:
         good unless the block raises. Raises `why` where that is not possible.
         """
         measured = self.spec
-        if measured.states is not None and not measured.states.attends:
+        if measured.by_rows:
             raise why
         self._known.spec = measure_rows(self.model, self.switch, why)
         try:
@@ -108,7 +108,7 @@ class Attachment:
         plan, or is looked at.
         """
         states = self.spec.states
-        if states is None or states.attends:
+        if states is None or not self.spec.by_rows:
             return Running(packed, self.switch)
         return Running(KeepsAll(self.owner), self.switch) if states.chooses else nullcontext()
 
@@ -182,11 +182,10 @@ def attach(model: Any, prove: bool = True) -> Attachment:
         with undisturbed(attachment.spec.device):
             _prove(attachment, model)
         attachment.tested = True
-        states = attachment.spec.states
-        if states is not None and not states.attends:
+        if attachment.spec.by_rows:
             warnings.warn(
                 f"{type(attachment.model).__name__} runs by rows of its own cache, which is right "
-                f"and slower: {states.reason}",
+                f"and slower: {attachment.spec.why}",
                 stacklevel=4,
             )
     return attachment

@@ -44,6 +44,16 @@ class ModelSpec:
     states: StateSpec | None = None  # where more is kept for a thread than keys and values
 
     @property
+    def by_rows(self) -> bool:
+        """Whether the model attends by itself, each thread on a row of its own cache."""
+        return self.states is not None and not self.states.attends
+
+    @property
+    def why(self) -> str:
+        """Why it does; empty where it does not."""
+        return "" if self.states is None else self.states.reason
+
+    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
         size = torch.empty((), dtype=self.dtype).element_size()

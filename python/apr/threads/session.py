@@ -84,10 +84,10 @@ class Session:
         """Refuse what a model with layer states cannot honour."""
         if spec.states is None:
             return
-        if self.invariant and not spec.states.attends:
+        if self.invariant and spec.by_rows:
             raise InvalidInput(
                 "invariant: got True for a model whose attention is its own, in batches that "
-                f"change; leave it False ({spec.states.reason})"
+                f"change; leave it False ({spec.why})"
             )
         if self._checkpoint_tokens and spec.states.one_token:
             raise InvalidInput(
@@ -149,8 +149,7 @@ class Session:
         """
         table = self.table.edit()
         # It was proved, or not, when this was opened; that rows must be kept is found by the proof.
-        fell_back = self.spec.states is not None and not self.spec.states.attends
-        now = attach(self.model, prove=fell_back)
+        now = attach(self.model, prove=self.spec.by_rows)
         was, states = self.spec, now.spec.states
         if (now.spec.can_rotate, states is None) != (was.can_rotate, was.states is None):
             raise InvalidInput(
@@ -323,8 +322,8 @@ class Session:
             return self._stats
         page_bytes = self.page_size * self.spec.bytes_per_token
         stats = self._stats.with_sharing(self.table.settled(), page_bytes)
-        held, spec = self.table.states, self.spec.states
-        if held is None or spec is None:
+        held = self.table.states
+        if held is None:
             return stats
-        attention = "plan" if spec.attends else "rows"
+        attention = "rows" if self.spec.by_rows else "plan"
         return replace(stats, attention=attention, states=len(held), state_bytes=held.nbytes)

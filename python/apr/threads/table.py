@@ -102,8 +102,8 @@ class ThreadTable:
     def need_keys(self, what: str) -> None:
         """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
         if self.spec.states is not None:
-            why = self.spec.states.reason
-            why = f" (it runs by rows of its own cache: {why})" if why else ""
+            by_rows = f" (it runs by rows of its own cache: {self.spec.why})"
+            why = by_rows if self.spec.by_rows else ""
             raise UnsupportedModel(
                 f"{what}: this model keeps a state of all that a thread has read, and it has not "
                 f"read the keys of others; expected forks, trims, and joins with reencode=True{why}"
