@@ -43,8 +43,7 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
           value =
               map.base[((page * map.heads + head) * map.tokens + token + r) * map.dims + dim + c];
         }
-        // 16-byte chunks change places by bits 7 to 9 of the address.
-        std::memcpy(target + r * 128 + ((c / 8 ^ (r & 7)) * 16) + c % 8 * 2, &value, 2);
+        std::memcpy(target + in_box(r, c), &value, 2);
       }
     }
     PhaseBarrier& phase = b.phase_barrier(barrier);
@@ -66,17 +65,11 @@ void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
 
-// Element (outer, inner) of a matrix that a descriptor tells of: `inner` runs along the rows of 128
-// bytes.
 template <typename T>
 float matrix_element(Block& b, uint64_t descriptor, int outer, int inner) {
   if (descriptor >> 62 != 1) throw Fault("wgmma: not the descriptor of 128-byte swizzling");
-  const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
-  const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  uint32_t address = start + static_cast<uint32_t>(outer / 8) * stride +
-                     static_cast<uint32_t>(outer % 8 * 128 + inner * 2);
-  address ^= (address >> 7 & 7) << 4;
-  return to_float(*reinterpret_cast<const T*>(b.shared_at(address, 2, 2)));
+  return to_float(
+      *reinterpret_cast<const T*>(b.shared_at(described(descriptor, outer, inner), 2, 2)));
 }
 
 // All 128 threads of a group; the product happens at once, or when the first of them waits for it.
@@ -93,12 +86,9 @@ void compute(Block& b, GroupProduct& job) {
   job.done = true;
   static thread_local float a[64][16], bm[16][64];
   for (int thread = 0; job.in_registers && thread < 128; ++thread) {
-    const int row = thread / 32 * 16 + thread % 32 / 4, col = thread % 4 * 2;
-    for (int e = 0; e < 2; ++e) {
-      a[row][col + e] = unpack<T>(job.a_registers[thread][0], e);
-      a[row + 8][col + e] = unpack<T>(job.a_registers[thread][1], e);
-      a[row][col + 8 + e] = unpack<T>(job.a_registers[thread][2], e);
-      a[row + 8][col + 8 + e] = unpack<T>(job.a_registers[thread][3], e);
+    for (int value = 0; value < 8; ++value) {
+      const Element at = wgmma_a(thread, value);
+      a[at.row][at.col] = unpack<T>(job.a_registers[thread][value / 2], value % 2);
     }
   }
   for (int k = 0; k < 16; ++k) {
@@ -110,10 +100,9 @@ void compute(Block& b, GroupProduct& job) {
   }
   for (int thread = 0; thread < 128; ++thread) {
     for (int e = 0; e < 32; ++e) {
-      const int row = thread / 32 * 16 + thread % 32 / 4 + e % 4 / 2 * 8;
-      const int col = e / 4 * 8 + thread % 4 * 2 + e % 2;
+      const Element at = wgmma_c(thread, e);
       float sum = job.add ? job.c[thread][e] : 0.f;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * bm[k][col];
+      for (int k = 0; k < 16; ++k) sum += a[at.row][k] * bm[k][at.col];
       job.c[thread][e] = sum;
     }
   }

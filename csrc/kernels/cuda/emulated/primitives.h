@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "kernels/cuda/emulated/emulator.h"
+#include "kernels/cuda/emulated/fragments.h"
 
 #define APR_KERNEL inline void
 #define APR_BOUNDS(threads, blocks)
@@ -192,11 +193,10 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed = 
                std::memcpy(matrix[row], b.shared_at(from->address, 16, 16), 16);
              }
              for (int lane = 0; lane < 32; ++lane) {
-               const int row = lane / 4, col = lane % 4 * 2;
-               const uint32_t low = transposed ? matrix[col][row] : matrix[row][col];
-               const uint32_t high = transposed ? matrix[col + 1][row] : matrix[row][col + 1];
+               const Element low = loaded(lane, 0, transposed), high = loaded(lane, 1, transposed);
                static_cast<MatrixLoad*>(all[static_cast<size_t>(lane)])->registers[m] =
-                   low | high << 16;
+                   matrix[low.row][low.col] |
+                   static_cast<uint32_t>(matrix[high.row][high.col]) << 16;
              }
            }
          });
@@ -216,22 +216,21 @@ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     float a16[16][16], b16[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const auto* p = static_cast<MatrixProduct*>(all[static_cast<size_t>(lane)]);
-      const int row = lane / 4, col = lane % 4 * 2;
-      for (int e = 0; e < 2; ++e) {
-        a16[row][col + e] = unpack<T>(p->a[0], e);
-        a16[row + 8][col + e] = unpack<T>(p->a[1], e);
-        a16[row][col + 8 + e] = unpack<T>(p->a[2], e);
-        a16[row + 8][col + 8 + e] = unpack<T>(p->a[3], e);
-        b16[col + e][row] = unpack<T>(p->b0, e);
-        b16[col + 8 + e][row] = unpack<T>(p->b1, e);
+      for (int value = 0; value < 8; ++value) {
+        const Element at = mma_a(lane, value);
+        a16[at.row][at.col] = unpack<T>(p->a[value / 2], value % 2);
+      }
+      for (int value = 0; value < 4; ++value) {
+        const Element at = mma_b(lane, value);
+        b16[at.row][at.col] = unpack<T>(value < 2 ? p->b0 : p->b1, value % 2);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       auto* p = static_cast<MatrixProduct*>(all[static_cast<size_t>(lane)]);
       for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+        const Element at = mma_c(lane, e);
         float sum = p->c[e];
-        for (int k = 0; k < 16; ++k) sum += a16[row][k] * b16[k][col];
+        for (int k = 0; k < 16; ++k) sum += a16[at.row][k] * b16[k][at.col];
         p->c[e] = sum;
       }
     }
