@@ -1,18 +1,22 @@
-"""Compiles attention kernels with nvcc and reads what ptxas says: fails where registers spill.
+"""Compiles attention kernels with nvcc and reads what ptxas and nvdisasm say: fails where registers
+spill or products of wgmma are serialised.
 
 Without arguments the main instances (head_dim 64 and 128 in bfloat16); with --all every one, and a
-table of registers, shared memory and seconds in the file given by --record.
+table of registers, shared memory and instructions in the file given by --record.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +25,16 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 NUMBERS = {"bf16": "BFloat16", "fp16": "Float16"}
 ARCHITECTURES = {"small": ["80", "90a"], "wide": ["90a"], "steps": ["80", "90a"]}
+# Classes of instructions, by how their names begin; the rest is "other".
+CLASSES = {
+    "products": ("HMMA", "HGMMA"),
+    "exponentials": ("MUFU",),
+    "float": ("F", "HADD", "HMUL", "HFMA"),
+    "shared memory": ("LDS", "STS", "SYNCS"),
+    "global memory": ("LDG", "STG", "UTMALDG"),
+    "integer": ("I", "UI", "L", "UL", "SHF", "USHF", "MOV", "UMOV", "SEL", "P", "R2U", "VIADD"),
+    "control": ("B", "WARP", "ELECT", "NOP", "CALL", "RET"),
+}
 
 
 class Compiled(NamedTuple):
@@ -30,6 +44,7 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of spills and of the stack
     seconds: float
     complaints: list[str]
+    loop: Counter[str]  # instructions of the main loop, by class
 
 
 def instances() -> list[tuple[str, str, list[str]]]:
@@ -54,12 +69,13 @@ def compile_one(source: str, name: str, defines: list[str], architecture: str) -
         command += ["-c", str(KERNELS / f"{source}.cu"), "-o", f"{folder}/object.o"]
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    if done.returncode:
-        raise SystemExit(f"{name}, sm_{architecture}:\n{text[-3000:]}")
+        text = done.stdout + done.stderr
+        if done.returncode:
+            raise SystemExit(f"{name}, sm_{architecture}:\n{text[-3000:]}")
+        loop = main_loop(disassembled(f"{folder}/object.o"))
     spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)
     registers = re.findall(r"Used (\d+) registers", text)
-    complaints = [line for line in text.splitlines() if "warning" in line.lower()]
+    complaints = [x for x in text.splitlines() if re.search("warning|performance loss", x, re.I)]
     return Compiled(
         name,
         architecture,
@@ -67,7 +83,48 @@ def compile_one(source: str, name: str, defines: list[str], architecture: str) -
         sum(map(int, spilled)),
         time.perf_counter() - began,
         complaints,
+        loop,
     )
+
+
+def disassembled(path: str) -> str:
+    """What cuobjdump makes of an object; "" without it (pip: nvidia-cuda-cuobjdump, -nvdisasm)."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
+    where = os.pathsep.join([*map(str, packaged), os.environ["PATH"]])
+    if shutil.which("cuobjdump", path=where) is None:
+        return ""
+    command = [shutil.which("cuobjdump", path=where), "-sass", path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": where}
+    )
+    return done.stdout
+
+
+def main_loop(sass: str) -> Counter[str]:
+    """Instructions of the longest loop with products and no such loop inside, by class.
+
+    They are counted as they stand: parts that a step passes over, masks and the softcap, too.
+    """
+    code = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", sass, re.M)
+    ]
+    bodies = []
+    for at, text in code:
+        jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at:
+            body = [x for here, x in code if int(jump[1], 16) <= here <= at]
+            bodies.append([re.sub(r"^@!?U?P\w+\s+", "", x) for x in body])
+    bodies = [b for b in bodies if any("MMA" in x.split()[0] for x in b)]
+    if not bodies:
+        return Counter()
+    fewest = min(sum("MMA" in x.split()[0] for x in b) for b in bodies)
+    body = min((b for b in bodies if sum("MMA" in x.split()[0] for x in b) == fewest), key=len)
+    found: Counter[str] = Counter()
+    for text in body:
+        kinds = (kind for kind, names in CLASSES.items() if text.startswith(names))
+        found[next(kinds, "other")] += 1
+    return found
 
 
 def shared_bytes() -> dict[str, int]:
@@ -97,14 +154,14 @@ def main() -> int:
     began = time.perf_counter()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda task: compile_one(*task), tasks))
-    lines = ["| kernel | sm | registers | spilled bytes | shared memory, bytes | seconds |"]
-    lines += ["|---|---|---|---|---|---|"]
+    heads = ["kernel", "sm", "registers", "spilled bytes", "shared memory, bytes", "main loop"]
+    heads += CLASSES
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in results:
         size = f"{shared[one.name]:,}" if one.name in shared else ""
-        lines.append(
-            f"| {one.name} | {one.architecture} | {one.registers} | {one.spilled} | {size} | "
-            f"{one.seconds:.0f} |"
-        )
+        row = [one.name, one.architecture, one.registers, one.spilled, size]
+        row += [one.loop.total(), *(one.loop[kind] for kind in CLASSES)] if one.loop else []
+        lines.append(f"| {' | '.join(map(str, row))} |")
     print("\n".join(lines))
     bad = [r for r in results if r.spilled or r.complaints]
     for one in bad:

@@ -21,6 +21,8 @@ const GpuBackend* emulated_backend() { return nullptr; }
 void set_emulated_device(const GpuDevice&, uint64_t) {
   throw std::invalid_argument("this build has no emulation; build with APR_EMULATION=ON");
 }
+void count_emulated(bool) {}
+std::map<std::string, GpuCounts> emulated_counts() { return {}; }
 std::string run_broken_kernel(const std::string&) {
   throw std::invalid_argument("this build has no emulation; build with APR_EMULATION=ON");
 }
@@ -61,6 +63,33 @@ void bind_plan(py::module_& module) {
 
 // (rows, entries, segments, pages)
 using CapacityTuple = std::array<int64_t, 4>;
+
+void bind_counts(py::module_& module) {
+  py::class_<GpuTraffic>(module, "GpuTraffic", "What warps asked of device memory for some data.")
+      .def_readonly("requests", &GpuTraffic::requests)
+      .def_readonly("bytes", &GpuTraffic::bytes)
+      .def_readonly("sectors", &GpuTraffic::sectors)
+      .def_readonly("least_sectors", &GpuTraffic::least_sectors);
+  py::class_<GpuShared>(module, "GpuShared", "What warps asked of shared memory.")
+      .def_readonly("requests", &GpuShared::requests)
+      .def_readonly("rounds", &GpuShared::rounds)
+      .def_readonly("least_rounds", &GpuShared::least_rounds);
+  py::class_<GpuCounts>(module, "GpuCounts", "What the emulator counted of a kernel.")
+      .def_readonly("launches", &GpuCounts::launches)
+      .def_readonly("blocks", &GpuCounts::blocks)
+      .def_readonly("traffic", &GpuCounts::traffic)
+      .def_readonly("busiest_bytes", &GpuCounts::busiest_bytes)
+      .def_readonly("operands", &GpuCounts::operands)
+      .def_readonly("other", &GpuCounts::other)
+      .def_readonly("products", &GpuCounts::products)
+      .def_readonly("exponentials", &GpuCounts::exponentials)
+      .def_readonly("barriers", &GpuCounts::barriers)
+      .def_readonly("spans", &GpuCounts::spans)
+      .def_readonly("first_lookups", &GpuCounts::first_lookups)
+      .def_readonly("later_lookups", &GpuCounts::later_lookups);
+  module.def("count_emulated", &count_emulated, py::arg("on"));
+  module.def("emulated_counts", &emulated_counts);
+}
 
 void bind_views(py::module_& module) {
   py::class_<GpuViews, GpuPlan>(module, "GpuViews",
@@ -148,6 +177,7 @@ void bind_gpu(py::module_& module) {
   module.def(
       "gpu", [](bool emulated) { return emulated ? emulated_backend() : cuda_backend(); },
       py::arg("emulated"), py::return_value_policy::reference);
+  bind_counts(module);
   module.def("run_broken_kernel", &run_broken_kernel, py::arg("name"));
   module.def(
       "set_emulated_device",

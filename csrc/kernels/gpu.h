@@ -2,6 +2,7 @@
 // build and the emulator implement it.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -89,10 +90,38 @@ class GpuBackend {
   virtual void sample(const SampleCall& call, void* stream) const = 0;  // all in device memory
 };
 
+// What warps asked of device memory for one kind of data: bytes, each once a request, and the
+// sectors of 32 bytes that they touch.
+struct GpuTraffic {
+  int64_t requests = 0, bytes = 0, sectors = 0, least_sectors = 0;
+};
+
+// Accesses of warps to shared memory: in each round every bank of 32 gives a word.
+struct GpuShared {
+  int64_t requests = 0, rounds = 0, least_rounds = 0;
+};
+
+// What the emulator counts of a kernel.
+struct GpuCounts {
+  int64_t launches = 0, blocks = 0;
+  std::map<std::string, GpuTraffic> traffic;  // by the name of the data
+  GpuShared operands, other;  // of copies and products; by the kernels' own loads and stores
+  // Keys and values of the multiprocessor that reads most, launch by launch: blocks take turns.
+  int64_t busiest_bytes = 0;
+  int64_t products = 0;  // multiplications and additions of the tensor cores
+  int64_t exponentials = 0, barriers = 0;
+  // Spans of a block, at most; what a thread looks up in tables before the first copy of its first
+  // span, and of a later one, at most.
+  int64_t spans = 0, first_lookups = 0, later_lookups = 0;
+};
+
 const GpuBackend* cuda_backend();      // nullptr: not in this build
 const GpuBackend* emulated_backend();  // nullptr: not in this build
 // Which GPU is emulated, and what its orders are drawn from.
 void set_emulated_device(const GpuDevice& device, uint64_t seed);
+// From now on kernels are counted, afresh, or no more; what was counted, by kernel.
+void count_emulated(bool on);
+std::map<std::string, GpuCounts> emulated_counts();
 // Runs a kernel with a known fault: "" where the emulator saw none, else what it saw.
 std::string run_broken_kernel(const std::string& name);
 

@@ -61,8 +61,7 @@ void products_of_a_warp(const std::string& type) {
 
 template <typename Traits>
 void products_of_four_warps(const std::string& type) {
-  static_assert(
-      std::is_same_v<typename Traits::Shape_MNK, cute::Shape<Int<64>, Int<64>, Int<16>>>);
+  static_assert(std::is_same_v<typename Traits::Shape_MNK, cute::Shape<Int<64>, Int<64>, Int<16>>>);
   registers(("wgmma c, " + type).c_str(), typename Traits::CLayout{}, 64, ours::wgmma_c);
 }
 
@@ -71,8 +70,8 @@ void products_of_four_warps(const std::string& type) {
 // attention_small.cuh.
 void weights_from_scores() {
   Tally wide{"weights of the wide kernel from its scores"};
-  const cute::MMA_Traits<cute::SM90_64x64x16_F32BF16BF16_RS<cute::GMMA::Major::K,
-                                                            cute::GMMA::Major::MN>>::ALayout a{};
+  const cute::MMA_Traits<
+      cute::SM90_64x64x16_F32BF16BF16_RS<cute::GMMA::Major::K, cute::GMMA::Major::MN>>::ALayout a{};
   const cute::GMMA::CLayout_64x64 c{};
   for (int thread = 0; thread < 128; ++thread) {
     for (int k = 0; k < 4; ++k) {
@@ -110,7 +109,7 @@ template <typename Op>
 void matrix_loads(const char* name, bool transposed, int shift = 0) {
   using Traits = cute::Copy_Traits<Op>;
   std::vector<uint32_t> found(128);
-  ours::start(load_all, {1, 32, 512, nullptr, false}, transposed, shift,
+  ours::start(load_all, {"witness", 1, 32, 512, nullptr, false}, transposed, shift,
               ours::Array<uint32_t>(found.data(), 128));
   // In both layouts a number is a bit of the 32 rows that lanes point to.
   const auto bits = cute::right_inverse(typename Traits::SrcLayout{});
@@ -141,7 +140,7 @@ void copy_one_box(ours::TensorMap map, ours::Array<uint16_t> out) {
 std::vector<uint16_t> a_box() {
   std::vector<uint16_t> from(4096), to(4096);
   for (int i = 0; i < 4096; ++i) from[static_cast<size_t>(i)] = static_cast<uint16_t>(i);
-  ours::start(copy_one_box, {1, 1, 8192 + 8, nullptr, false},
+  ours::start(copy_one_box, {"witness", 1, 1, 8192 + 8, nullptr, false},
               ours::TensorMap{from.data(), 64, 64, 1, 1}, ours::Array<uint16_t>(to.data(), 4096));
   return to;
 }
@@ -185,8 +184,8 @@ void queries() {
   const auto layout = offsets(ByK<kRows, kDim>{});
   for (int r = 0; r < kRows; ++r) {
     for (int dim = 0; dim < kDim; ++dim) {
-      const auto mine = static_cast<uint32_t>(dim / 64 * kRows * 128) +
-                        ours::in_rows_of_128(r, dim % 64);
+      const auto mine =
+          static_cast<uint32_t>(dim / 64 * kRows * 128) + ours::in_rows_of_128(r, dim % 64);
       tally.compare(mine == 2u * static_cast<uint32_t>(layout(r, dim)));
     }
   }
@@ -210,7 +209,8 @@ void operand(Tally& addresses, Tally& descriptors, const Layout& layout, int row
   for (int i = 0; i < 64; ++i) {
     for (int k = 0; k < 16; ++k) {
       const auto address = 2u * static_cast<uint32_t>(at(row + i, column + k));
-      addresses.compare(address == (kByK ? ours::described(mine, i, k) : ours::described(mine, k, i)));
+      addresses.compare(address ==
+                        (kByK ? ours::described(mine, i, k) : ours::described(mine, k, i)));
     }
   }
 }
@@ -267,7 +267,7 @@ void copies() {
   Tally tally{"cp.async: the size, zeros where nothing is read"};
   for (const bool valid : {true, false}) {
     uint16_t out[16];
-    ours::start(copy_pieces, {1, 1, 32, nullptr, false}, valid,
+    ours::start(copy_pieces, {"witness", 1, 1, 32, nullptr, false}, valid,
                 ours::Array<const uint16_t>(from, 8), ours::Array<uint16_t>(out, 16));
     for (int i = 0; i < 16; ++i) {
       tally.compare(out[i] == (i >= kNumbers ? 0xffff : valid ? i + 1 : 0));
@@ -281,12 +281,11 @@ int main() {
   products_of_a_warp<cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>>("bf16");
   products_of_a_warp<cute::MMA_Traits<cute::SM80_16x8x16_F32F16F16F32_TN>>("fp16");
   using cute::GMMA::Major;
-  products_of_four_warps<
-      cute::MMA_Traits<cute::SM90_64x64x16_F32BF16BF16_SS<Major::K, Major::K>>>("bf16");
+  products_of_four_warps<cute::MMA_Traits<cute::SM90_64x64x16_F32BF16BF16_SS<Major::K, Major::K>>>(
+      "bf16");
   products_of_four_warps<cute::MMA_Traits<cute::SM90_64x64x16_F32F16F16_SS<Major::K, Major::K>>>(
       "fp16");
-  using FromRegisters =
-      cute::MMA_Traits<cute::SM90_64x64x16_F32BF16BF16_RS<Major::K, Major::MN>>;
+  using FromRegisters = cute::MMA_Traits<cute::SM90_64x64x16_F32BF16BF16_RS<Major::K, Major::MN>>;
   registers("wgmma a in registers", FromRegisters::ALayout{}, 64, ours::wgmma_a);
   registers("wgmma c, a in registers", FromRegisters::CLayout{}, 64, ours::wgmma_c);
   registers("wrong fragment", FromRegisters::ALayout{}, 64, [](int thread, int value) {

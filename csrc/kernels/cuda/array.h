@@ -16,6 +16,11 @@
 #define APR_DEVICE inline
 #define APR_INLINE inline
 #endif
+#ifdef APR_EMULATED
+#define APR_HERE [[gnu::always_inline]] inline  // so that each use is a place of its own
+#else
+#define APR_HERE APR_INLINE
+#endif
 
 namespace apr::APR_GPU {
 
@@ -24,6 +29,8 @@ namespace apr::APR_GPU {
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+// Counts an access of the thread that runs, if one does (emulated/counts.h).
+void note_global(const void* address, int64_t bytes);
 #endif
 
 template <typename T>
@@ -43,18 +50,19 @@ struct Array {
   }
 
   // The address of element i, from which `count` elements are read or written.
-  APR_INLINE T* at(int64_t i, int64_t count = 1) const {
+  APR_HERE T* at(int64_t i, int64_t count = 1) const {
 #ifdef APR_EMULATED
     if (i < 0 || i + count > size) {
       throw Fault("out of bounds: elements [" + std::to_string(i) + ", " +
                   std::to_string(i + count) + ") of an array of " + std::to_string(size));
     }
+    note_global(data + i, count * static_cast<int64_t>(sizeof(T)));
 #else
     static_cast<void>(count);
 #endif
     return data + i;
   }
-  APR_INLINE T& operator[](int64_t i) const { return *at(i); }
+  APR_HERE T& operator[](int64_t i) const { return *at(i); }
   APR_INLINE explicit operator bool() const { return data != nullptr; }
 };
 

@@ -7,6 +7,8 @@
 #include "kernels/ranges.h"
 #ifdef APR_EMULATED
 #include <cstring>
+
+#include "kernels/cuda/emulated/counts.h"
 #endif
 
 namespace apr::APR_GPU {
@@ -98,6 +100,23 @@ void poison(void* from, int64_t bytes) {
 #endif
 }
 
+// For counts: whose bytes are whose.
+void name_arrays(const AttentionWork& work) {
+#ifdef APR_EMULATED
+  const auto name = [](const char* what, const auto& array) {
+    name_data(what, array.data, array.size * static_cast<int64_t>(sizeof(array.data[0])));
+  };
+  name("queries", work.q);
+  name("outputs", work.out);
+  name("partial results", work.part_out);
+  name("sums of partial results", work.part_sum);
+  name("keys", work.k);
+  name("values", work.v);
+#else
+  static_cast<void>(work);
+#endif
+}
+
 void poison_outputs(const AttentionWork& work) {
 #ifdef APR_EMULATED
   poison(work.part_out.data, work.part_out.size * 4);
@@ -137,7 +156,9 @@ class Tables : public Interface {
     set_tensors(work, kind_, call, pool, layout_.num_rows);
     poison_outputs(work);
     const Instance& instance = *layout_.instance;
-    instance.run(work, {work.grid, instance.threads, instance.shared_bytes, stream, false});
+    name_arrays(work);
+    instance.run(
+        work, {instance.name, work.grid, instance.threads, instance.shared_bytes, stream, false});
     run_merge(work, kind_.dtype, true, stream);
   }
 

@@ -17,7 +17,8 @@ namespace apr::APR_GPU {
 #ifdef APR_EMULATED
 template <typename... Parameters, typename... Arguments>
 void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&... arguments) {
-  run_grid(launch.blocks, launch.threads, launch.shared_bytes, [&] { kernel(arguments...); });
+  run_grid(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes,
+           [&] { kernel(arguments...); });
 }
 #else
 inline void check(cudaError_t error, const char* what) {
@@ -59,7 +60,7 @@ void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), launch.kernel);
 }
 #endif
 

@@ -166,6 +166,9 @@ APR_MMA(BFloat16, "bf16")
 APR_MMA(Float16, "f16")
 #undef APR_MMA
 
+// For the emulator's counts: another span begins.
+APR_DEVICE void note_span() {}
+
 // Programmatic dependent launch: later kernels of the stream may start, and wait for earlier ones.
 APR_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

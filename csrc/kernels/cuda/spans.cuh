@@ -38,6 +38,7 @@ class Spans {
 
   APR_DEVICE bool next(Span& span) {
     if (next_ >= end_) return false;
+    note_span();
     const int position = next_ / work_.kv_heads;
     int low = 0, high = items_ - 1;  // the last item whose prefix is not above `position`
     while (low < high) {

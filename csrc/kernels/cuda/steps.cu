@@ -30,12 +30,13 @@ int64_t copy_blocks(int64_t tokens, int64_t kv_heads, int64_t dims) {
 }  // namespace
 
 void run_plan_step(const AttentionWork& work, void* stream) {
-  start(plan_step, {1, kPlanThreads, kPlanThreads / 32 * 4, stream, false}, work);
+  start(plan_step, {"plan_step", 1, kPlanThreads, kPlanThreads / 32 * 4, stream, false}, work);
 }
 
 void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* stream) {
   const int64_t rows = static_cast<int64_t>(work.row_count) * work.q_heads;
-  const Launch launch{blocks_for(rows, kMergeThreads / 32), kMergeThreads, 0, stream, overlap};
+  const Launch launch{"merge_parts", blocks_for(rows, kMergeThreads / 32), kMergeThreads, 0, stream,
+                      overlap};
   if (dtype == DType::kBFloat16) {
     start(merge_parts<BFloat16>, launch, work);
   } else {
@@ -44,26 +45,28 @@ void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* strea
 }
 
 void run_view_step(const ViewWork& work, void* stream) {
-  start(view_step, {1, kViewThreads, 0, stream, false}, work);
+  start(view_step, {"view_step", 1, kViewThreads, 0, stream, false}, work);
 }
 
 void run_turn(const TurnWork& work, void* stream) {
   const int64_t angles = static_cast<int64_t>(work.capacity) * work.frequencies;
-  start(turn_pairs, {blocks_for(angles, kTurnThreads), kTurnThreads, 0, stream, false}, work);
+  start(turn_pairs,
+        {"turn_pairs", blocks_for(angles, kTurnThreads), kTurnThreads, 0, stream, false}, work);
 }
 
 void run_append(const AppendWork& work, void* stream) {
   const int64_t blocks = copy_blocks(work.rows, work.kv_heads, work.head_dim_k + work.head_dim_v);
-  start(append_tokens, {blocks, kCopyThreads, 0, stream, false}, work);
+  start(append_tokens, {"append_tokens", blocks, kCopyThreads, 0, stream, false}, work);
 }
 
 void run_copy(const CopyWork& work, void* stream) {
   const int64_t blocks = copy_blocks(work.count, work.kv_heads, work.head_dim_k + work.head_dim_v);
-  start(copy_tokens, {blocks, kCopyThreads, 0, stream, false}, work);
+  start(copy_tokens, {"copy_tokens", blocks, kCopyThreads, 0, stream, false}, work);
 }
 
 void run_sample(const SampleWork& work, void* stream) {
-  start(sample_rows, {work.rows, kSampleThreads, kSampleShared, stream, false}, work);
+  start(sample_rows, {"sample_rows", work.rows, kSampleThreads, kSampleShared, stream, false},
+        work);
 }
 
 }  // namespace apr::APR_GPU

@@ -149,6 +149,7 @@ APR_INLINE int64_t owner_of(int64_t units, int64_t blocks, int64_t unit) {
 }
 
 struct Launch {
+  const char* kernel;
   int64_t blocks, threads, shared_bytes;
   void* stream;
   bool overlap;  // may start before the kernel ahead of it ends

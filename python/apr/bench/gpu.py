@@ -17,10 +17,10 @@ from torch import Tensor
 
 import apr
 from apr import ops
-from apr.bench import gpu_problems
+from apr.bench import problems
 from apr.bench.gpu_peers import PEERS, CannotRun, Step
-from apr.bench.gpu_problems import Problem
 from apr.bench.harness import Figure
+from apr.bench.problems import Problem
 from apr.bench.sessions import small_llama
 from apr.errors import InvalidInput
 from apr.ops import View, machine
@@ -90,23 +90,11 @@ def exact(problem: Problem, rows: int = 2) -> Tensor:
     q_heads, kv_heads, dim = problem.heads
     outs = []
     for q, (_, views) in zip(problem.q[0][:rows], problem.sets[:rows], strict=True):
-        k, v = gpu_problems.dense(problem, 0, views)
+        k, v = problems.dense(problem, 0, views)
         grouped = q.float().view(kv_heads, q_heads // kv_heads, dim)
         weight = (grouped @ k.float().transpose(1, 2) * problem.scale).softmax(-1)
         outs.append((weight @ v.float()).reshape(q_heads, dim))
     return torch.stack(outs)
-
-
-def ours(problem: Problem, rotated: bool) -> tuple[Step, ops.Plan]:
-    plan = problem.plan()
-    rotation = problem.rotation if rotated else None
-
-    def step(layer: int) -> Tensor:
-        return ops.attention(problem.q[layer], problem.pools[layer], plan, problem.scale, rotation)[
-            0
-        ]
-
-    return step, plan
 
 
 def _figure(problem: Problem, name: str, clock: Clock, step: Step) -> Figure:
@@ -126,9 +114,9 @@ def _figure(problem: Problem, name: str, clock: Clock, step: Step) -> Figure:
 
 
 def _methods(problem: Problem) -> Iterator[tuple[str, Step]]:
-    yield "apr", ours(problem, rotated=True)[0]
+    yield "apr", problems.ours(problem, rotated=True)[0]
     if problem.rotation is not None:
-        yield "apr, not rotated", ours(problem, rotated=False)[0]
+        yield "apr, not rotated", problems.ours(problem, rotated=False)[0]
     for name, make in PEERS.items():
         if name == "FlexAttention" and problem.shape != FLEX_SHAPE and problem.q[0].is_cuda:
             continue
@@ -143,7 +131,7 @@ def _methods(problem: Problem) -> Iterator[tuple[str, Step]]:
 
 def _planner(problem: Problem, clock: Clock) -> list[float]:
     """Microseconds of the device planner, once a step for all layers of a kind."""
-    step, plan = ours(problem, rotated=False)
+    step, plan = problems.ours(problem, rotated=False)
     step(0)
     (passes,) = plan.on_gpu._passes.values()
 
@@ -190,7 +178,7 @@ def _prefill(clock: Clock, tokens: int, heads: tuple[int, int, int]) -> Iterator
     """Causal attention of a prompt, against SDPA's flash kernel."""
     q_heads, kv_heads, dim = heads
     device, rows = clock.device, min(tokens, 8192)
-    pages = list(range(-(-tokens // gpu_problems.PAGE)))
+    pages = list(range(-(-tokens // problems.PAGE)))
     pool = ops.empty_pool(len(pages), kv_heads, dim, torch.bfloat16, device)
     pool.k.normal_()
     pool.v.normal_()
@@ -283,6 +271,24 @@ def _host_part(session: apr.Session, kids: list[apr.Thread]) -> Figure:
     return figure
 
 
+def _problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    """Those that are named, or ours: trees and all-to-all views, one thread, a deep tree."""
+    layers = 2 if options.smoke else LAYERS
+    for name, named in problems.choose(options.problem or ()).items():
+        for pair in named.heads:
+            yield named.make(name, pair, device, layers)
+    if options.problem:
+        return
+    shapes, heads_list, deep = SHAPES, HEADS, (SHAPES[0][0] // 4, 32, 0)
+    if options.smoke:
+        shapes, heads_list, deep = [(256, 3, 64)], [(4, 2, 64)], (128, 4, 0)
+    for heads in heads_list:
+        kinds = [(kind, shape) for shape in shapes for kind in ("tree", "hogwild")]
+        kinds += [("alone", (shapes[0][0] * 8, 1, 0)), ("deep", deep)]
+        for kind, shape in kinds:
+            yield problems.make(kind, shape, heads, torch.bfloat16, device, layers)
+
+
 @torch.no_grad()
 def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
     """All of it: a decode step's attention at each shape, prefill, steps."""
@@ -294,9 +300,6 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
         )
     device = torch.device("cuda:0" if on_gpu else "cpu")
     clock = Clock(device, 20 if options.smoke else ROUNDS)
-    shapes, heads_list, layers = SHAPES, HEADS, LAYERS
-    if options.smoke:
-        shapes, heads_list, layers = [(256, 3, 64)], [(4, 2, 64)], 2
     machine.use_kernels("" if on_gpu else gpu.EMULATED)
     try:
         rates = copy_rate(clock), product_rate(clock)
@@ -304,22 +307,12 @@ def bench_gpu(options: argparse.Namespace) -> Iterator[Figure]:
             f"copy {rates[0] / 1e9:.0f} GB/s, matrix product {rates[1] / 1e12:.1f} TFLOP/s "
             "(bfloat16)"
         )
-        for heads in heads_list:
-            for shape in shapes:
-                kinds = ["tree", "hogwild"]
-                for kind in kinds:
-                    problem = gpu_problems.make(kind, shape, heads, torch.bfloat16, device, layers)
-                    yield from _attention(problem, clock, rates)
-            for kind, shape in (
-                ("alone", (shapes[0][0] * 8, 1, 0)),
-                ("deep", (shapes[0][0] // 4, 32, 0)),
-            ):
-                if options.smoke and kind == "deep":
-                    shape = (128, 4, 0)
-                problem = gpu_problems.make(kind, shape, heads, torch.bfloat16, device, layers)
-                yield from _attention(problem, clock, rates)
+        for problem in _problems(options, device):
+            yield from _attention(problem, clock, rates)
+        if options.problem:
+            return
         for tokens in (256,) if options.smoke else (8192, 32768):
-            yield from _prefill(clock, tokens, heads_list[0])
+            yield from _prefill(clock, tokens, (4, 2, 64) if options.smoke else HEADS[0])
         yield from _steps(clock, 4 if options.smoke else 64, 10 if options.smoke else 200)
     finally:
         machine.use_kernels()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apr.bench.gpu_problems import PAGE, Problem, dense
+from apr.bench.problems import PAGE, Problem, dense
 from apr.ops import View
 
 Step = Callable[[int], Tensor]  # of a layer: [rows, q_heads, head_dim]
@@ -27,7 +27,7 @@ class CannotRun(Exception):
     """Why a peer is left out of a table."""
 
 
-def replicated(problem: Problem) -> Step:
+def replicated(problem: Problem, most_bytes: int = _MOST_COPIED_BYTES) -> Step:
     """SDPA on keys copied for each thread: what a batched cache does."""
     q_heads, kv_heads, dim = problem.heads
     lengths = {sum(v.hi - v.lo for v in views) for _, views in problem.sets}
@@ -35,7 +35,7 @@ def replicated(problem: Problem) -> Step:
         raise CannotRun("threads of different lengths")
     layers = len(problem.pools)
     size = 4 * problem.seen_tokens() * kv_heads * dim * layers
-    if size > _MOST_COPIED_BYTES:
+    if size > most_bytes:
         raise CannotRun(f"the copies take {size / 1e9:.0f} GB")
     copies = []
     for layer in range(layers):

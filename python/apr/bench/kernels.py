@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apr import ops
-from apr.bench import rates
+from apr.bench import problems, rates
 from apr.bench.baselines import BASELINES, COMPILED, Problem
+from apr.bench.gpu_peers import CannotRun, replicated
 from apr.bench.harness import Figure, in_turn, ratios
 from apr.bench.sessions import small_llama
 from apr.ops import View, machine
@@ -25,6 +27,7 @@ HEADS = [(32, 8, 128), (14, 2, 64)]  # query heads, KV heads, head_dim
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REFERENCE = (8192, 8, 256)  # also with each instruction set and with FlexAttention
 PAGE = 64
+_MOST_POOL_BYTES = 3 << 30
 
 
 def make_problem(shape: tuple[int, ...], heads: tuple[int, ...], dtype: torch.dtype) -> Problem:
@@ -118,7 +121,12 @@ def steps_of(p: Problem, everything: bool) -> dict[str, Callable[[], Tensor]]:
 
 @torch.no_grad()
 def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
-    """One decode step of N threads, each on a prefix of P tokens with S of its own."""
+    """One decode step of N threads, each on a prefix of P tokens with S of its own; or the problems
+    that are named.
+    """
+    if options.problem:
+        yield from _named_problems(options)
+        return
     counts = sorted({1, torch.get_num_threads()})
     shapes, heads_list = SHAPES, HEADS
     if options.smoke:
@@ -165,6 +173,47 @@ def bench_attention(options: argparse.Namespace) -> Iterator[Figure]:
                 print("  " + figure.line())
                 yield figure
     torch.set_num_threads(before)
+
+
+def _named_problems(options: argparse.Namespace) -> Iterator[Figure]:
+    """A layer's attention of each, beside SDPA on keys copied for every thread where they fit."""
+    for name, named in problems.choose(options.problem).items():
+        for heads in named.heads:
+            if named.pool_bytes(heads[1]) > _MOST_POOL_BYTES:
+                print(f"{name}, {heads[0]}/{heads[1]}: left out: its pool does not fit")
+                continue
+            problem = named.make(name, heads, torch.device("cpu"), layers=1)
+            step, _ = problems.ours(problem, rotated=True)
+            steps: dict[str, Callable[[], Tensor]] = {"apr": partial(step, 0)}
+            try:
+                steps["SDPA, a copy each"] = partial(replicated(problem, _MOST_POOL_BYTES), 0)
+            except CannotRun as reason:
+                print(f"  SDPA, a copy each: left out: {reason}")
+            rate = rates.operations_per_second(problem.q[0].dtype)
+            bandwidth = rates.bytes_per_second(max(problem.bytes(), 1 << 20))
+            floor = max(problem.bytes() / bandwidth, problem.operations() / rate) * 1e6
+            print(
+                f"{problem.name} ({named.source}): {problem.bytes() / 1e6:.1f} MB, "
+                f"{problem.operations() / 1e9:.2f} GFLOP; floor {floor:.0f} us"
+            )
+            figures = in_turn(steps, options.seconds, least=3)
+            for method, figure in figures.items():
+                ratio = ratios(figure, figures["apr"])
+                figure.name = f"{problem.name}: {method}"
+                figure.facts = {
+                    "problem": name,
+                    "heads": list(problem.heads),
+                    "bytes": problem.bytes(),
+                    "flop": problem.operations(),
+                    "floor_us": round(floor, 1),
+                    "times_apr": [round(x, 3) for x in ratio],
+                }
+                figure.note = (
+                    f"x {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}], "
+                    f"x floor {figure.median / floor:.2f}"
+                )
+                print("  " + figure.line())
+                yield figure
 
 
 @torch.no_grad()

@@ -34,11 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix", type=int, default=4096, help="shared tokens of `threads`")
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--model", help="of `loop`: a folder, instead of random weights")
+    parser.add_argument(
+        "--problem",
+        action="append",
+        metavar="NAME",
+        help="of `attention` and `gpu`: problems of others, by name or family (pat, fasttree, "
+        "hydragen, trtllm, hogwild, deft)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
 
 
 def main(options: argparse.Namespace) -> None:
+    if options.problem and options.what not in ("attention", "gpu"):
+        raise InvalidInput(f"--problem: bench {options.what} has none; expected attention or gpu")
     for name in ("seconds", "tokens", "threads", "prefix", "rounds"):
         if not getattr(options, name) > 0:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected more than 0")

@@ -20,7 +20,7 @@ void broadcast(bool meet, Array<int> seen) {
 
 bool broadcast_works(bool meet) {
   std::vector<int> seen(64, 0);
-  start(broadcast, {1, 64, 64, nullptr, false}, meet, Array<int>(seen.data(), 64));
+  start(broadcast, {"broken", 1, 64, 64, nullptr, false}, meet, Array<int>(seen.data(), 64));
   for (const int value : seen) {
     if (value != 7) return false;
   }
@@ -42,8 +42,8 @@ bool copy_works(bool wait) {
   alignas(16) uint16_t from[256];
   for (int i = 0; i < 256; ++i) from[i] = static_cast<uint16_t>(i);
   std::vector<int> seen(32, -1);
-  start(copy_and_read, {1, 32, 512, nullptr, false}, wait, Array<const uint16_t>(from, 256),
-        Array<int>(seen.data(), 32));
+  start(copy_and_read, {"broken", 1, 32, 512, nullptr, false}, wait,
+        Array<const uint16_t>(from, 256), Array<int>(seen.data(), 32));
   for (int i = 0; i < 32; ++i) {
     if (seen[static_cast<size_t>(i)] != i * 8) return false;
   }
@@ -90,7 +90,9 @@ std::string run_broken_kernel(const std::string& name) {
   using namespace cuda_emulated;
   int word = 0;
   alignas(16) const uint16_t numbers[8] = {};
-  const auto warp = [](int64_t threads) { return Launch{1, threads, 64, nullptr, false}; };
+  const auto warp = [](int64_t threads) {
+    return Launch{"broken", 1, threads, 64, nullptr, false};
+  };
   const std::map<std::string, std::function<bool()>> kernels{
       {"barrier", [] { return broadcast_works(true); }},
       {"no barrier", [] { return broadcast_works(false); }},

@@ -2,6 +2,8 @@
 // hardware reads them, swizzling included.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/emulated/primitives.h"
 
 namespace apr::cuda_emulated {
@@ -34,6 +36,13 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
   char* target = b.shared_at(to, 8192, 1024);
   if (page < 0 || page >= map.pages || head < 0 || head >= map.heads || token < 0 || dim < 0) {
     throw Fault("bulk copy: a box outside of its tensor");
+  }
+  if (Counter* counter = b.counter()) {
+    const uint16_t* from =
+        map.base + ((page * map.heads + head) * map.tokens + token) * map.dims + dim;
+    counter->bulk_copy(b.thread(), reinterpret_cast<uint64_t>(from),
+                       std::min<int64_t>(64, map.dims - dim) * 2,
+                       std::min<int64_t>(64, map.tokens - token), map.dims * 2);
   }
   b.start_free([=, &b] {
     for (int r = 0; r < 64; ++r) {
@@ -136,6 +145,11 @@ void multiply_group(float (&c)[32], const uint32_t* a_registers, uint64_t a, uin
                one->job = job;
              }
            });
+  if (Counter* counter = blk.counter()) {
+    if (blk.thread() % 128 == 0) counter->add_products(2 * 64 * 64 * 16);
+    if (!add) std::fill(c, c + 32, 0.f);
+    return;
+  }
   blk.start(Block::kProduct, [job = slot.job, &blk] { compute<T>(blk, *job); });
 }
 template <typename T>

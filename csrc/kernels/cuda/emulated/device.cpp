@@ -20,7 +20,7 @@ const GpuBackend* emulated_backend() { return &cuda_emulated::backend(); }
 
 void set_emulated_device(const GpuDevice& device, uint64_t seed) {
   cuda_emulated::emulated = device;
-  cuda_emulated::seed_emulation(seed);
+  cuda_emulated::emulate_device(device.multiprocessors, seed);
 }
 
 }  // namespace apr

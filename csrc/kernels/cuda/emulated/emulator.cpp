@@ -21,6 +21,7 @@ constexpr char kPoison = '\xff';          // NaN in every format
 
 thread_local Block* running_block = nullptr;
 uint64_t next_seed = 1;
+int multiprocessors = 1;
 
 }  // namespace
 
@@ -83,6 +84,7 @@ Block::Block(int64_t threads, int64_t block, int64_t blocks, int64_t shared_byte
       warps_(static_cast<size_t>((threads + 31) / 32)),
       groups_(static_cast<size_t>((threads + 127) / 128)),
       barriers_(16) {
+  if (counting()) counter_.emplace(threads);
   const auto address = reinterpret_cast<uintptr_t>(memory_.data());
   shared_base_ = memory_.data() + (1024 - address % 1024) % 1024;
   for (int64_t i = 0; i < threads; ++i) {
@@ -104,6 +106,18 @@ Block::~Block() {
 
 Block& Block::current() { return *running_block; }
 
+// Calls from one place in a kernel are one instruction.
+__attribute__((noinline)) void note_global(const void* address, int64_t bytes) {
+  if (running_block == nullptr || running_block->counter() == nullptr) return;
+  running_block->counter()->access(kGlobal, running_block->thread(), __builtin_return_address(0),
+                                   reinterpret_cast<uint64_t>(address), bytes);
+}
+__attribute__((noinline)) void note_shared(Memory memory, uint32_t address, int64_t bytes) {
+  if (running_block->counter() == nullptr) return;
+  running_block->counter()->access(memory, running_block->thread(), __builtin_return_address(0),
+                                   address, bytes);
+}
+
 int Block::thread() const { return running_->index; }
 
 uint64_t Block::draw(uint64_t below) {
@@ -114,7 +128,10 @@ uint64_t Block::draw(uint64_t below) {
 }
 
 void Block::run(const std::function<void()>& body) {
-  running_block = this;
+  const struct Running {
+    explicit Running(Block* block) { running_block = block; }
+    ~Running() { running_block = nullptr; }
+  } running(this);
   for (auto& fiber : fibers_) {
     fiber->body = &body;
     runnable_.push_back(fiber.get());
@@ -190,6 +207,12 @@ void Block::meet(Meeting& meeting, int size, int rank, const char* what, void* a
   }
   meeting.arrived = 0;
   act(meeting.arguments);
+  if (counter_) {
+    counter_->meet(running_->index / 32);
+    for (const Fiber* fiber : meeting.waiting) {
+      if (fiber->index % 32 == 0) counter_->meet(fiber->index / 32);
+    }
+  }
   for (Fiber* fiber : meeting.waiting) wake(fiber);
   meeting.waiting.clear();
   wake(running_);  // others may go first
@@ -277,9 +300,12 @@ void Block::wait_phase(uint32_t address, int parity) {
 
 // ---- grids ----------------------------------------------------------------------------------
 
-void seed_emulation(uint64_t seed) { next_seed = seed; }
+void emulate_device(int count, uint64_t seed) {
+  multiprocessors = count;
+  next_seed = seed;
+}
 
-void run_grid(int64_t blocks, int64_t threads, int64_t shared_bytes,
+void run_grid(const char* kernel, int64_t blocks, int64_t threads, int64_t shared_bytes,
               const std::function<void()>& body) {
   std::vector<int64_t> order(static_cast<size_t>(blocks));
   std::iota(order.begin(), order.end(), 0);
@@ -288,9 +314,13 @@ void run_grid(int64_t blocks, int64_t threads, int64_t shared_bytes,
     random = random * 6364136223846793005u + 1442695040888963407u;
     std::swap(order[i - 1], order[(random >> 33) % i]);
   }
-  for (const int64_t block : order) {
-    Block(threads, block, blocks, shared_bytes, random + static_cast<uint64_t>(block)).run(body);
+  std::vector<GpuCounts> counts(static_cast<size_t>(counting() ? blocks : 0));
+  for (const int64_t number : order) {
+    Block block(threads, number, blocks, shared_bytes, random + static_cast<uint64_t>(number));
+    block.run(body);
+    if (block.counter() != nullptr) counts[static_cast<size_t>(number)] = block.counter()->finish();
   }
+  if (counting()) add_counts(kernel, counts, multiprocessors);
 }
 
 }  // namespace apr::cuda_emulated

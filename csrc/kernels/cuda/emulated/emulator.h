@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/array.h"
+#include "kernels/cuda/emulated/counts.h"
 
 namespace apr::cuda_emulated {
 
@@ -70,6 +72,7 @@ class Block {
   void wait_phase(uint32_t address, int parity);
 
   uint64_t draw(uint64_t below);
+  Counter* counter() { return counter_ ? &*counter_ : nullptr; }  // nullptr: nobody counts
 
  private:
   PhaseBarrier* find_barrier(uint32_t address, bool fresh);
@@ -89,12 +92,16 @@ class Block {
   std::vector<std::function<void()>> free_work_;
   std::vector<std::pair<uint32_t, std::unique_ptr<PhaseBarrier>>> phase_barriers_;
   Fiber* running_ = nullptr;
+  std::optional<Counter> counter_;
 };
 
+// Counts an access to shared memory of the thread that runs.
+void note_shared(Memory memory, uint32_t address, int64_t bytes);
+
 // Runs all blocks of a grid, one after the other in a random order.
-void run_grid(int64_t blocks, int64_t threads, int64_t shared_bytes,
+void run_grid(const char* kernel, int64_t blocks, int64_t threads, int64_t shared_bytes,
               const std::function<void()>& body);
-// Orders of later grids are drawn from this.
-void seed_emulation(uint64_t seed);
+// Blocks take turns on so many multiprocessors; orders of later grids are drawn from the seed.
+void emulate_device(int multiprocessors, uint64_t seed);
 
 }  // namespace apr::cuda_emulated

@@ -36,10 +36,10 @@ inline uint32_t shared_address(const void* p) { return block().shared_address(p)
 template <typename T>
 struct Shared {
   uint32_t address;
-  T& operator[](int64_t i) const {
-    return *reinterpret_cast<T*>(
-        block().shared_at(static_cast<uint32_t>(address + i * static_cast<int64_t>(sizeof(T))),
-                          sizeof(T), sizeof(T)));
+  APR_HERE T& operator[](int64_t i) const {
+    const auto at = static_cast<uint32_t>(address + i * static_cast<int64_t>(sizeof(T)));
+    note_shared(kShared, at, sizeof(T));
+    return *reinterpret_cast<T*>(block().shared_at(at, sizeof(T), sizeof(T)));
   }
 };
 template <typename T>
@@ -90,7 +90,10 @@ template <typename T>
 float unpack(uint32_t pair, int which) {
   return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
 }
-inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_exp2(float x) {
+  if (Counter* counter = block().counter()) counter->add_exponential();
+  return std::exp2(x);
+}
 inline float fast_log2(float x) { return std::log2(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float tanh_of(float x) { return std::tanh(x); }
@@ -110,6 +113,7 @@ inline void sync_warp() {
 }
 inline void sync_block() {
   Block& b = block();
+  if (b.counter() != nullptr && b.thread() == 0) b.counter()->add_barrier();
   b.meet(b.barrier(0), static_cast<int>(b.threads()), b.thread(), "the block's barrier", nullptr,
          [](auto&) {});
 }
@@ -156,7 +160,10 @@ inline void add_atomically(int64_t& to, int64_t x) { to += x; }
 // 16 bytes to shared memory, in the background; zeros where `valid` is false.
 template <typename T>
 void copy_async16(uint32_t to, const Array<const T>& from, int64_t index, bool valid) {
+  if (Counter* counter = block().counter()) counter->copy_begins(block().thread());
   char* target = block().shared_at(to, 16, 16);
+  note_shared(kOperands, to, 16);
+  if (!valid) note_global(nullptr, 0);
   const char* source =
       valid ? reinterpret_cast<const char*>(from.at(index, 16 / sizeof(T))) : nullptr;
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) throw Fault("cp.async: source not aligned");
@@ -183,6 +190,7 @@ struct MatrixLoad {
 // Four 8 x 8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
 inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed = false) {
   Block& b = block();
+  note_shared(kOperands, address, 16);
   MatrixLoad mine{address, r};
   b.meet(b.warp_meeting(), 32, b.thread() % 32, transposed ? "ldmatrix.trans" : "ldmatrix", &mine,
          [&](std::vector<void*>& all) {
@@ -195,8 +203,8 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed = 
              for (int lane = 0; lane < 32; ++lane) {
                const Element low = loaded(lane, 0, transposed), high = loaded(lane, 1, transposed);
                static_cast<MatrixLoad*>(all[static_cast<size_t>(lane)])->registers[m] =
-                   matrix[low.row][low.col] |
-                   static_cast<uint32_t>(matrix[high.row][high.col]) << 16;
+                   matrix[low.row][low.col] | static_cast<uint32_t>(matrix[high.row][high.col])
+                                                  << 16;
              }
            }
          });
@@ -212,7 +220,11 @@ template <typename T>
 void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   Block& blk = block();
   MatrixProduct mine{c, a, b0, b1};
-  blk.meet(blk.warp_meeting(), 32, blk.thread() % 32, "mma", &mine, [](std::vector<void*>& all) {
+  blk.meet(blk.warp_meeting(), 32, blk.thread() % 32, "mma", &mine, [&](std::vector<void*>& all) {
+    if (Counter* counter = blk.counter()) {
+      counter->add_products(2 * 16 * 8 * 16);
+      return;
+    }
     float a16[16][16], b16[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const auto* p = static_cast<MatrixProduct*>(all[static_cast<size_t>(lane)]);
@@ -237,6 +249,10 @@ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   });
 }
 
+// Counts a span of the thread's block.
+inline void note_span() {
+  if (Counter* counter = block().counter()) counter->span(block().thread());
+}
 inline void launch_dependents() {}
 inline void wait_for_predecessor() {}
 
