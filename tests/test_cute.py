@@ -49,9 +49,11 @@ def facts(includes, tmp_path_factory):
     command = ["g++", "-std=c++20", "-O1", "-w", "-DAPR_EMULATED", f"-I{CSRC}"]
     command += ["-D__CUDACC_VER_MAJOR__=13"]  # shows CuTe's encoding of tensor maps to a host
     command += [f"-I{folder}" for folder in includes]
+    emulator = CSRC / "kernels/cuda/emulated"
     sources = [
         ROOT / "tests/cute/witness.cpp",
-        CSRC / "kernels/cuda/emulated/emulator.cpp",
+        emulator / "emulator.cpp",
+        emulator / "counts.cpp",
     ]
     subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
     output = subprocess.run([program], capture_output=True, text=True, check=True).stdout

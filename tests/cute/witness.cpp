@@ -132,16 +132,19 @@ void copy_one_box(ours::TensorMap map, ours::Array<uint16_t> out) {
   const uint32_t barrier = shared + 8192;
   ours::barrier_init(barrier, 1);
   ours::barrier_expect(barrier, 8192);
-  ours::copy_box(shared, map, 0, 0, 0, 0, barrier);
+  for (int token = 0; token < 64; token += map.box) {
+    ours::copy_box(shared + static_cast<uint32_t>(token * 128), map, 0, token, 0, 0, barrier);
+  }
   ours::barrier_wait(barrier, 0);
   for (int i = 0; i < 4096; ++i) out[i] = ours::shared_array<uint16_t>(shared)[i];
 }
 
-std::vector<uint16_t> a_box() {
+std::vector<uint16_t> a_box(int box) {
   std::vector<uint16_t> from(4096), to(4096);
   for (int i = 0; i < 4096; ++i) from[static_cast<size_t>(i)] = static_cast<uint16_t>(i);
   ours::start(copy_one_box, {"witness", 1, 1, 8192 + 8, nullptr, false},
-              ours::TensorMap{from.data(), 64, 64, 1, 1}, ours::Array<uint16_t>(to.data(), 4096));
+              ours::TensorMap{from.data(), 64, 64, 1, 1, box},
+              ours::Array<uint16_t>(to.data(), 4096));
   return to;
 }
 
@@ -159,13 +162,15 @@ auto offsets(const Layout& layout) {
 }
 
 void boxes() {
-  const std::vector<uint16_t> box = a_box();
-  Tally copied{"a box of a bulk copy"}, wrong{"wrong swizzle"};
+  const std::vector<uint16_t> box = a_box(64), few = a_box(8);
+  Tally copied{"a box of a bulk copy"}, by_few{"a box of 64 tokens, eight by eight"};
+  Tally wrong{"wrong swizzle"};
   const auto layout = offsets(ByK<64, 64>{});
   for (int token = 0; token < 64; ++token) {
     for (int dim = 0; dim < 64; ++dim) {
       const auto at = static_cast<size_t>(layout(token, dim));
       copied.compare(box[at] == token * 64 + dim);
+      by_few.compare(few[at] == token * 64 + dim);
       wrong.compare(box[at ^ (at >> 7 & 1) << 3] == token * 64 + dim);
     }
   }

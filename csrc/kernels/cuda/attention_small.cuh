@@ -51,8 +51,8 @@ class SmallAttention {
 
   APR_DEVICE void run(const Span& span) {
     span_ = span;
-    first_page_ = work_.segment_pages[work_.items[span.item].segment];
-    reach_ = work_.reach[span.item];
+    first_page_ = span.reach.first_page;
+    reach_ = span.reach;
     const int unit = work_.unit_tiles * kTile;
     const int base = reach_.lo / unit * unit;
     // Steps of the block, counted from slot 0 of the segment.

@@ -22,7 +22,7 @@ class WideAttention {
   APR_DEVICE void run(const Span& span) {
     span_ = span;
     item_ = work_.items[span.item];
-    reach_ = work_.reach[span.item];
+    reach_ = span.reach;
     by_rows_ = item_.lanes > 64;
     row_base_ = by_rows_ ? group_ * 64 : 0;
     load_queries();
@@ -318,8 +318,7 @@ class WideAttention {
 
 template <typename T, int kDim, int kStages>
 APR_KERNEL APR_BOUNDS(384, 1)
-    attention_wide(APR_GRID_CONSTANT AttentionWork work, APR_GRID_CONSTANT TensorMap keys,
-                   APR_GRID_CONSTANT TensorMap values) {
+    attention_wide(APR_GRID_CONSTANT AttentionWork work, APR_GRID_CONSTANT PoolMaps maps) {
   using Shape = WideShape<kDim, kStages>;
   const uint32_t shared = shared_address(shared_memory());
   launch_dependents();  // they wait for the end of this kernel
@@ -333,7 +332,7 @@ APR_KERNEL APR_BOUNDS(384, 1)
   sync_block();
   if (thread_index() < 128) {
     give_registers<40>();
-    if (thread_index() == 0) fill_ring<kDim, kStages>(work, keys, values, shared);
+    if (thread_index() == 0) fill_ring<kDim, kStages>(work, maps, shared);
   } else {
     take_registers<232>();
     WideAttention<T, kDim, kStages> attention(work, shared);

@@ -67,8 +67,8 @@ APR_DEVICE void barrier_wait(uint32_t barrier, int parity) {
 
 // ---- bulk copies ----------------------------------------------------------------------------
 
-// A box of 64 tokens by 64 dimensions, in rows of 128 bytes as above; what lies beyond the tensor
-// is 0.
+// A box of the map's number of tokens by 64 dimensions, in rows of 128 bytes as above; what lies
+// beyond the tensor is 0.
 APR_DEVICE void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int head, int page,
                          uint32_t barrier) {
   asm volatile(

@@ -49,9 +49,10 @@ AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* b
   place(work.view_order, base, layout.view_order);
   place(work.bounds, base, layout.bounds);
   place(work.reach, base, layout.reach);
-  place(work.prefix, base, layout.prefix);
+  place(work.first_items, base, layout.first_items);
   work.alone_lanes = layout.alone_lanes;
   work.grid = static_cast<int32_t>(layout.grid);
+  work.multiprocessors = static_cast<int32_t>(layout.multiprocessors);
   work.q_heads = static_cast<int32_t>(kind.q_heads);
   work.kv_heads = static_cast<int32_t>(kind.kv_heads);
   work.group = work.q_heads / work.kv_heads;

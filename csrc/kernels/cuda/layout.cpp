@@ -140,6 +140,7 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
 void set_grid(Layout& layout, const AttentionKind& kind, const GpuDevice& device, int64_t shared) {
   const int64_t fitting = std::max<int64_t>(
       1, device.shared_per_multiprocessor / (layout.instance->shared_bytes + kReservedShared));
+  layout.multiprocessors = device.multiprocessors;
   layout.grid = device.multiprocessors * std::min(kBlocksPerMultiprocessor, fitting);
   const int64_t item_rows = layout.instance->item_rows;
   layout.alone_lanes = shared * kind.kv_heads + layout.grid * item_rows;
@@ -171,7 +172,8 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   }
 
   const Counts counts{static_cast<int32_t>(draft.items.size()),
-                      static_cast<int32_t>(draft.visits.size()), static_cast<int32_t>(row_end), 0};
+                      static_cast<int32_t>(draft.visits.size()), static_cast<int32_t>(row_end), 0,
+                      0};
   layout.num_rows = plan.num_rows;
   layout.row_begin = row_begin;
   layout.row_end = row_end;
@@ -188,7 +190,7 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   layout.bytes = static_cast<int64_t>(layout.upload.size());
   layout.bounds = reserve<Bounds>(layout.bytes, layout.visits.count);
   layout.reach = reserve<Reach>(layout.bytes, layout.items.count);
-  layout.prefix = reserve<int32_t>(layout.bytes, layout.items.count + 1);
+  layout.first_items = reserve<int32_t>(layout.bytes, layout.grid);
   return layout;
 }
 

@@ -26,11 +26,11 @@ struct Layout {
   Slice<DeviceSegment> segments;
   Slice<Bounds> bounds;  // written by the device
   Slice<Reach> reach;
-  Slice<int32_t> prefix;
+  Slice<int32_t> first_items;
   int64_t bytes = 0;                        // of the buffer
   int64_t part_lanes = 0, alone_lanes = 0;  // of partial results
   int64_t num_rows = 0, row_begin = 0, row_end = 0;
-  int64_t grid = 0;
+  int64_t grid = 0, multiprocessors = 0;
 
   int64_t part_floats(const AttentionKind& kind) const {
     return part_lanes * (kind.head_dim_v + 2);

@@ -86,7 +86,7 @@ Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const G
   const Drafts drafts = draft(views, group, layout.instance->item_rows);
   const Counts counts{static_cast<int32_t>(drafts.items.size()),
                       static_cast<int32_t>(drafts.visits.size()),
-                      static_cast<int32_t>(views.num_rows), 0};
+                      static_cast<int32_t>(views.num_rows), 0, 0};
   layout.num_rows = layout.row_end = capacity.rows;
   Writer writer(layout.upload);
   layout.counts = writer.put(&counts, 1);
@@ -104,7 +104,7 @@ Layout lay_out_views(const ViewArrays& views, const AttentionKind& kind, const G
   layout.runs = reserve<PlanRun>(layout.bytes, capacity.rows);
   layout.bounds = reserve<Bounds>(layout.bytes, capacity.entries);
   layout.reach = reserve<Reach>(layout.bytes, items);
-  layout.prefix = reserve<int32_t>(layout.bytes, items + 1);
+  layout.first_items = reserve<int32_t>(layout.bytes, layout.grid);
   return layout;
 }
 

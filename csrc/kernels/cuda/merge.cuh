@@ -27,7 +27,8 @@ APR_DEVICE Parts parts_of(const AttentionWork& work, const Counts& counts, int64
     item = work.items[++index];
     lane = (number - item.first_visit) * work.group + in_group - item.first_lane;
   }
-  const int before = work.prefix[index], count = work.prefix[index + 1] - before;
+  const Reach reach = work.reach[index];
+  const int before = reach.before, count = reach.units;
   Parts parts;
   if (count == 0) return parts;
   const int64_t first =
@@ -52,7 +53,7 @@ class RowParts {
   APR_DEVICE RowParts(const AttentionWork& work, const Counts& counts, int row, int q_head,
                       int lane)
       : work_(work), counts_(counts), q_head_(q_head), lane_(lane) {
-    units_ = static_cast<int64_t>(work.prefix[counts.items]) * work.kv_heads;
+    units_ = static_cast<int64_t>(counts.units) * work.kv_heads;
     first_visit_ = row < counts.rows ? work.row_visits[row] : 0;
     end_visit_ = row < counts.rows ? work.row_visits[row + 1] : 0;
   }

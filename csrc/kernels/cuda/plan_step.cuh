@@ -11,7 +11,8 @@ namespace apr::APR_GPU {
 
 inline constexpr int kPlanThreads = 256;
 
-// Fills `bounds` of the item's visits and returns its reach, the same on every lane.
+// Fills `bounds` of the item's visits and returns its reach, the same on every lane; units come
+// later.
 APR_DEVICE Reach reach_of(const AttentionWork& work, const Item& item, int lane) {
   int lo = INT32_MAX, hi = INT32_MIN, all_lo = INT32_MIN, all_hi = INT32_MAX;
   const int first = item.first_visit + item.first_lane / work.group;
@@ -39,13 +40,22 @@ APR_DEVICE Reach reach_of(const AttentionWork& work, const Item& item, int lane)
     all_lo = all_lo2 > all_lo ? all_lo2 : all_lo;
     all_hi = all_hi2 < all_hi ? all_hi2 : all_hi;
   }
-  if (hi <= lo) return {0, 0, 0, 0};
-  return {lo, hi, all_lo, all_hi};
+  const int first_page = work.segment_pages[item.segment];
+  if (hi <= lo) return {0, 0, 0, 0, 0, 0, first_page};
+  return {lo, hi, all_lo, all_hi, 0, 0, first_page};
 }
 
 APR_DEVICE int units_of(const Reach& reach, int unit_tiles) {
   const int tokens = unit_tiles * kTile;
   return reach.hi <= reach.lo ? 0 : (reach.hi - 1) / tokens - reach.lo / tokens + 1;
+}
+
+// Blocks that share so many tiles: as many on each multiprocessor, if there is enough for all.
+APR_DEVICE int blocks_for(const AttentionWork& work, int64_t tiles) {
+  int64_t blocks = (tiles + kLeastTiles - 1) / kLeastTiles;
+  if (blocks > work.grid) blocks = work.grid;
+  if (blocks > work.multiprocessors) blocks -= blocks % work.multiprocessors;
+  return static_cast<int>(blocks < 1 ? 1 : blocks);
 }
 
 APR_KERNEL APR_BOUNDS(kPlanThreads, 1) plan_step(APR_GRID_CONSTANT AttentionWork work) {
@@ -74,15 +84,31 @@ APR_KERNEL APR_BOUNDS(kPlanThreads, 1) plan_step(APR_GRID_CONSTANT AttentionWork
       if (w < warp) warps_before += warp_sums[w];
       all += warp_sums[w];
     }
-    if (i < items) work.prefix[i] = before + warps_before + sum - mine;
+    if (i < items) {
+      work.reach[i].before = before + warps_before + sum - mine;
+      work.reach[i].units = mine;
+    }
     before += all;
     sync_block();
   }
+  const int64_t units = static_cast<int64_t>(before) * work.kv_heads;
+  const int blocks = blocks_for(work, units * work.unit_tiles);
   if (thread_index() == 0) {
-    work.prefix[items] = before;
-    const int64_t tiles = static_cast<int64_t>(before) * work.kv_heads * work.unit_tiles;
-    const int64_t most = work.grid, fitting = (tiles + kLeastTiles - 1) / kLeastTiles;
-    work.counts[0].blocks = static_cast<int32_t>(fitting < 1 ? 1 : fitting < most ? fitting : most);
+    work.counts[0].units = before;
+    work.counts[0].blocks = blocks;
+  }
+  for (int block = thread_index(); block < blocks && units > 0; block += kPlanThreads) {
+    const auto position = static_cast<int>(share_begin(units, blocks, block) / work.kv_heads);
+    int low = 0, high = items - 1;  // the last item with no more units before it
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (work.reach[middle].before <= position) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    work.first_items[block] = low;
   }
 }
 

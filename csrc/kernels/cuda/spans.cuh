@@ -17,9 +17,9 @@ inline constexpr DType kNumber<BFloat16> = DType::kBFloat16;
 struct Span {
   int item, head;
   int begin, end;  // units of this (item, head)
-  int units;       // all of them
+  Reach reach;
 
-  APR_DEVICE bool whole() const { return begin == 0 && end == units; }
+  APR_DEVICE bool whole() const { return begin == 0 && end == reach.units; }
 };
 
 // The units of a block, span by span. In order: items, then kv heads, then units. There are fewer
@@ -28,34 +28,27 @@ class Spans {
  public:
   APR_DEVICE explicit Spans(const AttentionWork& work) : work_(work) {
     const Counts counts = work.counts[0];
-    items_ = counts.items;
-    const int64_t units = static_cast<int64_t>(work.prefix[items_]) * work.kv_heads;
-    next_ = end_ = 0;
+    const int64_t units = static_cast<int64_t>(counts.units) * work.kv_heads;
+    next_ = end_ = item_ = 0;
+    item_end_ = -1;
     if (units == 0 || block_index() >= counts.blocks) return;
     next_ = static_cast<int>(share_begin(units, counts.blocks, block_index()));
     end_ = static_cast<int>(share_begin(units, counts.blocks, block_index() + 1));
+    item_ = work.first_items[block_index()];
   }
 
   APR_DEVICE bool next(Span& span) {
     if (next_ >= end_) return false;
     note_span();
-    const int position = next_ / work_.kv_heads;
-    int low = 0, high = items_ - 1;  // the last item whose prefix is not above `position`
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (work_.prefix[middle] <= position) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    const int before = work_.prefix[low];
-    span.item = low;
-    span.units = work_.prefix[low + 1] - before;
-    const int within = next_ - before * work_.kv_heads;
-    span.head = within / span.units;
-    span.begin = within % span.units;
-    const int left = end_ - next_, rest = span.units - span.begin;
+    if (next_ == item_end_) ++item_;
+    span.reach = work_.reach[item_];
+    while (span.reach.units == 0) span.reach = work_.reach[++item_];
+    item_end_ = (span.reach.before + span.reach.units) * work_.kv_heads;
+    span.item = item_;
+    const int within = next_ - span.reach.before * work_.kv_heads;
+    span.head = within / span.reach.units;
+    span.begin = within % span.reach.units;
+    const int left = end_ - next_, rest = span.reach.units - span.begin;
     int count = left < rest ? left : rest;
     if (work_.unit_tiles > 1) count = 1;  // each unit gives a partial result of its own
     span.end = span.begin + count;
@@ -65,7 +58,7 @@ class Spans {
 
  private:
   const AttentionWork& work_;
-  int items_, next_, end_;
+  int next_, end_, item_, item_end_;
 };
 
 // The first lane of a partial result. (item, head) and block both only grow along the units, so
@@ -81,8 +74,8 @@ APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, int head
 
 // Where the block leaves what it found out in a span.
 APR_DEVICE int64_t part_of(const AttentionWork& work, const Item& item, const Span& span) {
-  const int64_t unit = static_cast<int64_t>(work.prefix[span.item]) * work.kv_heads +
-                       static_cast<int64_t>(span.head) * span.units + span.begin;
+  const int64_t unit = static_cast<int64_t>(span.reach.before) * work.kv_heads +
+                       static_cast<int64_t>(span.head) * span.reach.units + span.begin;
   return part_of(work, item, span.head, block_index(), span.begin == 0, unit);
 }
 

@@ -9,8 +9,9 @@ using Number = APR_NUMBER;
 using Shape = WideShape<APR_DIM, APR_STAGES>;
 
 #ifdef APR_EMULATED
-TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, int dim) {
-  return {pool.data, dim, int64_t{1} << work.page_shift, work.kv_heads, work.num_pages};
+TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, int dim,
+                 int tokens) {
+  return {pool.data, dim, int64_t{1} << work.page_shift, work.kv_heads, work.num_pages, tokens};
 }
 #else
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -28,13 +29,14 @@ Encode encode_function() {
   return reinterpret_cast<Encode>(function);
 }
 
-TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, int dim) {
+TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, int dim,
+                 int tokens) {
   static const Encode encode = encode_function();
   const auto page_size = cuuint64_t{1} << work.page_shift;
   const auto row = static_cast<cuuint64_t>(dim), heads = static_cast<cuuint64_t>(work.kv_heads);
   const cuuint64_t sizes[4] = {row, page_size, heads, static_cast<cuuint64_t>(work.num_pages)};
   const cuuint64_t strides[3] = {row * 2, row * 2 * page_size, row * 2 * page_size * heads};
-  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(tokens), 1, 1}, steps[4] = {1, 1, 1, 1};
   TensorMap map{};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<uint16_t*>(pool.data), sizes,
@@ -48,9 +50,10 @@ TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, i
 #endif
 
 void run(const AttentionWork& work, const Launch& launch) {
-  const TensorMap keys = map_of(work, work.k, work.head_dim_k);
-  const TensorMap values = map_of(work, work.v, work.head_dim_v);
-  start(attention_wide<Number, APR_DIM, APR_STAGES>, launch, work, keys, values);
+  const PoolMaps maps{
+      map_of(work, work.k, work.head_dim_k, kTile), map_of(work, work.v, work.head_dim_v, kTile),
+      map_of(work, work.k, work.head_dim_k, kFew), map_of(work, work.v, work.head_dim_v, kFew)};
+  start(attention_wide<Number, APR_DIM, APR_STAGES>, launch, work, maps);
 }
 
 #define APR_TEXT_(x) #x

@@ -39,7 +39,7 @@ struct Tiles {
 };
 APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
   const int unit = work.unit_tiles;
-  const Reach reach = work.reach[span.item];
+  const Reach& reach = span.reach;
   const int base = reach.lo / kTile / unit * unit;
   const int first = base + span.begin * unit, end = base + span.end * unit;
   const int used_first = reach.lo / kTile, used_end = (reach.hi - 1) / kTile + 1;
@@ -59,29 +59,48 @@ struct Ring {
   }
 };
 
+// The pool, in boxes of a tile and of a few tokens: the rows after which the exchange of chunks
+// repeats.
+inline constexpr int kFew = 8;
+struct PoolMaps {
+  TensorMap keys, values, few_keys, few_values;
+};
+
 // The thread that fills the ring.
 template <int kDim, int kStages>
-APR_DEVICE void fill_ring(const AttentionWork& work, const TensorMap& keys, const TensorMap& values,
-                          uint32_t shared) {
+APR_DEVICE void fill_ring(const AttentionWork& work, const PoolMaps& maps, uint32_t shared) {
   using Shape = WideShape<kDim, kStages>;
   Ring<kStages> ring;
   Spans spans(work);
   Span span;
   while (spans.next(span)) {
     const Tiles tiles = tiles_of(work, span);
-    const int first_page = work.segment_pages[work.items[span.item].segment];
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
       const int slot = tile * kTile;
-      const int page = work.page_table[first_page + (slot >> work.page_shift)];
+      const int page = work.page_table[span.reach.first_page + (slot >> work.page_shift)];
       const int token = slot & ((1 << work.page_shift) - 1);
       const uint32_t filled = Shape::filled(shared, ring.stage);
       // In the first round nobody has to empty the stage: the phase before the first one is over.
       barrier_wait(Shape::emptied(shared, ring.stage), ring.parity ^ 1);
-      barrier_expect(filled, Shape::kStageBytes);
+      // What no row sees is not read: a fork's own few tokens would cost as much as a tile.
+      const int before = span.reach.lo > slot ? (span.reach.lo - slot) / kFew : 0;
+      const int seen = span.reach.hi - slot;
+      const int end = seen < kTile ? (seen + kFew - 1) / kFew : kTile / kFew;
+      const bool whole = end - before == kTile / kFew;
+      barrier_expect(filled, 2 * Shape::kBoxes * (end - before) * kFew * 128);
       uint32_t to = shared + Shape::kRing + static_cast<uint32_t>(ring.stage * Shape::kStageBytes);
       for (int i = 0; i < 2 * Shape::kBoxes; ++i, to += Shape::kBoxBytes) {
         const int dim = i % Shape::kBoxes * 64;
-        copy_box(to, i < Shape::kBoxes ? keys : values, dim, token, span.head, page, filled);
+        const bool key = i < Shape::kBoxes;
+        if (whole) {
+          copy_box(to, key ? maps.keys : maps.values, dim, token, span.head, page, filled);
+          continue;
+        }
+        for (int few = before; few < end; ++few) {
+          copy_box(to + static_cast<uint32_t>(few * kFew * 128),
+                   key ? maps.few_keys : maps.few_values, dim, token + few * kFew, span.head, page,
+                   filled);
+        }
       }
       ring.advance();
     }

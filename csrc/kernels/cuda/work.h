@@ -39,14 +39,17 @@ struct Bounds {
   int32_t lo, hi;        // visible slots of a visit
   int32_t rotation_row;  // of the rotation table, -1: the query is used as written
 };
-struct Reach {
+// All that a block needs to know of an item before it copies keys: two loads of 16 bytes.
+struct alignas(16) Reach {
   int32_t lo, hi;          // slots that some visit of the item sees
   int32_t all_lo, all_hi;  // slots that every visit sees
+  int32_t before, units;   // units of one kv head, of the items before this one and its own
+  int32_t first_page;      // of its segment in the page table
 };
 
 struct Counts {
   int32_t items, visits, rows;
-  int32_t blocks;  // that take part; the planner's
+  int32_t units, blocks;  // of one kv head; that take part: the planner's
 };
 
 // Everything that kernels read and write. Arrays are fixed addresses: whatever changes between two
@@ -62,13 +65,13 @@ struct AttentionWork {
   Array<const int32_t> row_visits;  // [rows + 1] first entry of each row in `view_order`
   Array<const int32_t> view_order;  // visits of each row, in the order of its view
   // By the planner.
-  Array<Bounds> bounds;   // [visits]
-  Array<Reach> reach;     // [items]
-  Array<int32_t> prefix;  // [items + 1] units of one kv head before each item
+  Array<Bounds> bounds;        // [visits]
+  Array<Reach> reach;          // [items]
+  Array<int32_t> first_items;  // [grid] the item that each block begins with
   // Partial results of a lane: [head_dim_v] unnormalised, and (max in base 2, sum).
   Array<float> part_out, part_sum;
-  int64_t alone_lanes;  // where those of items that are alone begin: two items a block
-  int32_t grid;         // blocks of the attention kernel
+  int64_t alone_lanes;            // where those of items that are alone begin: two items a block
+  int32_t grid, multiprocessors;  // blocks of the attention kernel, in turn on so many
 
   // Tensors.
   Array<const uint16_t> q, k, v;

@@ -8,11 +8,12 @@
 
 namespace apr::cuda_emulated {
 
-// A tensor [pages, kv_heads, tokens, dims] of 16-bit numbers, in boxes of 64 tokens by 64
+// A tensor [pages, kv_heads, tokens, dims] of 16-bit numbers, in boxes of some tokens by 64
 // dimensions.
 struct TensorMap {
   const uint16_t* base;
   int64_t dims, tokens, heads, pages;
+  int box;  // tokens
 };
 
 inline void barrier_init(uint32_t barrier, int arrivals) {
@@ -33,7 +34,8 @@ inline void barrier_wait(uint32_t barrier, int parity) { block().wait_phase(barr
 inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int head, int page,
                      uint32_t barrier) {
   Block& b = block();
-  char* target = b.shared_at(to, 8192, 1024);
+  const int bytes = map.box * 128;
+  char* target = b.shared_at(to, bytes, 1024);
   if (page < 0 || page >= map.pages || head < 0 || head >= map.heads || token < 0 || dim < 0) {
     throw Fault("bulk copy: a box outside of its tensor");
   }
@@ -42,10 +44,10 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
         map.base + ((page * map.heads + head) * map.tokens + token) * map.dims + dim;
     counter->bulk_copy(b.thread(), reinterpret_cast<uint64_t>(from),
                        std::min<int64_t>(64, map.dims - dim) * 2,
-                       std::min<int64_t>(64, map.tokens - token), map.dims * 2);
+                       std::min<int64_t>(map.box, map.tokens - token), map.dims * 2);
   }
   b.start_free([=, &b] {
-    for (int r = 0; r < 64; ++r) {
+    for (int r = 0; r < map.box; ++r) {
       for (int c = 0; c < 64; ++c) {
         uint16_t value = 0;
         if (token + r < map.tokens && dim + c < map.dims) {
@@ -56,7 +58,7 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
       }
     }
     PhaseBarrier& phase = b.phase_barrier(barrier);
-    phase.bytes -= 8192;
+    phase.bytes -= bytes;
     b.advance(phase);
   });
 }
