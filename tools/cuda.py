@@ -115,11 +115,12 @@ def main_loop(sass: str) -> Counter[str]:
         if jump and int(jump[1], 16) < at:
             body = [x for here, x in code if int(jump[1], 16) <= here <= at]
             bodies.append([re.sub(r"^@!?U?P\w+\s+", "", x) for x in body])
-    bodies = [b for b in bodies if any("MMA" in x.split()[0] for x in b)]
+    products = CLASSES["products"]
+    bodies = [b for b in bodies if any(x.startswith(products) for x in b)]
     if not bodies:
         return Counter()
-    fewest = min(sum("MMA" in x.split()[0] for x in b) for b in bodies)
-    body = min((b for b in bodies if sum("MMA" in x.split()[0] for x in b) == fewest), key=len)
+    fewest = min(sum(x.startswith(products) for x in b) for b in bodies)
+    body = min((b for b in bodies if sum(x.startswith(products) for x in b) == fewest), key=len)
     found: Counter[str] = Counter()
     for text in body:
         kinds = (kind for kind, names in CLASSES.items() if text.startswith(names))

@@ -17,7 +17,7 @@ struct SmallShape {
   static constexpr int kSlice = 16 * kDim * 2;  // bytes of a warp's keys, or values
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kRingBytes = kWarps * kStages * 2 * kSlice;
-  static constexpr int kPitch = kDim + 4;  // floats of a row of sums in the merge
+  static constexpr int kPitch = kDim + 8;  // floats of a row of sums in the merge: no bank twice
   static constexpr int kMergeBytes = kWarps * kRows * (kPitch + 2) * 4;
   static constexpr int kBody =
       kQueryBytes + kRingBytes > kMergeBytes ? kQueryBytes + kRingBytes : kMergeBytes;
@@ -81,19 +81,26 @@ class SmallAttention {
       if (slot < reach_.hi) {
         page = work_.page_table[first_page_ + (slot >> work_.page_shift)];
       }
-      const int page_slot = slot & ((1 << work_.page_shift) - 1);
+      // A lane copies one chunk of every kRowsAtOnce rows: known to the compiler, so that it keeps
+      // no counter and works out one address.
+      constexpr int kRowsAtOnce = 32 / kColumns;
+      const int row = lane_ / kColumns, column = lane_ % kColumns * 8;
       const int64_t token =
           ((static_cast<int64_t>(page) * work_.kv_heads + span_.head) << work_.page_shift) +
-          page_slot;
+          (slot & ((1 << work_.page_shift) - 1)) + row;
+      int64_t key = token * work_.head_dim_k + column, value = token * work_.head_dim_v + column;
+      const auto seen = static_cast<uint32_t>(reach_.hi - reach_.lo);
+      const uint32_t seen_keys = column < work_.head_dim_k ? seen : 0;
+      const uint32_t seen_values = column < work_.head_dim_v ? seen : 0;
       const uint32_t keys = ring_ + static_cast<uint32_t>(stage * 2 * Shape::kSlice);
 #pragma unroll
-      for (int i = lane_; i < 16 * kColumns; i += 32) {
-        const int r = i / kColumns, c = i % kColumns;
-        const bool seen = slot + r >= reach_.lo && slot + r < reach_.hi;
-        copy_async16(keys + swizzled<kDim>(r, c), work_.k, (token + r) * work_.head_dim_k + c * 8,
-                     seen && c * 8 < work_.head_dim_k);
-        copy_async16(keys + Shape::kSlice + swizzled<kDim>(r, c), work_.v,
-                     (token + r) * work_.head_dim_v + c * 8, seen && c * 8 < work_.head_dim_v);
+      for (int r = 0; r < 16; r += kRowsAtOnce) {
+        const uint32_t to = keys + swizzled<kDim>(row + r, column / 8);
+        const auto in_reach = static_cast<uint32_t>(slot + row + r - reach_.lo);
+        copy_async16(to, work_.k, key, in_reach < seen_keys);
+        copy_async16(to + Shape::kSlice, work_.v, value, in_reach < seen_values);
+        key += kRowsAtOnce * work_.head_dim_k;
+        value += kRowsAtOnce * work_.head_dim_v;
       }
     }
     copy_async_commit();
@@ -284,8 +291,9 @@ class SmallAttention {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const int column = n * 8 + lane_ % 4 * 2;
-          sums[at * Shape::kPitch + column] = out_[m][n][h * 2];
-          sums[at * Shape::kPitch + column + 1] = out_[m][n][h * 2 + 1];
+          shared_array<float2>(shared_ +
+                               static_cast<uint32_t>((at * Shape::kPitch + column) * 4))[0] = {
+              out_[m][n][h * 2], out_[m][n][h * 2 + 1]};
         }
       }
     }

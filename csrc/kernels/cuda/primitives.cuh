@@ -119,12 +119,13 @@ APR_DEVICE void add_atomically(int64_t& to, int64_t x) {
 
 // ---- copies by warps ------------------------------------------------------------------------
 
-// 16 bytes to shared memory, in the background; zeros where `valid` is false.
+// 16 bytes to shared memory, in the background; zeros where `valid` is false: nothing is read then,
+// and the index need not exist.
 template <typename T>
 APR_DEVICE void copy_async16(uint32_t to, const Array<const T>& from, int64_t index, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from.data + (valid ? index : 0)), "r"(bytes)
+               "l"(from.data + index), "r"(bytes)
                : "memory");
 }
 APR_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
