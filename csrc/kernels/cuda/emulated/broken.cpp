@@ -50,6 +50,11 @@ bool copy_works(bool wait) {
   return true;
 }
 
+// Right, and slow: each lane reads a sector of its own, and a word of one and the same bank.
+void strided(Array<const float> from) {
+  const auto shared = shared_array<float>(shared_address(shared_memory()));
+  shared[thread_index() * 32] = from[thread_index() * 8];
+}
 void out_of_bounds(Array<int> memory) { memory[thread_index()] = 1; }
 void past_shared() { shared_memory()[64] = 1; }
 void unaligned() {
@@ -98,6 +103,12 @@ std::string run_broken_kernel(const std::string& name) {
       {"no barrier", [] { return broadcast_works(false); }},
       {"awaited copy", [] { return copy_works(true); }},
       {"copy read too early", [] { return copy_works(false); }},
+      {"strided",
+       [&] {
+         const std::vector<float> floats(32 * 8);
+         const Array<const float> from(floats.data(), 32 * 8);
+         return start(strided, {"strided", 1, 32, 32 * 128, nullptr, false}, from), true;
+       }},
       {"out of bounds", [&] { return start(out_of_bounds, warp(32), Array<int>(&word, 1)), true; }},
       {"past shared memory", [&] { return start(past_shared, warp(32)), true; }},
       {"unaligned", [&] { return start(unaligned, warp(32)), true; }},
