@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 import apr
 import models
@@ -55,9 +54,9 @@ def instruction_set(request):
     except ValueError:
         pytest.skip(f"{name} was not built or does not run on this machine")
     given = request.node.callspec.params
-    if name in GPUS and (given.get("dtype") is torch.float32 or given.get("page_size") == 48):
+    if name in GPUS and given.get("page_size") == 48:
         _core.force_instruction_set("")
-        pytest.skip("the CUDA kernels take 16-bit numbers, and pages of a power of two")
+        pytest.skip("the CUDA kernels take pages of a power of two")
     yield _core.instruction_set()
     _core.force_instruction_set("")
 

@@ -34,13 +34,9 @@ PAIRED = {"amx", "avx512_bf16", "amx_emulated"}  # bfloat16 products by pairs of
 
 def rounds_weights(dtype: torch.dtype, name: str) -> bool:
     """Whether these kernels round weights, and re-rotated queries, to the pool's dtype."""
-    return name == "cuda_emulated" or (name in PAIRED and dtype is torch.bfloat16)
-
-
-def dtypes() -> list[torch.dtype]:
-    """What the kernels that are forced now take."""
-    on_gpu = _core.instruction_set() == "cuda_emulated"
-    return [d for d in UNIT if not (on_gpu and d is torch.float32)]
+    if name == "cuda_emulated":
+        return dtype is not torch.float32
+    return name in PAIRED and dtype is torch.bfloat16
 
 
 def emulate(

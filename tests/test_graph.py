@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -36,11 +37,18 @@ def model():
     for name, p in built.named_parameters():
         if p.ndim > 1:  # weights large enough that attention matters
             p.data = torch.randn(p.shape) * (0.3 if "emb" in name else 0.9 * p.shape[-1] ** -0.5)
-    return built.to(torch.bfloat16)
+    return built
 
 
-# Two layers in bfloat16: each rounds to 2^-8 of values of order 1, in another order of sums.
-CLOSE = 0.15
+@pytest.fixture(scope="module")
+def half(model):
+    """The same in bfloat16, for long runs: the emulator multiplies by whole matrices there."""
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
+# Two layers in float32: planned and replayed steps take their sums in the same order, but cut them
+# into other shares.
+CLOSE = 2e-5
 
 
 def both(model, script, **options):
@@ -55,7 +63,7 @@ def both(model, script, **options):
                 counts = (s._graphs.captures, s._graphs.uploads)
     assert (outs[0] - outs[1]).abs().max().item() < CLOSE
     # Power: the bound is far below what the logits of another step differ by.
-    assert (outs[0][0] - outs[0][-1]).abs().max().item() > 5 * CLOSE
+    assert (outs[0][0] - outs[0][-1]).abs().max().item() > 1000 * CLOSE
     return counts
 
 
@@ -109,11 +117,11 @@ def test_live_views_with_moving_offsets(model, visibility):
 
 
 @pytest.mark.trap(12)
-def test_a_thousand_steps_without_the_host(model):
+def test_a_thousand_steps_without_the_host(half):
     """Views, offsets, angles and lengths after 1,000 device steps, against a plan made by the
     host.
     """
-    with apr.Session(model, 1 << 15, self_test=False) as s:
+    with apr.Session(half, 1 << 15, self_test=False) as s:
         prompt = s.segment(list(range(20)))
         tails = [s.region(base=20) for _ in range(3)]
         workers = [
@@ -265,13 +273,13 @@ def test_pages_run_out_before_anything_runs(model):
         assert s.step([thread]).isfinite().all()
 
 
-def test_pages_granted_ahead_go_back(model):
+def test_pages_granted_ahead_go_back(half):
     """Threads that were stepped and left, joined children, released parents: none keeps what it did
     not use.
     """
     used = []
     for graphs in (None, True):
-        with apr.Session(model, 64 * 64, cuda_graphs=graphs, self_test=False) as s:
+        with apr.Session(half, 64 * 64, cuda_graphs=graphs, self_test=False) as s:
             parent = s.thread(list(range(3)))
             for _ in range(9):
                 kids = parent.fork(2)

@@ -9,7 +9,7 @@ import torch
 
 from apr import ops
 from apr.ops import View, reference
-from kernel_cases import PAIRED, UNIT, check, dtypes, make, rounds_weights, run
+from kernel_cases import PAIRED, UNIT, check, make, rounds_weights, run
 
 
 def worst_case(q, pool, scale, tokens, paired):
@@ -66,7 +66,7 @@ def test_empty_ranges_and_rows_that_see_little(instruction_set):
     """Segments without a visible token, and whole tiles that a window hides from some rows of a
     block.
     """
-    for dtype in dtypes():
+    for dtype in UNIT:
         pool, generator = make(dtype, 1, 64)
         shared = [3, 1, 8, 20, 21]
         sets = [
@@ -144,7 +144,7 @@ def test_unwritten_slots_between_two_ranges_are_never_read(dtype, instruction_se
 @pytest.mark.trap(16)
 @pytest.mark.parametrize("head_dim", [8, 40, 64])
 def test_one_row_of_one_head(head_dim, instruction_set):
-    for dtype in dtypes():
+    for dtype in UNIT:
         pool, generator = make(dtype, 1, head_dim)
         for invariant in (False, True):
             sets = [(1, [View([3, 1], 0, 97, 0, 0), View([2], 0, 5, 97, 97, own=True)])]
@@ -153,7 +153,7 @@ def test_one_row_of_one_head(head_dim, instruction_set):
 
 
 def test_very_low_scores_are_scores(instruction_set):
-    dtype = dtypes()[0]
+    dtype = torch.float32
     pool, _generator = make(dtype, 1, 64)
     pool.k.fill_(2.0**53)
     sets = [(1, [View([0], 0, 8, 0, 0, own=True)])]

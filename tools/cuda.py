@@ -1,8 +1,9 @@
 """Compiles attention kernels with nvcc and reads what ptxas and nvdisasm say: fails where registers
 spill or products of wgmma are serialised.
 
-Without arguments the main instances (head_dim 64 and 128 in bfloat16); with --all every one, and a
-table of registers, shared memory and instructions in the file given by --record.
+Without arguments the main instances (head_dim 64 and 128 in bfloat16, and those without tensor
+cores); with --all every one, and a table of registers, shared memory and instructions in the file
+given by --record.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
-NUMBERS = {"bf16": "BFloat16", "fp16": "Float16"}
-ARCHITECTURES = {"small": ["80", "90a"], "wide": ["90a"], "steps": ["80", "90a"]}
+ARCHITECTURES = {"wide": ["90a"]}  # of the others: BOTH
+BOTH = ["80", "90a"]
 # Classes of instructions, by how their names begin; the rest is "other".
 CLASSES = {
     "products": ("HMMA", "HGMMA"),
@@ -49,15 +50,18 @@ class Compiled(NamedTuple):
 
 def instances() -> list[tuple[str, str, list[str]]]:
     """(source, name, definitions) of each instance, as instances.cmake lists them."""
-    lists = re.findall(r"foreach\(shape ([^)]*)\)", (KERNELS / "instances.cmake").read_text())
+    text = (KERNELS / "instances.cmake").read_text()
+    shapes = dict(re.findall(r"set\(shapes_(\w+)\s+([^)]*)\)", text))
+    types = dict(re.findall(r"set\(type_(\w+) (\w+)\)", text))
     found = []
-    for number, kind in ((n, k) for n in NUMBERS for k in range(len(lists))):
-        source = ("small", "wide")[kind]
-        for shape in lists[kind].split():
-            dim, rows, stages = shape.split("_")
-            name = f"{source}_{number}_{shape}"
-            defines = [f"APR_NUMBER={NUMBERS[number]}", f"APR_DIM={dim}", f"APR_STAGES={stages}"]
-            found.append((source, name, [*defines, f"APR_ROWS={rows}", f"APR_INSTANCE={name}"]))
+    for number, type_name in types.items():
+        listed = re.sub(r"\$\{shapes_(\w+)\}", lambda other: shapes[other[1]], shapes[number])
+        for shape in listed.split():
+            kind, dim, rows, stages = shape.split("_")
+            name = f"{kind}_{number}_{dim}_{rows}_{stages}"
+            values = {"NUMBER": type_name, "DIM": dim, "ROWS": rows, "STAGES": stages}
+            defines = [f"APR_{key}={value}" for key, value in values.items()]
+            found.append((kind, name, [*defines, f"APR_INSTANCE={name}"]))
     return found
 
 
@@ -150,8 +154,8 @@ def main() -> int:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     shared = shared_bytes()
     work = [("steps", "steps", [])]
-    work += [x for x in instances() if options.all or re.match(r"\w+_bf16_(64|128)_", x[1])]
-    tasks = [(*one, arch) for one in work for arch in ARCHITECTURES[one[0]]]
+    work += [x for x in instances() if options.all or re.match(r"\w+_bf16_(64|128)_|plain", x[1])]
+    tasks = [(*one, arch) for one in work for arch in ARCHITECTURES.get(one[0], BOTH)]
     began = time.perf_counter()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda task: compile_one(*task), tasks))

@@ -138,6 +138,7 @@ void bind_gpu(py::module_& module) {
           "capability",
           [](const GpuBackend& gpu, int index) { return gpu.device(index).capability; },
           py::arg("device"))
+      .def("check", &GpuBackend::check, py::arg("kind"), py::arg("device"))
       .def(
           "plan",
           [](const GpuBackend& gpu, const Plan& plan, const AttentionKind& kind, int device) {

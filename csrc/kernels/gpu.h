@@ -76,7 +76,8 @@ class GpuBackend {
   virtual std::string architectures() const = 0;
   virtual std::vector<GpuKernel> kernels() const = 0;
   virtual GpuDevice device(int index) const = 0;
-  // Throws std::invalid_argument where no kernel serves the kind.
+  // Throws std::invalid_argument where no kernel serves the kind; as do plans and views of it.
+  virtual void check(const AttentionKind& kind, int device_index) const = 0;
   virtual std::vector<std::unique_ptr<GpuPlan>> plan(const PlanArrays& plan,
                                                      const AttentionKind& kind,
                                                      int device_index) const = 0;

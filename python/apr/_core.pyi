@@ -532,6 +532,9 @@ class GpuBackend:
         stream: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def capability(self, device: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def check(
+        self, kind: AttentionKind, device: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
     def copy_tokens(
         self,
         pool: Pool,

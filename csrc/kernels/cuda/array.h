@@ -63,6 +63,15 @@ struct Array {
     return data + i;
   }
   APR_HERE T& operator[](int64_t i) const { return *at(i); }
+  // The same memory as elements of another size.
+  template <typename U>
+  APR_INLINE Array<U> as() const {
+#ifdef APR_EMULATED
+    return {reinterpret_cast<U*>(data), size * int64_t{sizeof(T)} / int64_t{sizeof(U)}};
+#else
+    return {reinterpret_cast<U*>(data), 0};
+#endif
+  }
   APR_INLINE explicit operator bool() const { return data != nullptr; }
 };
 

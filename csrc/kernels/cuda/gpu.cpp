@@ -31,6 +31,10 @@ void place(Array<T>& array, void* base, const Slice<U>& slice) {
   array = {reinterpret_cast<U*>(static_cast<char*>(base) + slice.offset), slice.count};
 }
 
+// 16-bit numbers that an element takes: what sizes of arrays are counted in, and all that kernels
+// which only copy know.
+int64_t halves(DType dtype) { return element_size(dtype) / 2; }
+
 // Elements from the first to the last of [rows, heads, dim].
 int64_t extent(const Rows& rows, int64_t count, int64_t heads, int64_t dim) {
   return (count - 1) * rows.row_stride + (heads - 1) * rows.head_stride + dim;
@@ -70,12 +74,13 @@ AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* b
 
 void set_tensors(AttentionWork& work, const AttentionKind& kind, const AttentionCall& call,
                  const Pool& pool, int64_t rows) {
-  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
+  const int64_t wide = halves(kind.dtype);
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size * wide;
   work.num_pages = static_cast<int32_t>(pool.num_pages);
   work.q = {static_cast<const uint16_t*>(call.q.data),
-            extent(call.q, rows, kind.q_heads, kind.head_dim_k)};
+            extent(call.q, rows, kind.q_heads, kind.head_dim_k) * wide};
   work.out = {static_cast<uint16_t*>(call.out.data),
-              extent(call.out, rows, kind.q_heads, kind.head_dim_v)};
+              extent(call.out, rows, kind.q_heads, kind.head_dim_v) * wide};
   work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
   work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
   work.lse = {call.lse, rows * kind.q_heads};
@@ -118,19 +123,19 @@ void name_arrays(const AttentionWork& work) {
 #endif
 }
 
-void poison_outputs(const AttentionWork& work) {
+void poison_outputs(const AttentionWork& work, int64_t wide) {
 #ifdef APR_EMULATED
   poison(work.part_out.data, work.part_out.size * 4);
   poison(work.part_sum.data, work.part_sum.size * 4);
   for (int64_t row = work.row_begin; row < work.row_begin + work.row_count; ++row) {
     for (int64_t head = 0; head < work.q_heads; ++head) {
-      poison(work.out.at(row * work.out_row_stride + head * work.out_head_stride, work.head_dim_v),
-             work.head_dim_v * 2);
+      const int64_t at = row * work.out_row_stride + head * work.out_head_stride;
+      poison(work.out.at(at * wide, work.head_dim_v * wide), work.head_dim_v * wide * 2);
     }
     if (work.lse) poison(work.lse.at(row * work.q_heads, work.q_heads), work.q_heads * int64_t{4});
   }
 #else
-  static_cast<void>(work);
+  static_cast<void>(work), static_cast<void>(wide);
 #endif
 }
 
@@ -155,7 +160,7 @@ class Tables : public Interface {
                  void* stream) const override {
     AttentionWork work = work_of(tables, parts);
     set_tensors(work, kind_, call, pool, layout_.num_rows);
-    poison_outputs(work);
+    poison_outputs(work, halves(kind_.dtype));
     const Instance& instance = *layout_.instance;
     name_arrays(work);
     instance.run(
@@ -225,15 +230,16 @@ class Views final : public Tables<GpuViews> {
   GpuDevice device_;
 };
 
-// The pool that AppendWork and CopyWork write.
+// The pool that AppendWork and CopyWork write, in 16-bit numbers.
 template <typename Work>
 void set_pool(Work& work, const Pool& pool) {
+  const int64_t wide = halves(pool.dtype);
   const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
-  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k};
-  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k * wide};
+  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v * wide};
   work.kv_heads = static_cast<int32_t>(pool.kv_heads);
-  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k);
-  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
+  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k * wide);
+  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v * wide);
   work.page_shift = log2_of(pool.page_size);
 }
 
@@ -251,6 +257,10 @@ class Backend final : public GpuBackend {
   }
 
   GpuDevice device(int index) const override { return device_of(index); }
+
+  void check(const AttentionKind& kind, int device_index) const override {
+    static_cast<void>(choose_instance(kind, 1, device_of(device_index)));
+  }
 
   std::vector<std::unique_ptr<GpuPlan>> plan(const PlanArrays& plan, const AttentionKind& kind,
                                              int device_index) const override {
@@ -276,12 +286,15 @@ class Backend final : public GpuBackend {
 void Backend::append(const Rows& k, const Rows& v, const Pool& pool, const int64_t* slots,
                      int64_t rows, void* stream) const {
   AppendWork work{};
-  work.k = {static_cast<const uint16_t*>(k.data), extent(k, rows, pool.kv_heads, pool.head_dim_k)};
-  work.v = {static_cast<const uint16_t*>(v.data), extent(v, rows, pool.kv_heads, pool.head_dim_v)};
-  work.k_row_stride = k.row_stride;
-  work.k_head_stride = k.head_stride;
-  work.v_row_stride = v.row_stride;
-  work.v_head_stride = v.head_stride;
+  const int64_t wide = halves(pool.dtype);
+  work.k = {static_cast<const uint16_t*>(k.data),
+            extent(k, rows, pool.kv_heads, pool.head_dim_k) * wide};
+  work.v = {static_cast<const uint16_t*>(v.data),
+            extent(v, rows, pool.kv_heads, pool.head_dim_v) * wide};
+  work.k_row_stride = k.row_stride * wide;
+  work.k_head_stride = k.head_stride * wide;
+  work.v_row_stride = v.row_stride * wide;
+  work.v_head_stride = v.head_stride * wide;
   set_pool(work, pool);
   work.slots = {slots, rows};
   work.rows = static_cast<int32_t>(rows);

@@ -130,9 +130,11 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
     }
   }
   if (best == nullptr) {
-    throw std::invalid_argument("no GPU kernel for head_dim " + std::to_string(dim) +
-                                ": expected bfloat16 or float16 and a "
-                                "multiple of 8 up to 256");
+    throw std::invalid_argument(
+        "no GPU kernel for head_dim " + std::to_string(dim) + " with " +
+        std::to_string(device.shared_per_block / 1024) +
+        " KiB of shared memory for a block: expected a multiple of 8 up to 576, on GPUs with 99 "
+        "KiB up to 256 in float32; convert the model, e.g. model.to(torch.bfloat16)");
   }
   return *best;
 }

@@ -6,7 +6,8 @@
 namespace apr::APR_GPU {
 
 inline constexpr int kMergeThreads = 128;
-inline constexpr int kWidestHead = 256;
+// Columns that a lane adds up of each 128: enough for all heads but the widest, and for those.
+inline constexpr int kQuads = 2, kMostQuads = 5;
 
 // Where the partial results of one visit of a row and head lie: part i at `first + i * step`, but
 // for part 0 of an item that is alone, which lies `back` further.
@@ -95,9 +96,20 @@ class RowParts {
   int64_t units_;
 };
 
+template <typename T>
+APR_DEVICE void store_four(T* to, const float (&x)[4], float times) {
+  if constexpr (kChunkOf<T> == 4) {
+    *reinterpret_cast<float4*>(to) = {x[0] * times, x[1] * times, x[2] * times, x[3] * times};
+  } else {
+    const auto pairs = reinterpret_cast<uint32_t*>(to);
+    pairs[0] = pack<T>(x[0] * times, x[1] * times);
+    pairs[1] = pack<T>(x[2] * times, x[3] * times);
+  }
+}
+
 // The maximum of all partial results comes first: it is exact in any order, and parts of weight 0
 // then change no bit of the sums, which are taken part by part.
-template <typename T>
+template <typename T, int kQuads>
 APR_KERNEL APR_BOUNDS(kMergeThreads, 1) merge_parts(APR_GRID_CONSTANT AttentionWork work) {
   const int64_t warp =
       static_cast<int64_t>(block_index()) * (kMergeThreads / 32) + thread_index() / 32;
@@ -114,7 +126,7 @@ APR_KERNEL APR_BOUNDS(kMergeThreads, 1) merge_parts(APR_GRID_CONSTANT AttentionW
   });
   if (!merged) return;
   for (int by = 16; by > 0; by /= 2) top = maximum(top, shuffle_xor(top, by));
-  constexpr int kQuads = kWidestHead / 128;  // a lane holds four neighbouring columns of each 128
+  // A lane holds four neighbouring columns of each 128.
   float sums[kQuads][4] = {}, sum = 0.f;
   parts.for_each([&](int64_t at, bool exists) {
     float weight = 0.f, weighed = 0.f;
@@ -147,9 +159,8 @@ APR_KERNEL APR_BOUNDS(kMergeThreads, 1) merge_parts(APR_GRID_CONSTANT AttentionW
   for (int quad = 0; quad < kQuads; ++quad) {
     const int column = quad * 128 + lane * 4;
     if (column >= work.head_dim_v) continue;
-    uint32_t* out = reinterpret_cast<uint32_t*>(work.out.at(out_at(work, row, q_head) + column, 4));
-    out[0] = pack<T>(sums[quad][0] * inverse, sums[quad][1] * inverse);
-    out[1] = pack<T>(sums[quad][2] * inverse, sums[quad][3] * inverse);
+    store_four<T>(work.out.template as<T>().at(out_at(work, row, q_head) + column, 4), sums[quad],
+                  inverse);
   }
 }
 

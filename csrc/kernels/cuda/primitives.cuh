@@ -38,10 +38,16 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Float32 {
+  float value;
+};
 APR_DEVICE float to_float(BFloat16 x) {
   return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
 APR_DEVICE float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+APR_DEVICE float to_float(Float32 x) { return x.value; }
+APR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+APR_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 template <typename T>
 APR_DEVICE T from_float(float x);
 template <>

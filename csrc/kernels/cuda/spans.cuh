@@ -12,6 +12,39 @@ template <typename T>
 inline constexpr DType kNumber = DType::kFloat16;
 template <>
 inline constexpr DType kNumber<BFloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kNumber<Float32> = DType::kFloat32;
+
+// Numbers in 16 bytes, what a thread copies at once.
+template <typename T>
+inline constexpr int kChunkOf = 16 / static_cast<int>(sizeof(T));
+
+template <typename T>
+APR_DEVICE void unpack_chunk(const uint4& chunk, float (&x)[kChunkOf<T>]) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kChunkOf<T> == 4) {
+      x[i] = float_of_bits(words[i]);
+    } else {
+      x[2 * i] = unpack<T>(words[i], 0);
+      x[2 * i + 1] = unpack<T>(words[i], 1);
+    }
+  }
+}
+template <typename T>
+APR_DEVICE uint4 pack_chunk(const float (&x)[kChunkOf<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kChunkOf<T> == 4) {
+      words[i] = bits_of_float(x[i]);
+    } else {
+      words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
 
 // Consecutive units of one (item, kv head) that one block works on.
 struct Span {
@@ -120,39 +153,38 @@ APR_DEVICE float turned(const AttentionWork& work, int64_t query, int turn, int 
   const int pair = work.interleaved ? in_turn / 2 : in_turn % pairs;
   const bool second = work.interleaved ? in_turn % 2 != 0 : in_turn >= pairs;
   const int distance = work.interleaved ? 1 : pairs;
-  const float other = to_float(T{work.q[query + (second ? column - distance : column + distance)]});
+  const float other =
+      to_float(work.q.template as<const T>()[query + column + (second ? -distance : distance)]);
   const float* cs = work.cos_sin.at((static_cast<int64_t>(turn) * pairs + pair) * 2, 2);
   return second ? own * cs[0] + other * cs[1] : own * cs[0] - other * cs[1];
 }
 
 // The query rows of an item to shared memory, turned by their rotation. `address(row, column)` is
-// where an element goes, in bytes; eight that begin at a multiple of eight lie together. Rows that
-// do not exist and columns from head_dim on are 0. All `threads` from thread 0 on take part and
-// must meet afterwards.
+// where an element goes, in bytes; those of a chunk lie together. Rows that do not exist and
+// columns from head_dim on are 0. All `threads` from thread 0 on take part and must meet
+// afterwards.
 template <typename T, int kRows, int kDim, typename Address>
 APR_DEVICE void gather_queries(const AttentionWork& work, const Item& item, int head, int thread,
                                int threads, Address address) {
-  constexpr int kChunks = kDim / 8;
+  constexpr int kEach = kChunkOf<T>, kChunks = kDim / kEach;
   for (int i = thread; i < kRows * kChunks; i += threads) {
-    const int r = i / kChunks, column = i % kChunks * 8;
-    uint4 eight{0, 0, 0, 0};
+    const int r = i / kChunks, column = i % kChunks * kEach;
+    uint4 chunk{0, 0, 0, 0};
     if (r < item.lanes && column < work.head_dim_k) {
       const Lane lane = lane_of(work, item, head, r);
       const int64_t query = lane.row * work.q_row_stride + lane.q_head * work.q_head_stride;
-      eight = *reinterpret_cast<const uint4*>(work.q.at(query + column, 8));
+      chunk =
+          *reinterpret_cast<const uint4*>(work.q.template as<const T>().at(query + column, kEach));
       const int turn = work.cos_sin ? work.bounds[lane.visit].rotation_row : -1;
       if (turn >= 0) {
-        uint32_t two[4] = {eight.x, eight.y, eight.z, eight.w};
+        float x[kEach];
+        unpack_chunk<T>(chunk, x);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int at = column + 2 * e;
-          two[e] = pack<T>(turned<T>(work, query, turn, at, unpack<T>(two[e], 0)),
-                           turned<T>(work, query, turn, at + 1, unpack<T>(two[e], 1)));
-        }
-        eight = {two[0], two[1], two[2], two[3]};
+        for (int e = 0; e < kEach; ++e) x[e] = turned<T>(work, query, turn, column + e, x[e]);
+        chunk = pack_chunk<T>(x);
       }
     }
-    shared_array<uint4>(address(r, column))[0] = eight;
+    shared_array<uint4>(address(r, column))[0] = chunk;
   }
 }
 

@@ -37,10 +37,13 @@ void run_merge(const AttentionWork& work, DType dtype, bool overlap, void* strea
   const int64_t rows = static_cast<int64_t>(work.row_count) * work.q_heads;
   const Launch launch{"merge_parts", blocks_for(rows, kMergeThreads / 32), kMergeThreads, 0, stream,
                       overlap};
+  const bool widest = work.head_dim_v > 128 * kQuads;
   if (dtype == DType::kBFloat16) {
-    start(merge_parts<BFloat16>, launch, work);
+    start(widest ? merge_parts<BFloat16, kMostQuads> : merge_parts<BFloat16, kQuads>, launch, work);
+  } else if (dtype == DType::kFloat16) {
+    start(widest ? merge_parts<Float16, kMostQuads> : merge_parts<Float16, kQuads>, launch, work);
   } else {
-    start(merge_parts<Float16>, launch, work);
+    start(widest ? merge_parts<Float32, kMostQuads> : merge_parts<Float32, kQuads>, launch, work);
   }
 }
 

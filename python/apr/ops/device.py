@@ -17,8 +17,12 @@ from apr.ops.pages import check_page_size
 if TYPE_CHECKING:
     from apr.ops.pools import Pool
 
-_DTYPES = {torch.bfloat16: _core.DType.bfloat16, torch.float16: _core.DType.float16}
-MOST_HEAD_DIM = 256
+_DTYPES = {
+    torch.float32: _core.DType.float32,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+MOST_HEAD_DIM = 576
 EMULATED = "cuda_emulated"  # the name by which machine.use_kernels knows it
 
 
@@ -61,10 +65,17 @@ def check_pool(k: Tensor, v: Tensor) -> None:
     if k.dtype not in _DTYPES or any(d % 8 or d > MOST_HEAD_DIM for d in dims):
         raise InvalidInput(
             f"pool: got {k.dtype} with head_dim {dims[0]} and {dims[1]}; the GPU kernels take "
-            f"bfloat16 or float16 and head_dim a multiple of 8 up to {MOST_HEAD_DIM}; convert the "
-            "model, e.g. model.to(torch.bfloat16), or run it on the CPU"
+            f"float32, bfloat16 or float16 and head_dim a multiple of 8 up to {MOST_HEAD_DIM}; "
+            "run the model on the CPU"
         )
     check_page_size(int(k.shape[2]))
+    gpu = backend(k.device)
+    assert gpu is not None, "a pool that the CPU kernels serve"
+    kind = Kind(k.dtype, 1, 1, *dims, int(k.shape[2]), 0, 0, False)
+    try:
+        gpu.check(kind.core, k.device.index or 0)
+    except ValueError as error:
+        raise InvalidInput(f"pool: {error}") from None
 
 
 def stream(device: torch.device) -> int:
@@ -80,7 +91,8 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it where its rows do not lie on 16 bytes."""
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-    return x if fits and all(s % 8 == 0 for s in x.stride()[:-1]) else x.contiguous().clone()
+    fits = fits and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return x if fits else x.contiguous().clone()
 
 
 class Pass(NamedTuple):

@@ -55,23 +55,31 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-inline float to_float(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+struct Float32 {
+  float value;
+};
+inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float to_float(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
   _Float16 half;
   std::memcpy(&half, &x.bits, 2);
   return static_cast<float>(half);
 }
+inline float to_float(Float32 x) { return x.value; }
 template <typename T>
 T from_float(float x);
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = bits_of_float(x);
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
