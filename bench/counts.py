@@ -1,20 +1,21 @@
-"""What the CUDA kernels ask of a GPU, counted by the emulator, and a time estimated from it:
-docs/cuda-counts.md.
+"""What the CUDA kernels ask of a GPU, counted by the emulator, and a time estimated from it.
 
-python bench/counts.py                        a line a problem, for all that the emulator can take
-python bench/counts.py --problem pat-1        of one problem or family
-python bench/counts.py --record docs/cuda-counts.md
+python bench/counts.py                    all problems that the emulator can take: about 40 minutes
+python bench/counts.py --problem pat-1    one problem or family
+python bench/counts.py --page             docs/cuda-counts.md from what was counted, at once
 
-Wants a build with APR_EMULATION=ON, no GPU. Counts are exact; the time is an estimate.
+Counts go to bench/results/cuda-counts.json, problem by problem: a run that is stopped goes on where
+it was. Wants a build with APR_EMULATION=ON, no GPU. Counts are exact; the time is an estimate.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,110 +28,37 @@ from apr.bench.problems import NAMED, Problem
 from apr.ops import device as gpu
 from apr.ops import machine
 
-MOST_OPERATIONS = 3e11  # that a problem asks for, padding not counted
+HERE = Path(__file__).parent
+STORED = HERE / "results" / "cuda-counts.json"
+PAGE = HERE.parent / "docs" / "cuda-counts.md"
+MOST_OPERATIONS = 1e11  # that a problem asks for, padding not counted
 MOST_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the estimate takes for granted of a GPU; the rates are what kernels reach, not peaks."""
+    """What the estimate takes for granted of a GPU: rates that kernels reach, not peaks."""
 
     name: str
     bytes_per_second: float
-    wide_products: float  # a second: multiplications and additions of wgmma in bfloat16
-    small_products: float  # of mma.sync
-    exponentials: float
-    multiprocessors: int = 132
 
 
-# Copies reach about 90 % of the memory's rate; wgmma 650 and mma.sync 350 of 989 TFLOP/s
-# (FlashAttention 2 and 3 on H100); 16 exponentials a cycle and multiprocessor at 1.75 GHz.
-GPUS = [
-    Gpu("H100", 3.0e12, 650e12, 350e12, 132 * 16 * 1.75e9),
-    Gpu("H200", 4.3e12, 650e12, 350e12, 132 * 16 * 1.75e9),
-]
-LAUNCH_S = 2.5e-6  # ramp and drain of the attention kernel
-MERGE_S = 1.5e-6  # of the merge, which starts while the kernel ahead drains
-LOOKUP_S = 0.25e-6  # a load that hits the L2 cache
-NOTE = (
-    f"H100: 3.0 TB/s, H200: 4.3 TB/s; 650 TFLOP/s of wgmma, 350 of mma.sync, 3.7 T exponentials/s; "
-    f"{LAUNCH_S * 1e6} µs of ramp and drain, {MERGE_S * 1e6} µs of merge, {LOOKUP_S * 1e6} µs a "
-    "look-up in front of a copy"
-)
+# Copies reach about 90 % of the memory's rate; of 989 TFLOP/s wgmma 650 and mma.sync 350
+# (FlashAttention 3 and 2 on H100); 16 exponentials a cycle and multiprocessor at 1.75 GHz.
+GPUS = [Gpu("H100", 3.0e12), Gpu("H200", 4.3e12)]
+MULTIPROCESSORS = 132
+WIDE_PRODUCTS, SMALL_PRODUCTS = 650e12, 350e12
+EXPONENTIALS = MULTIPROCESSORS * 16 * 1.75e9
+CACHE_BYTES_PER_SECOND = 5.5e12  # of the L2 cache
+ONE_BYTES_PER_SECOND = 100e9  # that one multiprocessor reads at most
+LAUNCH_US = 2.5  # ramp and drain of the attention kernel
+MERGE_US = 1.5  # the merge starts while the kernel ahead drains
+LOOKUP_US = 0.25  # a load that hits the L2 cache
+QUERY_LOOKUPS = 3  # item, visit, query: behind the first copy, in front of the first product
 
 
-@dataclass
-class Counted:
-    """Counts of one attention call."""
-
-    problem: Problem
-    kernel: str
-    attention: Any  # _core.GpuCounts
-    merge: Any
-
-    def bytes(self, *names: str) -> int:
-        return sum(self.attention.traffic[n].bytes for n in names if n in self.attention.traffic)
-
-    @property
-    def pool_times_floor(self) -> float:
-        """Keys, values, queries and outputs that come from device memory, by what must."""
-        first_queries = self.problem.q[0].numel() * self.problem.q[0].element_size()
-        return (self.bytes("keys", "values") + 2 * first_queries) / self.problem.bytes()
-
-    @property
-    def sectors(self) -> float:
-        """Sectors of keys and values by the fewest that hold the bytes."""
-        both = [self.attention.traffic[n] for n in ("keys", "values")]
-        return sum(x.sectors for x in both) / sum(x.least_sectors for x in both)
-
-    @property
-    def in_cache(self) -> float:
-        """Partial results, queries read again and tables, written and read, by the floor."""
-        every = [*self.attention.traffic.items(), *self.merge.traffic.items()]
-        size = sum(32 * x.sectors for name, x in every if name not in ("keys", "values"))
-        return size / self.problem.bytes()
-
-    @property
-    def conflicts(self) -> tuple[float, float]:
-        """Rounds of shared memory by the fewest: of the main loop's operands, of the rest."""
-
-        def ratio(shared: Any) -> float:
-            return shared.rounds / shared.least_rounds if shared.least_rounds else 1.0
-
-        return ratio(self.attention.operands), ratio(self.attention.other)
-
-    @property
-    def tail(self) -> float:
-        """How much more the busiest multiprocessor reads than the mean."""
-        mean = self.bytes("keys", "values") / GPUS[0].multiprocessors
-        return self.attention.busiest_bytes / mean - 1
-
-    def estimate(self, on: Gpu) -> tuple[float, float]:
-        """Seconds of the floor, and of this call."""
-        floor = max(
-            self.problem.bytes() / on.bytes_per_second,
-            self.problem.operations() / on.wide_products,
-        )
-        products = on.wide_products if self.kernel.startswith("wide") else on.small_products
-        work = max(
-            self.pool_times_floor * self.problem.bytes() / on.bytes_per_second,
-            self.attention.products / products,
-            self.attention.exponentials / on.exponentials,
-        )
-        later = (self.attention.spans - 1) * self.attention.later_lookups
-        waits = self.attention.first_lookups + later / self.blocks_together
-        return floor, work * (1 + self.tail) + LAUNCH_S + MERGE_S + waits * LOOKUP_S
-
-    @property
-    def blocks_together(self) -> int:
-        """Blocks of a multiprocessor: one works while another waits. In the wide kernel a thread of
-        its own looks ahead.
-        """
-        return self.attention.blocks // self.attention.launches // GPUS[0].multiprocessors
-
-
-def count(problem: Problem) -> list[Counted]:
-    """One attention call on the emulated GPU; a plan that runs in passes is counted whole."""
+def counted(problem: Problem) -> dict[str, Any]:
+    """Counts of one attention call on the emulated GPU; a plan that runs in passes is whole."""
     step, _ = problems.ours(problem, rotated=True)
     _core.count_emulated(True)
     try:
@@ -138,77 +66,144 @@ def count(problem: Problem) -> list[Counted]:
         counts = _core.emulated_counts()
     finally:
         _core.count_emulated(False)
-    names = [name for name in counts if name.startswith(("small", "wide"))]
-    return [Counted(problem, name, counts[name], counts["merge_parts"]) for name in names]
+    kernel = next(name for name in counts if name.startswith(("small", "wide", "plain")))
+    attention, merge = counts[kernel], counts["merge_parts"]
+    few = 8 if kernel.startswith("wide") else 1  # tokens that a copy takes at least
+    segments = {tuple(v.pages): v.hi - v.lo for _, views in problem.sets for v in views}
+    tokens = sum(-(-n // few) * few for n in segments.values())
+    pool = [attention.traffic[side] for side in ("keys", "values")]
+    every = [*attention.traffic.values(), *merge.traffic.values()]
+    _, kv_heads, dim = problem.heads
+    size = problem.q[0].element_size()
+    return {
+        "kernel": kernel,
+        "floor_bytes": problem.bytes(),
+        "floor_operations": problem.operations(),
+        "distinct_bytes": 2 * tokens * kv_heads * dim * size,
+        "end_bytes": 2 * problem.q[0].numel() * size,  # queries and outputs
+        "pool_bytes": sum(x.bytes for x in pool),
+        "pool_sectors": sum(x.sectors for x in pool),
+        "pool_least_sectors": sum(x.least_sectors for x in pool),
+        "cache_bytes": 32 * sum(x.sectors for x in every),
+        "busiest_bytes": attention.busiest_bytes,
+        "operands": [attention.operands.rounds, attention.operands.least_rounds],
+        "other": [attention.other.rounds, attention.other.least_rounds],
+        "products": attention.products,
+        "exponentials": attention.exponentials,
+        "blocks": attention.blocks // attention.launches,
+        "spans": attention.spans,
+        "lookups": [attention.first_lookups, attention.later_lookups],
+    }
 
 
-def chosen(names: list[str]) -> Iterator[Problem]:
+def chosen(names: list[str]) -> Iterator[tuple[str, Any]]:
+    """(title, what makes the problem): named ones for all their heads, all problems for the first."""
     device = torch.device("cpu")
     for name, named in problems.choose(names).items() if names else NAMED.items():
         for heads in named.heads if names else named.heads[:1]:
             if named.pool_bytes(heads[1]) > MOST_BYTES:
                 print(f"{name}: left out: its pool takes {named.pool_bytes(heads[1]) / 1e9:.0f} GB")
                 continue
-            problem = named.make(name, heads, device, layers=1)
-            if problem.operations() > MOST_OPERATIONS:
-                print(f"{name}: left out: the emulator would take too long")
-                continue
-            yield problem
+            make = partial(named.make, name, heads, device, 1)
+            yield f"{name}, {heads[0]}/{heads[1]}/128", make
     if not names:
         for shape in SHAPES[:4]:
             for kind in ("tree", "hogwild"):
-                problem = problems.make(kind, shape, HEADS[0], torch.bfloat16, device, 1)
-                if problem.operations() <= MOST_OPERATIONS:
-                    yield problem
+                title = f"{kind} P {shape[0]} N {shape[1]} S {shape[2]}, 32/8/128"
+                yield (
+                    title,
+                    partial(problems.make, kind, shape, HEADS[0], torch.bfloat16, device, 1),
+                )
+
+
+def estimate_us(one: dict[str, Any], on: Gpu) -> tuple[float, float]:
+    """Microseconds of the floor, and of the call."""
+    floor = max(one["floor_bytes"] / on.bytes_per_second, one["floor_operations"] / WIDE_PRODUCTS)
+    wide = one["kernel"].startswith("wide")
+    work = max(
+        (one["distinct_bytes"] + one["end_bytes"]) / on.bytes_per_second,
+        one["cache_bytes"] / CACHE_BYTES_PER_SECOND,
+        one["busiest_bytes"] / ONE_BYTES_PER_SECOND,
+        one["products"] / (WIDE_PRODUCTS if wide else SMALL_PRODUCTS),
+        one["exponentials"] / EXPONENTIALS,
+    )
+    first, later = one["lookups"]
+    together = max(1, one["blocks"] // MULTIPROCESSORS)  # one works while the other waits
+    waits = first + (one["spans"] - 1) * (later + QUERY_LOOKUPS) / together
+    return floor * 1e6, work * 1e6 + LAUNCH_US + MERGE_US + waits * LOOKUP_US
 
 
 HEAD = (
-    "| problem | kernel | MB | device memory, × floor | sectors, × fewest | in cache, × floor | "
-    "bank rounds: loop | rest | tail | look-ups | H100, µs | × floor | H200, µs | × floor |"
+    "| problem, heads | kernel | MB | from memory | read, × once | sectors | in cache | loop | "
+    "rest | tail | spans | look-ups | H100, µs | × floor | H200, µs | × floor |"
 )
 
 
-def line(one: Counted) -> str:
-    loop, rest = one.conflicts
+def rounds(needed: int, least: int) -> str:
+    return f"{needed / least:.2f}" if least else "–"
+
+
+def line(title: str, one: dict[str, Any]) -> str:
+    least = one["floor_bytes"]
     cells = [
-        one.problem.name,
-        one.kernel,
-        f"{one.problem.bytes() / 1e6:.1f}",
-        f"{one.pool_times_floor:.3f}",
-        f"{one.sectors:.2f}",
-        f"{one.in_cache:.2f}",
-        f"{loop:.2f}",
-        f"{rest:.2f}",
-        f"{one.tail:.0%}",
-        f"{one.attention.first_lookups} + {one.attention.spans - 1} × {one.attention.later_lookups}",
+        title,
+        one["kernel"],
+        f"{least / 1e6:.1f}",
+        f"{(one['distinct_bytes'] + one['end_bytes']) / least:.3f}",
+        f"{one['pool_bytes'] / one['distinct_bytes']:.2f}",
+        f"{one['pool_sectors'] / one['pool_least_sectors']:.2f}",
+        f"{one['cache_bytes'] / least:.2f}",
+        rounds(*one["operands"]),
+        rounds(*one["other"]),
+        f"{one['busiest_bytes'] * MULTIPROCESSORS / one['pool_bytes'] - 1:.0%}",
+        f"{one['spans']}",
+        f"{one['lookups'][0]} + {one['lookups'][1]}",
     ]
     for on in GPUS:
-        floor, estimate = one.estimate(on)
-        cells += [f"{estimate * 1e6:.1f}", f"{estimate / floor:.2f}"]
+        floor, time_us = estimate_us(one, on)
+        cells += [f"{time_us:.0f}", f"{time_us / floor:.2f}"]
     return f"| {' | '.join(cells)} |"
+
+
+def page(stored: dict[str, Any]) -> str:
+    lines = [line(title, one) for title, one in stored.items()]
+    rule = "|" + "---|" * (HEAD.count("|") - 1)
+    taken = (
+        f"{', '.join(f'{g.name} {g.bytes_per_second / 1e12} TB/s' for g in GPUS)}, "
+        f"{WIDE_PRODUCTS / 1e12:.0f} TFLOP/s of wgmma and {SMALL_PRODUCTS / 1e12:.0f} of mma.sync, "
+        f"{EXPONENTIALS / 1e12:.1f} T exponentials/s, {CACHE_BYTES_PER_SECOND / 1e12} TB/s of the "
+        f"L2 cache, {ONE_BYTES_PER_SECOND / 1e9:.0f} GB/s of one multiprocessor; {LAUNCH_US} µs of "
+        f"ramp and drain, {MERGE_US} µs of merge, {LOOKUP_US} µs a look-up"
+    )
+    text = Path(__file__).with_name("counts.md").read_text()
+    return text.format(taken=taken, table="\n".join([HEAD, rule, *lines]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problem", action="append", default=[])
-    parser.add_argument("--record", type=Path, help="write the page here")
+    parser.add_argument("--page", action="store_true", help="write docs/cuda-counts.md, count none")
     options = parser.parse_args()
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    if options.page:
+        PAGE.write_text(page(stored))
+        return 0
     if gpu.built(emulated=True) is None:
         print("counts.py: this build has no emulation; build with APR_EMULATION=ON")
         return 1
     machine.use_kernels(gpu.EMULATED)
-    kib = 1024
-    _core.set_emulated_device(90, GPUS[0].multiprocessors, 227 * kib, 228 * kib, 1 << 28, 1)
-    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
-    print("\n".join(lines))
-    for problem in chosen(options.problem):
-        for one in count(problem):
-            lines.append(line(one))
-            print(lines[-1], flush=True)
-    if options.record:
-        text = Path(__file__).with_name("counts.md").read_text()
-        day = time.strftime("%Y-%m-%d")
-        options.record.write_text(f"{text.format(day=day, note=NOTE)}\n" + "\n".join(lines) + "\n")
+    _core.set_emulated_device(90, MULTIPROCESSORS, 227 << 10, 228 << 10, 1 << 28, 1)
+    print(HEAD)
+    for title, make in chosen(options.problem):
+        if title in stored and not options.problem:
+            continue
+        problem = make()
+        if problem.operations() > MOST_OPERATIONS:
+            print(f"{title}: left out: the emulator would take too long")
+            continue
+        stored[title] = counted(problem)
+        print(line(title, stored[title]), flush=True)
+        STORED.write_text(json.dumps(stored, indent=1) + "\n")
     return 0
 
 

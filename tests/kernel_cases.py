@@ -58,9 +58,9 @@ def force(name: str) -> None:
         _core.force_instruction_set(name)
 
 
-def make(dtype, kv_heads, head_dim, pages=40, seed=0):
+def make(dtype, kv_heads, head_dim, pages=40, seed=0, page_size=64):
     generator = torch.Generator().manual_seed(seed)
-    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype)
+    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype, page_size=page_size)
     pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
     pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
     return pool, generator

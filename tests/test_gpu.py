@@ -74,6 +74,28 @@ def test_any_order_of_threads_and_any_number_of_blocks(seed, capability):
         check(got, want, torch.bfloat16)
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pages_of_any_size(page_size, capability):
+    """A tile of 64 tokens is several pages, or part of one; windows begin and end inside."""
+    emulate(capability)
+    pool, generator = make(torch.bfloat16, 2, 64, pages=60, page_size=page_size)
+    order = torch.randperm(60, generator=generator).tolist()
+
+    def pages(tokens):
+        return [order.pop() for _ in range(-(-tokens // page_size))]
+
+    prefix, own, other = pages(150), pages(70), pages(90)
+    sets = [
+        (70, [View(prefix, 0, 150, 0, 0), View(own, 0, 70, 150, 150, own=True)]),
+        (1, [View(prefix, 19, 131, 0, 0), View(other, 0, 90, 112, 112, own=True)]),
+    ]
+    for options in ({}, {"window": 20}, {"chunk": 24}):
+        got, want, _q, plan = run(sets, pool, 6, generator, **options)
+        check(got, want, torch.bfloat16)
+        assert any(name.startswith("wide") for name in chosen(plan)) == (capability == 90)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_order_of_threads_changes_no_bit(capability):
     outs = []

@@ -108,8 +108,8 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
   // In the order of preference: the widest is best for many rows, the narrowest that fits for few.
   for (const Instance* one : instances()) {
     if (one->dtype != kind.dtype || one->head_dim < dim) continue;
-    // Bulk copies take whole tiles; invariant bits need one kernel whatever the number of lanes.
-    const bool may_be_wide = device.capability == 90 && kind.page_size >= kTile && !kind.invariant;
+    // Invariant bits need one kernel whatever the number of lanes.
+    const bool may_be_wide = device.capability == 90 && !kind.invariant;
     if (one->wide && (!may_be_wide || lanes <= 32)) continue;
     if (one->shared_bytes > device.shared_per_block) continue;
     if (best == nullptr) {

@@ -50,8 +50,9 @@ TensorMap map_of(const AttentionWork& work, const Array<const uint16_t>& pool, i
 #endif
 
 void run(const AttentionWork& work, const Launch& launch) {
+  const int box = box_tokens(work);
   const PoolMaps maps{
-      map_of(work, work.k, work.head_dim_k, kTile), map_of(work, work.v, work.head_dim_v, kTile),
+      map_of(work, work.k, work.head_dim_k, box), map_of(work, work.v, work.head_dim_v, box),
       map_of(work, work.k, work.head_dim_k, kFew), map_of(work, work.v, work.head_dim_v, kFew)};
   start(attention_wide<Number, APR_DIM, APR_STAGES>, launch, work, maps);
 }

@@ -59,17 +59,21 @@ struct Ring {
   }
 };
 
-// The pool, in boxes of a tile and of a few tokens: the rows after which the exchange of chunks
-// repeats.
+// The pool in boxes of a tile, or of a page where that is smaller; and of a few tokens: the rows
+// after which the exchange of chunks repeats.
 inline constexpr int kFew = 8;
 struct PoolMaps {
   TensorMap keys, values, few_keys, few_values;
 };
+APR_INLINE int box_tokens(const AttentionWork& work) {
+  return (1 << work.page_shift) < kTile ? 1 << work.page_shift : kTile;
+}
 
 // The thread that fills the ring.
 template <int kDim, int kStages>
 APR_DEVICE void fill_ring(const AttentionWork& work, const PoolMaps& maps, uint32_t shared) {
   using Shape = WideShape<kDim, kStages>;
+  const int box = box_tokens(work);
   Ring<kStages> ring;
   Spans spans(work);
   Span span;
@@ -77,30 +81,30 @@ APR_DEVICE void fill_ring(const AttentionWork& work, const PoolMaps& maps, uint3
     const Tiles tiles = tiles_of(work, span);
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
       const int slot = tile * kTile;
-      const int page = work.page_table[span.reach.first_page + (slot >> work.page_shift)];
-      const int token = slot & ((1 << work.page_shift) - 1);
       const uint32_t filled = Shape::filled(shared, ring.stage);
       // In the first round nobody has to empty the stage: the phase before the first one is over.
       barrier_wait(Shape::emptied(shared, ring.stage), ring.parity ^ 1);
       // What no row sees is not read: a fork's own few tokens would cost as much as a tile.
-      const int before = span.reach.lo > slot ? (span.reach.lo - slot) / kFew : 0;
-      const int seen = span.reach.hi - slot;
-      const int end = seen < kTile ? (seen + kFew - 1) / kFew : kTile / kFew;
-      const bool whole = end - before == kTile / kFew;
-      barrier_expect(filled, 2 * Shape::kBoxes * (end - before) * kFew * 128);
+      const int lo = span.reach.lo > slot ? span.reach.lo - slot : 0;
+      const int hi = span.reach.hi - slot < kTile ? span.reach.hi - slot : kTile;
+      const int end = (hi + kFew - 1) / kFew * kFew;
+      int at = lo / kFew * kFew;
+      barrier_expect(filled, 2 * Shape::kBoxes * (end - at) * 128);
       uint32_t to = shared + Shape::kRing + static_cast<uint32_t>(ring.stage * Shape::kStageBytes);
-      for (int i = 0; i < 2 * Shape::kBoxes; ++i, to += Shape::kBoxBytes) {
-        const int dim = i % Shape::kBoxes * 64;
-        const bool key = i < Shape::kBoxes;
-        if (whole) {
-          copy_box(to, key ? maps.keys : maps.values, dim, token, span.head, page, filled);
-          continue;
+      to += static_cast<uint32_t>(at * 128);
+      while (at < end) {
+        const bool whole = at % box == 0 && at + box <= end;
+        const int page = work.page_table[span.reach.first_page + ((slot + at) >> work.page_shift)];
+        const int token = (slot + at) & ((1 << work.page_shift) - 1);
+        for (int i = 0; i < 2 * Shape::kBoxes; ++i) {
+          const bool key = i < Shape::kBoxes;
+          const TensorMap& map =
+              whole ? (key ? maps.keys : maps.values) : (key ? maps.few_keys : maps.few_values);
+          copy_box(to + static_cast<uint32_t>(i * Shape::kBoxBytes), map, i % Shape::kBoxes * 64,
+                   token, span.head, page, filled);
         }
-        for (int few = before; few < end; ++few) {
-          copy_box(to + static_cast<uint32_t>(few * kFew * 128),
-                   key ? maps.few_keys : maps.few_values, dim, token + few * kFew, span.head, page,
-                   filled);
-        }
+        at += whole ? box : kFew;
+        to += static_cast<uint32_t>((whole ? box : kFew) * 128);
       }
       ring.advance();
     }
