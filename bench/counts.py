@@ -97,7 +97,7 @@ def counted(problem: Problem) -> dict[str, Any]:
 
 
 def chosen(names: list[str]) -> Iterator[tuple[str, Any]]:
-    """(title, what makes the problem): named ones for all their heads, all problems for the first."""
+    """(title, what makes the problem): named ones with all heads, of all problems the first."""
     device = torch.device("cpu")
     for name, named in problems.choose(names).items() if names else NAMED.items():
         for heads in named.heads if names else named.heads[:1]:

@@ -65,12 +65,12 @@ def instances() -> list[tuple[str, str, list[str]]]:
     return found
 
 
-def compile_one(source: str, name: str, defines: list[str], architecture: str) -> Compiled:
+def compile_one(source: Path, name: str, defines: list[str], architecture: str) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
         command += [f"-D{d}" for d in [*defines, 'APR_CUDA_ARCHITECTURES="x"']]
-        command += ["-c", str(KERNELS / f"{source}.cu"), "-o", f"{folder}/object.o"]
+        command += ["-c", str(source), "-o", f"{folder}/object.o"]
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         text = done.stdout + done.stderr
@@ -155,7 +155,11 @@ def main() -> int:
     shared = shared_bytes()
     work = [("steps", "steps", [])]
     work += [x for x in instances() if options.all or re.match(r"\w+_bf16_(64|128)_|plain", x[1])]
-    tasks = [(*one, arch) for one in work for arch in ARCHITECTURES.get(one[0], BOTH)]
+    tasks = [
+        (KERNELS / f"{source}.cu", *rest, arch)
+        for source, *rest in work
+        for arch in ARCHITECTURES.get(source, BOTH)
+    ]
     began = time.perf_counter()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda task: compile_one(*task), tasks))
