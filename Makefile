@@ -10,6 +10,8 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find cs
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt --config-settings=cmake.define.APR_EMULATION=ON ".[dev]"
+	if command -v nvcc > /dev/null; then \
+	  $(BIN)/pip install -q -c constraints.txt --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; fi
 	touch $@
 
 demo: $(VENV)/installed
@@ -43,7 +45,8 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	$(RUN) tools/stubs.py --check
 
-# Compiles the main CUDA kernels, or all of them, and fails where registers spill; wants nvcc, no GPU.
+# Compiles the main CUDA kernels, or all of them, and fails where registers spill or products are serialised; wants
+# nvcc, no GPU.
 cuda: $(VENV)/installed
 	$(BIN)/python tools/cuda.py
 
