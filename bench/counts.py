@@ -58,7 +58,7 @@ QUERY_LOOKUPS = 3  # item, visit, query: behind the first copy, in front of the 
 
 
 def counted(problem: Problem) -> dict[str, Any]:
-    """Counts of one attention call on the emulated GPU; a plan that runs in passes is whole."""
+    """Counts of one attention call on the emulated GPU."""
     step, _ = problems.ours(problem, rotated=True)
     _core.count_emulated(True)
     try:
@@ -66,7 +66,8 @@ def counted(problem: Problem) -> dict[str, Any]:
         counts = _core.emulated_counts()
     finally:
         _core.count_emulated(False)
-    kernel = next(name for name in counts if name.startswith(("small", "wide", "plain")))
+    (kernel,) = (name for name in counts if name.startswith(("small", "wide", "plain")))
+    assert counts[kernel].launches == 1, "a plan that runs in passes"
     attention, merge = counts[kernel], counts["merge_parts"]
     few = 8 if kernel.startswith("wide") else 1  # tokens that a copy takes at least
     segments = {tuple(v.pages): v.hi - v.lo for _, views in problem.sets for v in views}
@@ -90,7 +91,7 @@ def counted(problem: Problem) -> dict[str, Any]:
         "other": [attention.other.rounds, attention.other.least_rounds],
         "products": attention.products,
         "exponentials": attention.exponentials,
-        "blocks": attention.blocks // attention.launches,
+        "blocks": attention.working_blocks,
         "spans": attention.spans,
         "lookups": [attention.first_lookups, attention.later_lookups],
     }

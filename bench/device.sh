@@ -60,6 +60,8 @@ for tool in memcheck racecheck synccheck; do
     "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k test_short
 done
 stage bench 200 "$python" -m apr bench gpu --json "$base.json"
+stage problems 60 "$python" -m apr bench gpu --problem hogwild --problem deft --problem trtllm-4096 --problem pat-1 \
+  --json "$base-problems.json"
 stage table 20 "$python" bench/table.py "$base.json" "$base.md"
 cat "$log" >>"$base.md"
 [ ! -s "$base.md" ] || cat "$base.md"

@@ -89,6 +89,20 @@ def tree(rotated: bool = False):
     ]
 
 
+def paged_tree(page_size, generator, pages=60):
+    """A prefill and a row that sees a part, on pages of any size in random order."""
+    order = torch.randperm(pages, generator=generator).tolist()
+
+    def take(tokens):
+        return [order.pop() for _ in range(-(-tokens // page_size))]
+
+    prefix, own, other = take(150), take(70), take(90)
+    return [
+        (70, [View(prefix, 0, 150, 0, 0), View(own, 0, 70, 150, 150, own=True)]),
+        (1, [View(prefix, 19, 131, 0, 0), View(other, 0, 90, 112, 112, own=True)]),
+    ]
+
+
 def run(
     row_sets,
     pool,

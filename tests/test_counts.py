@@ -8,7 +8,7 @@ import torch
 from apr import _core, ops
 from apr.bench import problems
 from apr.errors import InvalidInput
-from apr.ops import reference
+from apr.ops import View, reference
 from kernel_cases import check, emulate
 
 if _core.gpu(True) is None:
@@ -49,7 +49,7 @@ CASES = {  # the kernel, (P, N, S), (query heads, KV heads, head_dim)
 
 @pytest.mark.parametrize("name", CASES)
 def test_keys_are_read_once_in_whole_sectors_and_without_conflicts(name):
-    """The goals of docs/cuda-kernels.md, exactly: a key or value too much is seen here."""
+    """The goals of docs/cuda-counts.md, exactly: a key or value too much is seen here."""
     emulate(90, blocks=3)
     shape, heads = CASES[name]
     problem = problems.make("tree", shape, heads, torch.bfloat16, torch.device("cpu"), 1)
@@ -71,6 +71,27 @@ def test_keys_are_read_once_in_whole_sectors_and_without_conflicts(name):
     # A block knows where it begins after four look-ups; the next span takes two.
     assert (attention.first_lookups, attention.later_lookups) == (4, 2)
     assert attention.products > 0 and attention.exponentials > 0
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_what_is_seen_in_part_is_read_in_part(rows, dims):
+    """A view that begins inside a slice of 16 tokens; keys wider than values, as MLA has them."""
+    emulate(90, blocks=3)
+    pool = ops.empty_pool(8, 1, dims[0], torch.bfloat16, head_dim_v=dims[1])
+    pool.k.normal_()
+    pool.v.normal_()
+    sets = [(1, [View([3, 1, 5], 21, 150, 0, 0, own=True)]) for _ in range(rows)]
+    plan = ops.plan(sets, pool, 4)
+    q = torch.randn(rows, 4, dims[0]).bfloat16()
+    counts = counted(lambda: ops.attention(q, pool, plan, 0.1))
+    (name,) = (x for x in counts if x.startswith(("small", "wide")))
+    assert name.startswith("wide" if rows > 8 else "small")
+    tokens = 152 - 16 if rows > 8 else 150 - 21  # eight at a time: from 16, to 152
+    for side, dim in zip(("keys", "values"), dims, strict=True):
+        traffic = counts[name].traffic[side]
+        assert traffic.bytes == tokens * dim * 2
+        assert traffic.sectors == traffic.least_sectors
 
 
 def test_counting_changes_no_result_afterwards():

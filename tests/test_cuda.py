@@ -11,7 +11,7 @@ import apr
 from apr import _core, ops
 from apr.bench.sessions import small_llama
 from apr.ops import View, reference
-from kernel_cases import check, make, rope, tree
+from kernel_cases import check, make, paged_tree, rope, tree
 
 pytestmark = [
     pytest.mark.cuda,
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(_core.gpu(False) is None, reason="this build has no CUDA kernels"),
 ]
 GPU = torch.device("cuda:0")
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
 
 
 def on_gpu(pool):
@@ -56,6 +56,9 @@ def run(
 
 def close(got, want, dtype):
     """The bound of tests/test_ops.py::test_rotation: weights, queries and outputs are rounded."""
+    if dtype is torch.float32:
+        check(got, want, dtype)
+        return
     assert (got[0].double() - want[0]).abs().max().item() <= 5 * 3 * UNIT[dtype]
     finite = want[1].isfinite()
     assert torch.equal(finite, got[1].isfinite())
@@ -63,7 +66,7 @@ def close(got, want, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256, 320, 576])
 @pytest.mark.parametrize("heads", [2, 6, 14])
 def test_trees(head_dim, heads, dtype):
     pool, generator = make(dtype, 2, head_dim)
@@ -89,9 +92,20 @@ def test_options(dtype):
 
 def test_short():
     """Few launches of every kernel: what compute-sanitizer runs."""
-    pool, generator = make(torch.bfloat16, 2, 64)
-    for sets in (tree(rotated=True)[:4], tree(rotated=True)):
-        close(*run(sets, pool, 4, generator, rotation=rope(64))[:2], torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        pool, generator = make(dtype, 2, 64)
+        for sets in (tree(rotated=True)[:4], tree(rotated=True)):
+            close(*run(sets, pool, 4, generator, rotation=rope(64))[:2], dtype)
+    pool, generator = make(torch.bfloat16, 2, 64, pages=60, page_size=16)
+    close(*run(paged_tree(16, generator), pool, 6, generator)[:2], torch.bfloat16)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+def test_pages_of_any_size(page_size):
+    pool, generator = make(torch.bfloat16, 2, 128, pages=60, page_size=page_size)
+    sets = paged_tree(page_size, generator)
+    for options in ({}, {"window": 20}, {"chunk": 24}):
+        close(*run(sets, pool, 6, generator, **options)[:2], torch.bfloat16)
 
 
 def test_runs_repeat_bit_by_bit():

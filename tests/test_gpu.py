@@ -11,7 +11,7 @@ from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.ops import View
 from apr.ops import device as gpu
-from kernel_cases import UNIT, check, emulate, make, rope, run, tree
+from kernel_cases import UNIT, check, emulate, make, paged_tree, rope, run, tree
 
 if _core.gpu(True) is None:
     pytest.skip("this build has no emulated GPU (APR_EMULATION=ON)", allow_module_level=True)
@@ -80,16 +80,7 @@ def test_pages_of_any_size(page_size, capability):
     """A tile of 64 tokens is several pages, or part of one; windows begin and end inside."""
     emulate(capability)
     pool, generator = make(torch.bfloat16, 2, 64, pages=60, page_size=page_size)
-    order = torch.randperm(60, generator=generator).tolist()
-
-    def pages(tokens):
-        return [order.pop() for _ in range(-(-tokens // page_size))]
-
-    prefix, own, other = pages(150), pages(70), pages(90)
-    sets = [
-        (70, [View(prefix, 0, 150, 0, 0), View(own, 0, 70, 150, 150, own=True)]),
-        (1, [View(prefix, 19, 131, 0, 0), View(other, 0, 90, 112, 112, own=True)]),
-    ]
+    sets = paged_tree(page_size, generator)
     for options in ({}, {"window": 20}, {"chunk": 24}):
         got, want, _q, plan = run(sets, pool, 6, generator, **options)
         check(got, want, torch.bfloat16)
@@ -158,6 +149,22 @@ def test_long_prefills_run_in_several_passes():
     got, want, _q, plan = run([(rows, views)], pool, 16, generator)
     assert len(next(iter(plan.on_gpu._passes.values()))) > 1
     check(got, want, torch.bfloat16)
+
+
+@pytest.mark.trap(14)
+def test_plans_of_two_to_the_31_units_run_in_several_passes():
+    """A prompt of 262,144 rows, of which 16 lanes share an item: units are counted in 32 bits."""
+    emulate(90)
+    rows = 1 << 18
+    pool = ops.empty_pool(rows // 64, 8, 8, torch.float32)
+    plan = ops.plan([(rows, [View(list(range(rows // 64)), 0, rows, 0, 0, own=True)])], pool, 64)
+    kind = gpu.kind_of(pool, 64, 0, 0, False)
+    passes = EMULATED.plan(plan.core, kind.core, 0)
+    assert len(passes) == 2
+    small = ops.plan(
+        [(rows // 4, [View(list(range(1024)), 0, rows // 4, 0, 0, own=True)])], pool, 64
+    )
+    assert len(EMULATED.plan(small.core, kind.core, 0)) == 1
 
 
 def test_every_size_fits_99_kib_for_some_number_of_stages():

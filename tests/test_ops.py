@@ -15,7 +15,7 @@ from kernel_cases import UNIT, check, make, rope, rounds_weights, run, tolerance
 
 @pytest.mark.trap(1, 6, 10)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 128, 256, 512])
 def test_head_dims_and_dtypes(dtype, head_dim, instruction_set):
     pool, generator = make(dtype, 2, head_dim)
     got, want, *_ = run(tree(), pool, 4, generator)
@@ -32,16 +32,17 @@ def test_groups(kv_heads, group, dtype, instruction_set):
     check(got, want, dtype)
 
 
-def test_values_narrower_than_keys(instruction_set):
-    """Latent attention (MLA) has keys of 192 and values of 128."""
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+@pytest.mark.parametrize("dim_k,dim_v", [(192, 128), (576, 512)])
+def test_values_narrower_than_keys(dim_k, dim_v, dtype, instruction_set):
+    """Latent attention (MLA): keys of 192, values of 128; as latents 576 and 512."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in UNIT:
-        pool = ops.empty_pool(40, 1, 192, dtype, head_dim_v=128)
-        pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
-        pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
-        q = torch.randn(77, 4, 192, generator=generator).to(dtype)
-        got = ops.attention(q, pool, ops.plan(tree(), pool, 4), 192**-0.5)
-        check(got, reference.attention(q, pool, tree(), 192**-0.5), dtype)
+    pool = ops.empty_pool(40, 1, dim_k, dtype, head_dim_v=dim_v)
+    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
+    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
+    q = torch.randn(77, 4, dim_k, generator=generator).to(dtype)
+    got = ops.attention(q, pool, ops.plan(tree(), pool, 4), dim_k**-0.5)
+    check(got, reference.attention(q, pool, tree(), dim_k**-0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)

@@ -30,9 +30,10 @@ BOTH = ["80", "90a"]
 CLASSES = {
     "products": ("HMMA", "HGMMA"),
     "exponentials": ("MUFU",),
-    "float": ("F", "HADD", "HMUL", "HFMA"),
-    "shared memory": ("LDS", "STS", "SYNCS"),
-    "global memory": ("LDG", "STG", "UTMALDG"),
+    "float": ("FA", "FM", "FFMA", "FS", "F2", "FCHK", "HADD", "HMUL", "HFMA"),
+    "shared memory": ("LDS", "STS", "SYNCS", "SHFL"),
+    "waits": ("LDGDEPBAR", "DEPBAR", "FENCE", "WARPGROUP", "BAR", "NANOSLEEP"),
+    "global memory": ("LDG", "STG", "LDL", "STL", "UTMALDG"),
     "integer": ("I", "UI", "L", "UL", "SHF", "USHF", "MOV", "UMOV", "SEL", "P", "R2U", "VIADD"),
     "control": ("B", "WARP", "ELECT", "NOP", "CALL", "RET"),
 }

@@ -77,6 +77,7 @@ void bind_counts(py::module_& module) {
   py::class_<GpuCounts>(module, "GpuCounts", "What the emulator counted of a kernel.")
       .def_readonly("launches", &GpuCounts::launches)
       .def_readonly("blocks", &GpuCounts::blocks)
+      .def_readonly("working_blocks", &GpuCounts::working_blocks)
       .def_readonly("traffic", &GpuCounts::traffic)
       .def_readonly("busiest_bytes", &GpuCounts::busiest_bytes)
       .def_readonly("operands", &GpuCounts::operands)

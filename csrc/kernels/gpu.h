@@ -104,8 +104,8 @@ struct GpuShared {
 
 // What the emulator counts of a kernel.
 struct GpuCounts {
-  int64_t launches = 0, blocks = 0;
-  std::map<std::string, GpuTraffic> traffic;  // by the name of the data
+  int64_t launches = 0, blocks = 0, working_blocks = 0;  // with spans of their own
+  std::map<std::string, GpuTraffic> traffic;             // by the name of the data
   GpuShared operands, other;  // of copies and products; by the kernels' own loads and stores
   // Keys and values of the multiprocessor that reads most, launch by launch: blocks take turns.
   int64_t busiest_bytes = 0;

@@ -269,7 +269,7 @@ void copies() {
   using Traits = cute::Copy_Traits<cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>>;
   constexpr int kNumbers = size(Traits::SrcLayout{}) / 16;
   alignas(16) const uint16_t from[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-  Tally tally{"cp.async: the size, zeros where nothing is read"};
+  Tally tally{"cp.async: 16 bytes"};
   for (const bool valid : {true, false}) {
     uint16_t out[16];
     ours::start(copy_pieces, {"witness", 1, 1, 32, nullptr, false}, valid,

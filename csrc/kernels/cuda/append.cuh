@@ -18,7 +18,7 @@ APR_DEVICE void copy16(const uint16_t* from, uint16_t* to) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
 }
 
-// A thread moves eight elements of keys or values.
+// A thread moves 16 bytes of keys or values.
 APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_tokens(APR_GRID_CONSTANT AppendWork work) {
   const int chunks_k = work.head_dim_k / 8, chunks = chunks_k + work.head_dim_v / 8;
   const int i = block_index() * kCopyThreads + thread_index();  // below 2^31: steps.cu sees to it

@@ -52,16 +52,21 @@ struct Array {
   // The address of element i, from which `count` elements are read or written.
   APR_HERE T* at(int64_t i, int64_t count = 1) const {
 #ifdef APR_EMULATED
-    if (i < 0 || i + count > size) {
-      throw Fault("out of bounds: elements [" + std::to_string(i) + ", " +
-                  std::to_string(i + count) + ") of an array of " + std::to_string(size));
-    }
-    note_global(data + i, count * static_cast<int64_t>(sizeof(T)));
+    note_global(checked(i, count), count * static_cast<int64_t>(sizeof(T)));
 #else
     static_cast<void>(count);
 #endif
     return data + i;
   }
+#ifdef APR_EMULATED
+  T* checked(int64_t i, int64_t count) const {
+    if (i < 0 || i + count > size) {
+      throw Fault("out of bounds: elements [" + std::to_string(i) + ", " +
+                  std::to_string(i + count) + ") of an array of " + std::to_string(size));
+    }
+    return data + i;
+  }
+#endif
   APR_HERE T& operator[](int64_t i) const { return *at(i); }
   // The same memory as elements of another size.
   template <typename U>

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "kernels/cuda/bytes.h"
@@ -100,6 +101,21 @@ int32_t collect_items(Draft& draft, const Order& order, int64_t group, int64_t i
   return collect_items(draft.visits, draft.items, group, item_rows, segment_of, joins, alone);
 }
 
+// Units of one kv head. A visit belongs to its first item: those that are cuts of it see the same.
+int64_t units_of(const Draft& draft, int unit) {
+  int64_t units = 0;
+  for (size_t i = 0; i < draft.items.size(); ++i) {
+    SlotRange reach = draft.places[draft.items[i].first_visit].seen;
+    for (size_t v = draft.items[i].first_visit;
+         v < draft.visits.size() && draft.visits[v].item == static_cast<int32_t>(i); ++v) {
+      reach.lo = std::min(reach.lo, draft.places[v].seen.lo);
+      reach.hi = std::max(reach.hi, draft.places[v].seen.hi);
+    }
+    units += (reach.hi - 1) / unit - reach.lo / unit + 1;
+  }
+  return units;
+}
+
 }  // namespace
 
 const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const GpuDevice& device) {
@@ -158,20 +174,8 @@ Layout lay_out(const PlanArrays& plan, const AttentionKind& kind, const GpuDevic
   const Order order = order_of(draft, plan.num_rows);
   const int64_t shared = collect_items(draft, order, group, layout.instance->item_rows);
   set_grid(layout, kind, device, shared);
-  if (kind.invariant) {
-    int64_t units = 0;
-    for (size_t i = 0; i < draft.items.size(); ++i) {
-      SlotRange reach = draft.places[draft.items[i].first_visit].seen;
-      for (size_t v = draft.items[i].first_visit;
-           v < draft.visits.size() && draft.visits[v].item == static_cast<int32_t>(i); ++v) {
-        reach.lo = std::min(reach.lo, draft.places[v].seen.lo);
-        reach.hi = std::max(reach.hi, draft.places[v].seen.hi);
-      }
-      constexpr int kUnit = kTile * kInvariantTiles;
-      units += (reach.hi - 1) / kUnit - reach.lo / kUnit + 1;
-    }
-    layout.part_lanes = units * kind.kv_heads * layout.instance->item_rows;
-  }
+  layout.units = units_of(draft, kind.invariant ? kTile * kInvariantTiles : kTile) * kind.kv_heads;
+  if (kind.invariant) layout.part_lanes = layout.units * layout.instance->item_rows;
 
   const Counts counts{static_cast<int32_t>(draft.items.size()),
                       static_cast<int32_t>(draft.visits.size()), static_cast<int32_t>(row_end), 0,
@@ -204,7 +208,9 @@ std::vector<Layout> lay_out_passes(const PlanArrays& plan, const AttentionKind& 
     const auto [begin, end] = open.back();
     open.pop_back();
     Layout layout = lay_out(plan, kind, device, begin, end);
-    if (layout.part_floats(kind) * 4 > device.most_part_bytes && end - begin > 1) {
+    const bool large = layout.part_floats(kind) * 4 > device.most_part_bytes ||
+                       layout.units > std::numeric_limits<int32_t>::max();
+    if (large && end - begin > 1) {
       const int64_t middle = (begin + end) / 2;
       open.emplace_back(middle, end);
       open.emplace_back(begin, middle);

@@ -31,6 +31,7 @@ struct Layout {
   int64_t part_lanes = 0, alone_lanes = 0;  // of partial results
   int64_t num_rows = 0, row_begin = 0, row_end = 0;
   int64_t grid = 0, multiprocessors = 0;
+  int64_t units = 0;  // of a plan; below 2^31, which spans count to
 
   int64_t part_floats(const AttentionKind& kind) const {
     return part_lanes * (kind.head_dim_v + 2);

@@ -56,7 +56,7 @@ struct Span {
 };
 
 // The units of a block, span by span. In order: items, then kv heads, then units. There are fewer
-// than 2^31: a tile for each 128 rows of a step and 64 tokens that they see, in each kv head.
+// than 2^31: longer plans run in passes (layout.cpp).
 class Spans {
  public:
   APR_DEVICE explicit Spans(const AttentionWork& work) : work_(work) {

@@ -17,7 +17,7 @@ int64_t blocks_for(int64_t items, int64_t of_a_block) {
   return (items + of_a_block - 1) / of_a_block;
 }
 
-// A thread for every eight elements.
+// A thread for every 16 bytes; dims are counted in 16-bit numbers.
 int64_t copy_blocks(int64_t tokens, int64_t kv_heads, int64_t dims) {
   const int64_t chunks = tokens * kv_heads * (dims / 8);
   if (chunks > INT32_MAX) {

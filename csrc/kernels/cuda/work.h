@@ -113,7 +113,8 @@ struct TurnWork {
   int32_t frequencies;
 };
 
-// What the kernels that write the pool are given.
+// What the kernels that write the pool are given. They only copy: dims and strides are in 16-bit
+// numbers, of which a float32 is two.
 struct AppendWork {
   Array<const uint16_t> k, v;  // [rows, kv_heads, head_dim]
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;

@@ -274,8 +274,13 @@ def _host_part(session: apr.Session, kids: list[apr.Thread]) -> Figure:
 def _problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Those that are named, or ours: trees and all-to-all views, one thread, a deep tree."""
     layers = 2 if options.smoke else LAYERS
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
     for name, named in problems.choose(options.problem or ()).items():
         for pair in named.heads:
+            size = named.pool_bytes(pair[1]) * layers
+            if size > room:
+                print(f"{name}, {pair[0]}/{pair[1]}: left out: {size / 1e9:.0f} GB of pools")
+                continue
             yield named.make(name, pair, device, layers)
     if options.problem:
         return

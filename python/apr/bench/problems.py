@@ -264,7 +264,7 @@ def _named() -> Iterator[tuple[str, Named]]:
         )
     heads = ((32, 8), (16, 8), (64, 8), (32, 32))
     for i, (nodes, tokens) in enumerate(_trees(_PAT), 1):
-        yield f"pat-{i}", Named("PAT", nodes, tokens, heads)
+        yield f"pat-{i}", Named("PAT", nodes, tokens, heads, torch.float16)
     for i, (nodes, tokens) in enumerate(_trees(_FASTTREE), 1):
         several = ((32, 8), (16, 1), (32, 32))
         yield f"fasttree-{i}", Named("FastTree", nodes, tokens, several, torch.float16)

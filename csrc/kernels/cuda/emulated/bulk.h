@@ -43,7 +43,7 @@ inline void copy_box(uint32_t to, const TensorMap& map, int dim, int token, int 
     const uint16_t* from =
         map.base + ((page * map.heads + head) * map.tokens + token) * map.dims + dim;
     counter->bulk_copy(b.thread(), reinterpret_cast<uint64_t>(from),
-                       std::min<int64_t>(64, map.dims - dim) * 2,
+                       std::clamp<int64_t>(map.dims - dim, 0, 64) * 2,
                        std::min<int64_t>(map.box, map.tokens - token), map.dims * 2);
   }
   b.start_free([=, &b] {

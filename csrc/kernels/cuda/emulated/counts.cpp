@@ -140,6 +140,7 @@ void Counter::count_shared(GpuShared& to, const std::vector<Access>& request) {
 void Counter::bulk_copy(int64_t thread, uint64_t address, int64_t row_bytes, int64_t rows,
                         int64_t pitch) {
   copy_begins(thread);
+  if (row_bytes == 0) return;
   GpuTraffic traffic{1, row_bytes * rows, 0, sectors_of(row_bytes * rows)};
   for (int64_t row = 0; row < rows; ++row) {
     const uint64_t begin = address + static_cast<uint64_t>(row * pitch);
@@ -174,6 +175,7 @@ void add_counts(const char* kernel, const std::vector<GpuCounts>& blocks, int mu
       if (name == "keys" || name == "values") read[block % read.size()] += traffic.bytes;
     }
     total.blocks += one.blocks;
+    total.working_blocks += one.spans > 0 ? 1 : 0;
     add(total.operands, one.operands);
     add(total.other, one.other);
     total.products += one.products;

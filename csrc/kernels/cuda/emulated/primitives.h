@@ -167,13 +167,13 @@ inline void add_atomically(int64_t& to, int64_t x) { to += x; }
 
 // 16 bytes to shared memory, in the background; zeros where `valid` is false.
 template <typename T>
-void copy_async16(uint32_t to, const Array<const T>& from, int64_t index, bool valid) {
+APR_HERE void copy_async16(uint32_t to, const Array<const T>& from, int64_t index, bool valid) {
   if (Counter* counter = block().counter()) counter->copy_begins(block().thread());
   char* target = block().shared_at(to, 16, 16);
   note_shared(kOperands, to, 16);
-  if (!valid) note_global(nullptr, 0);
-  const char* source =
-      valid ? reinterpret_cast<const char*>(from.at(index, 16 / sizeof(T))) : nullptr;
+  const auto source = reinterpret_cast<const char*>(
+      valid ? from.checked(index, int64_t{16} / int64_t{sizeof(T)}) : nullptr);
+  note_global(source, valid ? 16 : 0);
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) throw Fault("cp.async: source not aligned");
   block().start(Block::kCopy, [=] {
     if (source == nullptr) {
