@@ -227,30 +227,29 @@ void operands(uint32_t stride) {
   const std::string dim = std::to_string(kDim), wrong = stride == 1024 ? "" : "wrong stride of ";
   const std::string names[] = {wrong + "queries of " + dim, wrong + "keys of " + dim,
                                wrong + "values of " + dim};
+  const uint64_t tile = ours::matrix_descriptor(0, stride);
   std::string descriptors[3];
   for (int i = 0; i < 3; ++i) descriptors[i] = names[i] + ", descriptors";
   {
     Tally at{names[0].c_str()}, word{descriptors[0].c_str()};
     for (int row = 0; row < 128; row += 64) {
+      const uint64_t base = ours::matrix_descriptor(static_cast<uint32_t>(row * 128), stride);
       for (int k = 0; k < kDim / 16; ++k) {
-        const auto begin = static_cast<uint32_t>(k / 4 * 128 * 128 + row * 128 + k % 4 * 32);
         operand<Major::K>(at, word, ByK<128, kDim>{}, row, 16 * k,
-                          ours::matrix_descriptor(begin, stride));
+                          ours::advanced(base, k / 4 * 128 * 128 + k % 4 * 32));
       }
     }
   }
   {
     Tally at{names[1].c_str()}, word{descriptors[1].c_str()};
     for (int k = 0; k < kDim / 16; ++k) {
-      const auto begin = static_cast<uint32_t>(k / 4 * 8192 + k % 4 * 32);
       operand<Major::K>(at, word, ByK<64, kDim>{}, 0, 16 * k,
-                        ours::matrix_descriptor(begin, stride));
+                        ours::advanced(tile, k / 4 * 8192 + k % 4 * 32));
     }
   }
   Tally at{names[2].c_str()}, word{descriptors[2].c_str()};
   for (int k = 0; k < 4; ++k) {
-    operand<Major::MN>(at, word, ByN{}, 0, 16 * k,
-                       ours::matrix_descriptor(static_cast<uint32_t>(k * 16 * 128), stride));
+    operand<Major::MN>(at, word, ByN{}, 0, 16 * k, ours::advanced(tile, k * 16 * 128));
   }
 }
 

@@ -103,15 +103,14 @@ class WideAttention {
     const int slot = tile * kTile;
     clear_unseen(values, slot);
     float score[32];
+    const uint64_t query =
+        matrix_descriptor(shared_ + static_cast<uint32_t>(row_base_ * 128), 1024);
+    const uint64_t key = matrix_descriptor(keys, 1024), value = matrix_descriptor(values, 1024);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      const auto in_box = static_cast<uint32_t>(k % 4 * 32);
-      const uint32_t q =
-          shared_ + static_cast<uint32_t>(k / 4 * Shape::kRows * 128 + row_base_ * 128);
-      const uint32_t key = keys + static_cast<uint32_t>(k / 4 * Shape::kBoxBytes);
-      multiply_shared<T>(score, matrix_descriptor(q + in_box, 1024),
-                         matrix_descriptor(key + in_box, 1024), k > 0);
+      multiply_shared<T>(score, advanced(query, k / 4 * Shape::kRows * 128 + k % 4 * 32),
+                         advanced(key, k / 4 * Shape::kBoxBytes + k % 4 * 32), k > 0);
     }
     products_commit();
     finish_products();  // also those of the tile before: its stage may be filled again
@@ -134,8 +133,8 @@ class WideAttention {
     for (int j = 0; j < Shape::kBoxes; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t value = values + static_cast<uint32_t>(j * Shape::kBoxBytes + k * 16 * 128);
-        multiply_registers<T>(out_[j], weights_[k], matrix_descriptor(value, 1024));
+        multiply_registers<T>(out_[j], weights_[k],
+                              advanced(value, j * Shape::kBoxBytes + k * 16 * 128));
       }
     }
     products_commit();

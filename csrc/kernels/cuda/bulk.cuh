@@ -17,6 +17,12 @@ APR_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t stride) {
          static_cast<uint64_t>((address & 0x3ffff) >> 4);
 }
 
+// The same of a matrix that begins so many bytes later: a number that the compiler knows is added to
+// a descriptor that is made once.
+APR_DEVICE uint64_t advanced(uint64_t descriptor, int bytes) {
+  return descriptor + static_cast<uint64_t>(bytes >> 4);
+}
+
 // Byte of column `column` (0 to 63) of row r in such rows.
 APR_DEVICE uint32_t in_rows_of_128(int r, int column) {
   return static_cast<uint32_t>(r * 128 + ((column / 8 ^ (r & 7)) << 4) + column % 8 * 2);
