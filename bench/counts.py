@@ -130,6 +130,8 @@ def estimate_us(one: dict[str, Any], on: Gpu) -> tuple[float, float]:
     )
     first, later = one["lookups"]
     together = max(1, one["blocks"] // MULTIPROCESSORS)  # one works while the other waits
+    if wide:
+        later = 0  # the thread that copies is ahead
     waits = first + (one["spans"] - 1) * (later + QUERY_LOOKUPS) / together
     return floor * 1e6, work * 1e6 + LAUNCH_US + MERGE_US + waits * LOOKUP_US
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
@@ -133,14 +133,21 @@ def main_loop(sass: str) -> Counter[str]:
     return found
 
 
-def shared_bytes() -> dict[str, int]:
-    """Dynamic shared memory of each instance, where a build of apr with emulation or CUDA is
-    installed.
-    """
+def kernels() -> dict[str, Any]:
+    """What a build of apr with emulation or CUDA says of each instance, where one is installed."""
     from apr import _core
 
     backend = _core.gpu(True) or _core.gpu(False)
-    return {k.name: k.shared_bytes for k in backend.kernels} if backend else {}
+    return {k.name: k for k in backend.kernels} if backend else {}
+
+
+def blocks_together(registers: int, threads: int, shared_bytes: int, architecture: str) -> int:
+    """Blocks that a multiprocessor holds: of 65,536 registers, given to warps in lots of 256, and
+    of 164 or 228 KiB of shared memory, of which a block takes one more.
+    """
+    room = (228 if architecture.startswith("9") else 164) * 1024
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // of_a_warp // (threads // 32), room // (shared_bytes + 1024))
 
 
 def main() -> int:
@@ -153,7 +160,7 @@ def main() -> int:
         print("cuda.py: no nvcc on PATH; the CUDA kernels cannot be compiled", file=sys.stderr)
         return 1
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    shared = shared_bytes()
+    installed = kernels()
     work = [("steps", "steps", [])]
     work += [x for x in instances() if options.all or re.match(r"\w+_bf16_(64|128)_|plain", x[1])]
     tasks = [
@@ -164,12 +171,15 @@ def main() -> int:
     began = time.perf_counter()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda task: compile_one(*task), tasks))
-    heads = ["kernel", "sm", "registers", "spilled bytes", "shared memory, bytes", "main loop"]
-    heads += CLASSES
+    heads = ["kernel", "sm", "registers", "spilled bytes", "shared memory, bytes"]
+    heads += ["blocks, each multiprocessor", "main loop", *CLASSES]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in results:
-        size = f"{shared[one.name]:,}" if one.name in shared else ""
-        row = [one.name, one.architecture, one.registers, one.spilled, size]
+        row = [one.name, one.architecture, one.registers, one.spilled]
+        if one.name in installed:
+            size, threads = installed[one.name].shared_bytes, installed[one.name].threads
+            together = blocks_together(one.registers, threads, size, one.architecture)
+            row += [f"{size:,}", together]
         row += [one.loop.total(), *(one.loop[kind] for kind in CLASSES)] if one.loop else []
         lines.append(f"| {' | '.join(map(str, row))} |")
     print("\n".join(lines))
