@@ -17,8 +17,8 @@ APR_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t stride) {
          static_cast<uint64_t>((address & 0x3ffff) >> 4);
 }
 
-// The same of a matrix that begins so many bytes later: a number that the compiler knows is added to
-// a descriptor that is made once.
+// The same of a matrix that begins so many bytes later: a number that the compiler knows is added
+// to a descriptor that is made once.
 APR_DEVICE uint64_t advanced(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes >> 4);
 }
