@@ -189,7 +189,8 @@ def _named_problems(options: argparse.Namespace) -> Iterator[Figure]:
                 steps["SDPA, a copy each"] = partial(replicated(problem, _MOST_POOL_BYTES), 0)
             except CannotRun as reason:
                 print(f"  SDPA, a copy each: left out: {reason}")
-            rate = rates.operations_per_second(problem.q[0].dtype)
+            # Of whatever this machine multiplies fastest: float16 may be converted.
+            rate = max(map(rates.operations_per_second, (problem.q[0].dtype, *DTYPES.values())))
             bandwidth = rates.bytes_per_second(max(problem.bytes(), 1 << 20))
             floor = max(problem.bytes() / bandwidth, problem.operations() / rate) * 1e6
             print(
@@ -203,6 +204,7 @@ def _named_problems(options: argparse.Namespace) -> Iterator[Figure]:
                 figure.facts = {
                     "problem": name,
                     "heads": list(problem.heads),
+                    "dtype": str(problem.q[0].dtype).removeprefix("torch."),
                     "bytes": problem.bytes(),
                     "flop": problem.operations(),
                     "floor_us": round(floor, 1),
