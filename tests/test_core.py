@@ -171,6 +171,63 @@ def test_regions_that_saw_each_other_are_freed():
     assert table.num_segments == 0
 
 
+CHAIN = 50_000
+
+
+def chain(table, count):
+    """Segments of a token each, each encoded after the one before: [ids]."""
+    ids = [table.create_segment([0], 0, [])]
+    for i in range(1, count):
+        ids.append(table.create_segment([i % 50], i, [(ids[-1], None, None, 0, False)]))
+    return ids
+
+
+def test_a_chain_of_any_length_runs():
+    """A recursion would end the process here."""
+    table = make(pages=CHAIN + 8)
+    ids = chain(table, CHAIN)
+    reader = table.create_with_view([(ids[-1], None, None, 0, False)], None, False)
+    table.extend(reader, [7])
+    assert step(table, [reader]) == CHAIN + 1
+
+
+@pytest.mark.parametrize("order", ["oldest first", "newest first", "any"])
+def test_a_chain_of_any_length_is_let_go(order):
+    """A sweep over all segments for each would take a quarter of an hour."""
+    table = make(pages=CHAIN + 8)
+    ids = chain(table, CHAIN)
+    if order == "newest first":
+        ids.reverse()
+    if order == "any":
+        random.Random(0).shuffle(ids)
+    for id in ids:
+        table.release_segment(id)
+    assert table.used_pages == 0 and table.num_segments == 0
+
+
+def test_a_long_ring_is_let_go_as_one():
+    """Each is held by another's context until the last handle goes."""
+    table = make(pages=4096)
+    ids = chain(table, 1000)
+    regions = [table.create_region([], 0, 1) for _ in range(2)]
+    writers = [
+        table.create_with_view(
+            [(other, None, None, 0, False), (ids[-1], None, None, 0, False)], region, False
+        )
+        for region, other in (regions, regions[::-1])
+    ]
+    for writer in writers:
+        table.extend(writer, [1])
+    for id in ids:
+        table.release_segment(id)
+    for writer in writers:
+        table.release(writer)
+    table.release_segment(regions[0])
+    assert table.num_segments == 1002
+    table.release_segment(regions[1])
+    assert table.used_pages == 0 and table.num_segments == 0
+
+
 def test_a_trim_of_a_regrafted_part_is_noticed():
     table = make()
     parent = table.create(list(range(10)))

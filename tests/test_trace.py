@@ -46,6 +46,19 @@ def test_chrome_trace(llama, tmp_path):
     assert all(end <= e["ts"] for end, e in zip(ends, steps[1:], strict=True))
 
 
+def test_a_chain_of_forks_of_any_depth():
+    record = trace.Trace()
+    record.thread(0, 5)
+    for i in range(1, 3000):
+        record.fork(i - 1, [i], 5, record.clock())
+    record.fork(0, [3000], 5, record.clock())
+    lines = record.tree().splitlines()
+    assert len(lines) == 3001
+    assert lines[1].startswith("├─ thread 1 ") and lines[2].startswith("│  └─ thread 2 ")
+    assert lines[3000].startswith("└─ thread 3000 ")
+    assert all(len(line) <= 100 for line in lines)
+
+
 def test_the_record_is_bounded(monkeypatch):
     monkeypatch.setattr(trace, "MOST_EVENTS", 10)
     record = trace.Trace()

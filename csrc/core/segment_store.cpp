@@ -37,57 +37,48 @@ const Segment& SegmentStore::at(SegmentId id) const {
 }
 
 void SegmentStore::release(SegmentId id) {
-  Segment& segment = at(id);
-  if (--segment.references > 0) return;
-  if (segment.context_references > 0 || destroy(id)) sweep();
+  if (--at(id).references == 0) collect({id});
 }
 
-bool SegmentStore::destroy(SegmentId id) {
-  // What it held may go with it, and so on: a worklist keeps the stack flat.
-  std::vector<SegmentId> work{id};
-  bool lost_a_holder = false;
-  while (!work.empty()) {
-    const SegmentId current = work.back();
-    work.pop_back();
-    const Segment segment = std::move(at(current));
-    segments_.erase(current);
-    for (const PageId page : segment.pages) pool_.release(page);
-    states_.release_all(segment.states);
-    for (const Entry& entry : segment.context) {
-      if (entry.segment == current || !contains(entry.segment)) continue;
-      Segment& held = at(entry.segment);
-      --held.context_references;
-      if (held.references > 0) continue;
-      if (held.context_references == 0) {
-        work.push_back(entry.segment);
-      } else {
-        lost_a_holder = true;
-      }
+void SegmentStore::collect(std::vector<SegmentId> suspects) {
+  // A worklist keeps the stack flat.
+  while (!suspects.empty()) {
+    const SegmentId suspect = suspects.back();
+    suspects.pop_back();
+    if (!contains(suspect)) continue;
+    for (const SegmentId id : lost_with(suspect)) {
+      const Segment segment = std::move(at(id));
+      segments_.erase(id);
+      for (const PageId page : segment.pages) pool_.release(page);
+      states_.release_all(segment.states);
+      let_go(id, segment.context, suspects);
     }
   }
-  return lost_a_holder;
 }
 
-// Contexts of live regions may hold one another in a ring, which counting alone never frees: what
-// no view and no handle leads to is found by marking.
-void SegmentStore::sweep() {
-  std::unordered_set<SegmentId> marked;
-  std::vector<SegmentId> work;
-  for (const auto& [id, segment] : segments_) {
-    if (segment.references > 0) work.push_back(id);
+// A segment and all whose contexts lead to it, where none of them is in a view or a handle; else
+// nothing. Contexts of live regions may hold one another in a ring, which counting never frees.
+std::vector<SegmentId> SegmentStore::lost_with(SegmentId id) const {
+  std::vector<SegmentId> found{id};
+  std::unordered_set<SegmentId> seen{id};
+  for (size_t i = 0; i < found.size(); ++i) {
+    const Segment& segment = at(found[i]);
+    if (segment.references > 0) return {};
+    for (const auto& [holder, times] : segment.holders) {
+      if (seen.insert(holder).second) found.push_back(holder);
+    }
   }
-  while (!work.empty()) {
-    const SegmentId current = work.back();
-    work.pop_back();
-    if (!marked.insert(current).second) continue;
-    for (const Entry& entry : at(current).context) work.push_back(entry.segment);
-  }
-  std::vector<SegmentId> lost;
-  for (const auto& [id, segment] : segments_) {
-    if (marked.count(id) == 0) lost.push_back(id);
-  }
-  for (const SegmentId id : lost) {
-    if (contains(id)) destroy(id);
+  return found;
+}
+
+void SegmentStore::let_go(SegmentId holder, const std::vector<Entry>& context,
+                          std::vector<SegmentId>& suspects) {
+  for (const Entry& entry : context) {
+    if (entry.segment == holder || !contains(entry.segment)) continue;
+    Segment& held = at(entry.segment);
+    const auto found = held.holders.find(holder);
+    if (--found->second == 0) held.holders.erase(found);
+    if (held.references == 0) suspects.push_back(entry.segment);
   }
 }
 
@@ -115,10 +106,10 @@ void SegmentStore::drop_states_after(Segment& segment, int64_t count) {
 }
 
 void SegmentStore::set_context(SegmentId id, std::vector<Entry> context, Visibility visibility) {
-  Segment& segment = at(id);
   for (const Entry& entry : context) {
-    if (entry.segment != id) ++at(entry.segment).context_references;
+    if (entry.segment != id) ++at(entry.segment).holders[id];
   }
+  Segment& segment = at(id);
   segment.context = std::move(context);
   segment.context_visibility = visibility;
 }
@@ -126,15 +117,9 @@ void SegmentStore::set_context(SegmentId id, std::vector<Entry> context, Visibil
 void SegmentStore::clear_context(SegmentId id) {
   std::vector<Entry> context;
   context.swap(at(id).context);
-  bool lost_a_holder = false;
-  for (const Entry& entry : context) {
-    if (entry.segment == id) continue;
-    Segment& held = at(entry.segment);
-    --held.context_references;
-    if (held.references > 0) continue;
-    lost_a_holder |= held.context_references > 0 || destroy(entry.segment);
-  }
-  if (lost_a_holder) sweep();
+  std::vector<SegmentId> suspects;
+  let_go(id, context, suspects);
+  collect(std::move(suspects));
 }
 
 }  // namespace apr

@@ -24,7 +24,7 @@ struct Segment {
   bool sealed = false;
   bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
   int64_t references = 0;    // views and Python handles that hold it
-  int64_t context_references = 0;  // other segments' contexts that hold it
+  std::unordered_map<SegmentId, int32_t> holders;  // whose contexts hold it, and how often
 
   // The view that encodes queued tokens once their writer is gone; it lists this segment too.
   std::vector<Entry> context;
@@ -73,9 +73,11 @@ class SegmentStore {
   }
 
  private:
-  // Whether a segment that still lives lost a holder, so that a ring may be left to sweep.
-  bool destroy(SegmentId id);
-  void sweep();
+  // Each lost a holder, and goes if nothing that a user holds leads to it; so may what it held.
+  void collect(std::vector<SegmentId> suspects);
+  std::vector<SegmentId> lost_with(SegmentId id) const;
+  void let_go(SegmentId holder, const std::vector<Entry>& context,
+              std::vector<SegmentId>& suspects);
 
   PagePool& pool_;
   LayerStates states_;

@@ -54,8 +54,10 @@ Step::~Step() {
 void Step::collect(const StepThread& request) {
   Thread& thread = table_.at(request.thread);
   const Segment& tail = table_.segments().at(thread.tail);
+  Visits open;
   if (tail.queued() > 0) {
-    visit(thread.tail, tail.length(), thread.view, thread.visibility);
+    enter(thread.tail, tail.length(), thread.view, thread.visibility, open);
+    finish(open);
     return;
   }
   if (thread.logits_segment == kNone) {
@@ -64,7 +66,10 @@ void Step::collect(const StepThread& request) {
                     " has nothing queued and no logits (after a join or a new view there are "
                     "none); extend it before the step");
   }
-  for (const Entry& entry : thread.view) require(entry);
+  for (const Entry& entry : thread.view) {
+    require(entry, open);
+    finish(open);
+  }
   const Segment& last = table_.segments().at(thread.logits_segment);
   if (request.has_logits || thread.logits_index >= last.encoded) return;
   std::vector<Entry> view;
@@ -78,7 +83,7 @@ void Step::collect(const StepThread& request) {
                    &replay_views_.back(), thread.visibility, request.thread, false});
 }
 
-void Step::require(const Entry& entry) {
+void Step::require(const Entry& entry, Visits& open) {
   const Segment& segment = table_.segments().at(entry.segment);
   int64_t upto;
   if (entry.hi != kLive) {
@@ -91,14 +96,14 @@ void Step::require(const Entry& entry) {
   if (upto <= segment.encoded) return;
   if (segment.writer != kNone) {
     const Thread& writer = table_.at(segment.writer);
-    visit(entry.segment, upto, writer.view, writer.visibility);
+    enter(entry.segment, upto, writer.view, writer.visibility, open);
   } else {
-    visit(entry.segment, upto, segment.context, segment.context_visibility);
+    enter(entry.segment, upto, segment.context, segment.context_visibility, open);
   }
 }
 
-void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
-                 Visibility visibility) {
+void Step::enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility,
+                 Visits& open) {
   Segment& segment = table_.segments().at(id);
   if (upto <= segment.encoded) return;
   if (segment.stamp == stamp_) {
@@ -111,10 +116,23 @@ void Step::visit(SegmentId id, int64_t upto, const std::vector<Entry>& view,
   segment.encoded_before = segment.encoded;
   segment.required = upto;
   touched_.push_back(id);
-  for (const Entry& entry : view) {
-    if (entry.segment != id) require(entry);
+  open.push_back({id, &view, visibility});
+}
+
+// Chains of segments may be as long as users make them: no recursion.
+void Step::finish(Visits& open) {
+  while (!open.empty()) {
+    Visit& last = open.back();
+    if (last.next < last.view->size()) {
+      const Entry& entry = (*last.view)[last.next++];
+      if (entry.segment != last.segment) require(entry, open);
+      continue;
+    }
+    // `to` is `required`, known later.
+    const int64_t from = table_.segments().at(last.segment).encoded;
+    runs_.push_back({last.segment, from, 0, last.view, last.visibility});
+    open.pop_back();
   }
-  runs_.push_back({id, segment.encoded, 0, &view, visibility});  // `to` is `required`, known later
 }
 
 // Copies are a convenience: near the end of the pool they must not make a step fail that would fit.

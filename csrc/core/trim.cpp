@@ -60,7 +60,7 @@ ThreadTable::Cut ThreadTable::plan_cut(const Thread& thread, ThreadId id,
 // The furthest token of a segment that another view or a context pins.
 int64_t ThreadTable::pinned_length(SegmentId id, ThreadId except) const {
   const Segment& segment = segments_.at(id);
-  if (segment.references == 1 && segment.context_references == 0) return 0;
+  if (segment.references == 1 && segment.holders.empty()) return 0;
   int64_t pinned = 0;
   const auto scan = [&](const std::vector<Entry>& view) {
     for (const Entry& entry : view) {

@@ -153,8 +153,12 @@ class Trace:
             parent = node.parent if node.parent in self._nodes else None
             children.setdefault(parent, []).append(number)
         lines: list[str] = []
-
-        def show(number: int, lead: str, branch: str, below: str) -> None:
+        # (thread, what stands before its branch, its branch, what stands below it); the next is
+        # last.
+        roots = children.get(None, []) if root is None else [root]
+        waiting = [(number, "", "", "") for number in reversed(roots)]
+        while waiting:
+            number, lead, branch, below = waiting.pop()
             node = self._nodes[number]
             parts = [f"thread {number}", f"{node.tokens} tokens"]
             if node.parent is not None:
@@ -164,13 +168,10 @@ class Trace:
             if node.label:
                 parts.append(node.label)
             lines.append((lead + branch + " · ".join(parts))[:width])
-            kids = children.get(number, [])
-            for i, kid in enumerate(kids):
-                last = i == len(kids) - 1
-                show(kid, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
-
-        for number in children.get(None, []) if root is None else [root]:
-            show(number, "", "", "")
+            kids, under = children.get(number, []), (lead + below)[:width]
+            if kids:
+                waiting.append((kids[-1], under, "└─ ", "   "))
+            waiting += [(kid, under, "├─ ", "│  ") for kid in reversed(kids[:-1])]
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
