@@ -171,6 +171,15 @@ def test_regions_that_saw_each_other_are_freed():
     assert table.num_segments == 0
 
 
+def test_flags_are_one_a_thread():
+    table = make()
+    threads = [table.create([1]), table.create([2])]
+    with pytest.raises(InvalidInput, match="got 0 flags for 2 threads"):
+        _core.Step(table, threads, [], 10)
+    with pytest.raises(InvalidInput, match="got no threads"):
+        _core.ViewTables().refresh(table, [])
+
+
 CHAIN = 50_000
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apr import ops
+from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.ops import Rotation, View, reference
 from kernel_cases import UNIT, check, make, rope, rounds_weights, run, tolerance, tree
@@ -166,3 +166,47 @@ def test_bad_input_is_named():
     for call, word in cases:
         with pytest.raises(InvalidInput, match=word):
             call()
+
+
+def test_a_steps_plan_is_refused_by_a_pool_that_does_not_hold_it():
+    """Nothing is written: before, this ended the process."""
+    table = _core.ThreadTable(500, 16, True)
+    thread = table.create([1] * 3000)
+    step = _core.Step(table, [thread], [False], 1 << 20)
+    assert step.next()
+    plan = ops.Plan(step.plan)
+    k = torch.ones(3000, 2, 16)
+    for pages, page_size in ((1, 16), (187, 16), (500, 32)):
+        pool = ops.empty_pool(pages, 2, 16, torch.float32, page_size=page_size)
+        pool.k.zero_()
+        for call in (
+            lambda pool=pool: ops.append(k, k, pool, plan),
+            lambda pool=pool: ops.attention(k, pool, plan, 0.25),
+            lambda pool=pool: ops.copy_tokens(pool, plan),
+        ):
+            with pytest.raises(InvalidInput, match=r"made for \(188, 16\).*used with a pool of"):
+                call()
+        assert not pool.k.any()
+    pool = ops.empty_pool(188, 2, 16, torch.float32, page_size=16)
+    ops.append(k, k, pool, plan)
+    assert pool.k[:188].flatten(0, 2)[: 3000 * 2].any()
+
+
+@pytest.mark.parametrize("how", ["resized", "replaced"])
+def test_a_pool_whose_tensors_are_gone_is_refused(how):
+    pool = ops.empty_pool(64, 2, 16, torch.float32)
+    plan = ops.plan([(3, [View([5], 0, 3, 0, 0, own=True)])], pool, 4)
+    k = torch.randn(3, 2, 16)
+    if how == "resized":
+        pool.v.untyped_storage().resize_(0)
+    else:
+        pool.k = torch.zeros_like(pool.k)
+    with pytest.raises(InvalidInput, match="resized or replaced"):
+        ops.append(k, k, pool, plan)
+    with pytest.raises(InvalidInput, match="resized or replaced"):
+        ops.attention(torch.randn(3, 4, 16), pool, plan, 0.25)
+
+
+def test_merge_of_several_devices_is_refused():
+    with pytest.raises(InvalidInput, match="lse on meta; expected all on cpu"):
+        ops.merge([(torch.randn(2, 3, 4), torch.randn(2, 3, device="meta"))])

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/error.h"
 #include "core/step.h"
 #include "core/thread_table.h"
 #include "core/view_tables.h"
@@ -51,6 +52,11 @@ py::array_t<T> array_of(const std::vector<T>& values) {
 std::unique_ptr<Step> make_step(ThreadTable& table, const std::vector<ThreadId>& threads,
                                 const std::vector<bool>& has_logits, int64_t step_tokens,
                                 bool ragged) {
+  if (has_logits.size() != threads.size()) {
+    throw Error(ErrorKind::kInvalidInput, "step: got " + std::to_string(has_logits.size()) +
+                                              " flags for " + std::to_string(threads.size()) +
+                                              " threads; expected one each");
+  }
   std::vector<StepThread> requests;
   requests.reserve(threads.size());
   for (size_t i = 0; i < threads.size(); ++i) requests.push_back({threads[i], has_logits[i]});
@@ -72,6 +78,16 @@ void bind_plan(py::module_& module) {
                                  furthest = std::max(furthest, run.view_position + last);
                                }
                                return furthest;
+                             })
+      .def_property_readonly("page_size", [](const Plan& p) { return p.page_size; })
+      .def_property_readonly("pages_needed",
+                             [](const Plan& p) {
+                               int64_t most = -1;
+                               for (const int32_t page : p.page_table)
+                                 most = std::max<int64_t>(most, page);
+                               for (const int64_t slot : p.slots)
+                                 most = std::max(most, slot / p.page_size);
+                               return most + 1;
                              })
       .def_property_readonly("rotations", [](const Plan& p) { return array_of(p.rotations); })
       .def_property_readonly("slots", [](const Plan& p) { return array_of(p.slots); })
@@ -198,7 +214,15 @@ void bind_table(py::module_& module) {
 void bind_view_tables(py::module_& module) {
   py::class_<ViewTables>(module, "ViewTables", "Views of threads with one queued token each.")
       .def(py::init<>())
-      .def("refresh", &ViewTables::refresh, py::arg("table"), py::arg("threads"))
+      .def(
+          "refresh",
+          [](ViewTables& views, ThreadTable& table, const std::vector<ThreadId>& threads) {
+            if (threads.empty()) {
+              throw Error(ErrorKind::kInvalidInput, "views: got no threads; expected at least one");
+            }
+            return views.refresh(table, threads);
+          },
+          py::arg("table"), py::arg("threads"))
       .def("commit", &ViewTables::commit)
       .def("forget", &ViewTables::forget, py::arg("table"))
       .def_property_readonly("changed", &ViewTables::changed)

@@ -220,7 +220,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if step.queued:
             step.core = session.begin_step(list(step.queued), 1 << 40, step)
             step.core.next()
-            plan = ops.Plan(step.core.plan, invariant=session.invariant)
+            pages = (session.pools[0].num_pages, session.pools[0].page_size)
+            plan = ops.Plan(step.core.plan, invariant=session.invariant, pages=pages)
             for pool in session.pools if step.core.plan.num_copies else ():
                 ops.copy_tokens(pool, plan)
             if self._states is not None:

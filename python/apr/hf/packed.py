@@ -191,7 +191,8 @@ def _run_forward(
 ) -> None:
     if held is not None:
         held.drop(step.take_freed_states())
-    plan = ops.Plan(step.plan, invariant=invariant)
+    pages = (pools[0].num_pages, pools[0].page_size) if pools else None
+    plan = ops.Plan(step.plan, invariant=invariant, pages=pages)
     furthest = int(plan.core.positions.max())
     attachment.spec.check_step(furthest, plan.num_rows)
     if plan.turns:

@@ -32,11 +32,14 @@ def _rows(name: str, x: Tensor, pool: Pool, shape: tuple[int, int, int]) -> _cor
 
 
 def _check_pool(pool: Pool, plan: Plan) -> None:
-    if plan.pages not in (None, (pool.num_pages, pool.page_size)):
+    if not plan.fits(pool.num_pages, pool.page_size):
+        core = plan.core
         raise InvalidInput(
-            f"plan: made for {plan.pages} (pages, page size), used with a pool of "
-            f"{(pool.num_pages, pool.page_size)}; plan for the pool that holds the tokens"
+            f"plan: made for {plan.pages or (core.pages_needed, core.page_size)} (pages, page "
+            f"size), used with a pool of {(pool.num_pages, pool.page_size)}; plan for the pool "
+            "that holds the tokens"
         )
+    pool.check_memory()
 
 
 def append(k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> None:
@@ -59,6 +62,7 @@ def append(k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> None:
 
 def copy_tokens(pool: Pool, plan: Plan) -> None:
     """Do the token copies that a session's step planned, before its forward."""
+    _check_pool(pool, plan)
     backend = gpu.backend(pool.k.device)
     if backend is None:
         _core.copy_tokens(plan.core, pool.core)
@@ -161,6 +165,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             raise InvalidInput(
                 f"merge: got out {list(out.shape)} {out.dtype} with lse {list(lse.shape)}; "
                 f"expected {list(first.shape)} {first.dtype} with {list(first.shape[:2])}"
+            )
+        if {out.device, lse.device} != {first.device}:
+            raise InvalidInput(
+                f"merge: got out on {out.device} with lse on {lse.device}; expected all on "
+                f"{first.device}, as the first"
             )
     if gpu.backend(first.device) is not None:
         return _merge_in_torch(parts)

@@ -70,11 +70,17 @@ class Plan:
         pages: tuple[int, int] | None = None,
     ) -> None:
         self.core, self.window, self.invariant = core, window, invariant
-        self.pages = pages  # (num_pages, page_size) of the pool that it was made for
+        self.pages = pages  # (num_pages, page_size) of the pool that it was made for, where known
         self.num_rows: int = core.num_rows
         self._rotations: np.ndarray = core.rotations
         self._tables: dict[tuple[Rotation, torch.device], Tensor] = {}
         self.on_gpu = gpu.DevicePlan(core, invariant)
+
+    def fits(self, num_pages: int, page_size: int) -> bool:
+        """Whether a pool of this size holds the pages that the plan names."""
+        if self.pages is not None:
+            return self.pages == (num_pages, page_size)
+        return self.core.page_size == page_size and self.core.pages_needed <= num_pages
 
     @property
     def turns(self) -> bool:

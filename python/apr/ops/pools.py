@@ -43,6 +43,7 @@ class Pool:
         self.k, self.v = k, v
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k.shape
         self.head_dim_v = int(v.shape[3])
+        self._memory = (k.data_ptr(), v.data_ptr())
         self.core = _core.Pool(
             k=k.data_ptr(),
             v=v.data_ptr(),
@@ -53,6 +54,14 @@ class Pool:
             head_dim_v=self.head_dim_v,
             dtype=dtype,
         )
+
+    def check_memory(self) -> None:
+        """Raise InvalidInput where k or v are no longer the tensors that the pool was made of."""
+        if (self.k.data_ptr(), self.v.data_ptr()) != self._memory:
+            raise InvalidInput(
+                "pool: its tensors were resized or replaced; make a new Pool of the tensors that "
+                "hold the tokens"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
