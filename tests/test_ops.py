@@ -210,3 +210,32 @@ def test_a_pool_whose_tensors_are_gone_is_refused(how):
 def test_merge_of_several_devices_is_refused():
     with pytest.raises(InvalidInput, match="lse on meta; expected all on cpu"):
         ops.merge([(torch.randn(2, 3, 4), torch.randn(2, 3, device="meta"))])
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        ({"scale": float("nan")}, "scale nan"),
+        ({"scale": float("inf")}, "scale inf"),
+        ({"softcap": -3.0}, "softcap -3.0"),
+        ({"softcap": float("nan")}, "softcap nan"),
+        ({"window": -1}, "window: got -1"),
+        ({"window": 0}, "window: got 0"),
+        ({"chunk": -4}, "chunk: got -4"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(options, word):
+    pool, _ = make(torch.float32, 2, 64)
+    plan = ops.plan(tree(), pool, 4)
+    call = {"scale": 0.125, **options}
+    with pytest.raises(InvalidInput, match=word):
+        ops.attention(torch.randn(plan.num_rows, 4, 64), pool, plan, **call)
+    if "window" in options:
+        with pytest.raises(InvalidInput, match=word):
+            ops.plan(tree(), pool, 4, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 16, 16), (2, 1, 0, 16), (2, 1, 16, 0)])
+def test_pools_of_nothing_are_refused(shape):
+    with pytest.raises(InvalidInput, match="at least one KV head"):
+        ops.Pool(torch.zeros(shape), torch.zeros(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from apr import _core
 from apr.errors import InvalidInput
 from apr.ops import device as gpu
-from apr.ops.plans import Plan, Rotation
+from apr.ops.plans import Plan, Rotation, check_spans
 from apr.ops.pools import Pool, dtype_of
 
 
@@ -98,6 +99,12 @@ def attention(
             f"attention: got a rotation of dimensions {rotation.dims}; expected them in "
             f"[0, {pool.head_dim}]"
         )
+    if not (math.isfinite(scale) and math.isfinite(softcap or 0.0) and (softcap or 0.0) >= 0):
+        raise InvalidInput(
+            f"attention: got scale {scale} and softcap {softcap}; expected finite numbers, and a "
+            "softcap above 0 or None"
+        )
+    check_spans(window=window, chunk=chunk)
     backend = gpu.backend(pool.k.device)
     if backend is not None and q.ndim == 3:
         q = gpu.aligned(q)

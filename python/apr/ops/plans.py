@@ -115,6 +115,13 @@ class Plan:
         )
 
 
+def check_spans(**spans: int | None) -> None:
+    """Raise InvalidInput for a window or chunk that shows nothing."""
+    for name, tokens in spans.items():
+        if tokens is not None and tokens < 1:
+            raise InvalidInput(f"{name}: got {tokens}; expected at least 1, or None")
+
+
 def plan(
     row_sets: Sequence[tuple[int, Sequence[View]]],
     pool: Pool,
@@ -132,6 +139,7 @@ def plan(
             f"plan: got {num_qo_heads} query heads for {pool.num_kv_heads} KV heads; "
             "expected a positive multiple"
         )
+    check_spans(window=window)
     if not row_sets:
         raise InvalidInput("plan: got no row sets; expected at least one")
     for number, (query_len, views) in enumerate(row_sets):

@@ -38,6 +38,11 @@ class Pool:
                 f"pool: got k {list(k.shape)} {k.dtype} and v {list(v.shape)} {v.dtype}; expected "
                 "two contiguous [pages, kv_heads, page_size, head_dim] of one dtype on one device"
             )
+        if 0 in k.shape[1:] or v.shape[3] == 0:
+            raise InvalidInput(
+                f"pool: got k {list(k.shape)} and v {list(v.shape)}; expected at least one KV "
+                "head, slot and dimension"
+            )
         if on_gpu:
             gpu.check_pool(k, v)
         self.k, self.v = k, v
