@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -119,3 +123,16 @@ def test_problems_of_others_are_what_their_names_say(name):
 def test_a_problem_that_nobody_has_is_refused():
     with pytest.raises(InvalidInput, match=r"--problem pat-99.*expected one of deft, fasttree"):
         problems.choose(["pat-99"])
+
+
+def test_the_page_says_what_was_counted(monkeypatch):
+    """`python bench/counts.py --page` after every count."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    sys.modules.pop("counts", None)
+    import counts
+
+    stored = json.loads(counts.STORED.read_text())
+    assert counts.PAGE.read_text() == counts.page(stored)
+    assert {title.split(",")[0].split(" ")[0].split("-")[0] for title in stored} >= {
+        name.split("-")[0] for name in problems.NAMED
+    }
