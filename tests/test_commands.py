@@ -18,6 +18,7 @@ from apr.commands import bench
 from apr.countdown.problems import Problem, Range, apply, chains, format_chain, solved, verify
 from apr.countdown.tokenizer import WORDS, build_tokenizer
 from apr.countdown.train_guess import SMOKE, train
+from apr.errors import InvalidInput
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from plot import draw
@@ -204,3 +205,23 @@ def test_every_word_is_one_token():
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
     assert len(ids) == 16
+
+
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(tmp_path, monkeypatch, capsys):
+    """Even to somebody who would say yes."""
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\n"
+    (tmp_path / "own.py").write_text(code)
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    config["auto_map"]["AutoModelForCausalLM"] = "own.Model"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for call in (
+        lambda: hf.load(str(tmp_path)),
+        lambda: main(["run", "--model", str(tmp_path), "--prompt", "a", "--method", "best_of_n"]),
+    ):
+        try:
+            assert call() != 0
+        except InvalidInput as error:
+            assert "cannot be loaded" in str(error)
+    assert not ran.exists()

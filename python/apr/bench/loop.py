@@ -313,7 +313,9 @@ def hogwild(model: Any, workers: int, prefix: int, own: int, steps: int) -> Iter
 def bench_loop(options: argparse.Namespace) -> Iterator[Figure]:
     """Everything, on the 0.5B shape with random weights, or on the model of a folder."""
     if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=torch.bfloat16, trust_remote_code=False
+        ).eval()
     else:
         model = half_billion(options.smoke)
     widths, lengths = ((1, 2), (64,)) if options.smoke else ((1, 4, 16, 64), (512, 2048, 8192))
