@@ -42,13 +42,7 @@ class PlainAttention {
   APR_DEVICE void run(const Span& span) {
     span_ = span;
     item_ = work_.items[span.item];
-    const Reach& reach = span_.reach;
-    const int unit = work_.unit_tiles * kTile, base = reach.lo / unit * unit;
-    int first = (base + span.begin * unit) / Shape::kStep;
-    int end = (base + span.end * unit) / Shape::kStep;
-    const int used_first = reach.lo / Shape::kStep, used_end = (reach.hi - 1) / Shape::kStep + 1;
-    first = first > used_first ? first : used_first;
-    end = end < used_end ? end : used_end;
+    const auto [first, end] = steps_of<Shape::kStep>(work_, span);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch(first + s, s, end);
     load_queries();

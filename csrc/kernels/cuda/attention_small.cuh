@@ -53,14 +53,7 @@ class SmallAttention {
     span_ = span;
     first_page_ = span.reach.first_page;
     reach_ = span.reach;
-    const int unit = work_.unit_tiles * kTile;
-    const int base = reach_.lo / unit * unit;
-    // Steps of the block, counted from slot 0 of the segment.
-    int first = (base + span.begin * unit) / Shape::kStep;
-    int end = (base + span.end * unit) / Shape::kStep;
-    const int used_first = reach_.lo / Shape::kStep, used_end = (reach_.hi - 1) / Shape::kStep + 1;
-    first = first > used_first ? first : used_first;
-    end = end < used_end ? end : used_end;
+    const auto [first, end] = steps_of<Shape::kStep>(work_, span);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch(first + s, s, end);
     load_queries();

@@ -26,7 +26,7 @@ class WideAttention {
     by_rows_ = item_.lanes > 64;
     row_base_ = by_rows_ ? group_ * 64 : 0;
     load_queries();
-    const Tiles tiles = tiles_of(work_, span);
+    const Steps tiles = steps_of<kTile>(work_, span);
     if (by_rows_) {
       int before = -1;  // the stage whose values are still being multiplied
       for (int tile = tiles.first; tile < tiles.end; ++tile) {

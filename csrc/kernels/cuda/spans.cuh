@@ -55,6 +55,19 @@ struct Span {
   APR_DEVICE bool whole() const { return begin == 0 && end == reach.units; }
 };
 
+// The steps of kStep tokens that a span covers, counted from slot 0 of its segment.
+struct Steps {
+  int first, end;
+};
+template <int kStep>
+APR_DEVICE Steps steps_of(const AttentionWork& work, const Span& span) {
+  const Reach& reach = span.reach;
+  const int unit = work.unit_tiles * kTile, base = reach.lo / unit * unit;
+  const int first = (base + span.begin * unit) / kStep, end = (base + span.end * unit) / kStep;
+  const int used_first = reach.lo / kStep, used_end = (reach.hi - 1) / kStep + 1;
+  return {first > used_first ? first : used_first, end < used_end ? end : used_end};
+}
+
 // The units of a block, span by span. In order: items, then kv heads, then units. There are fewer
 // than 2^31: longer plans run in passes (layout.cpp).
 class Spans {

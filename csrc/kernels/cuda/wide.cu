@@ -1,5 +1,6 @@
 // One instance of the kernel for many rows: compiled once for each dtype and size.
 #include "kernels/cuda/attention_wide.cuh"
+#include "kernels/cuda/instance.h"
 #include "kernels/cuda/launch.h"
 
 namespace apr::APR_GPU {
@@ -57,14 +58,8 @@ void run(const AttentionWork& work, const Launch& launch) {
   start(attention_wide<Number, APR_DIM, APR_STAGES>, launch, work, maps);
 }
 
-#define APR_TEXT_(x) #x
-#define APR_TEXT(x) APR_TEXT_(x)
-
 }  // namespace
 
-extern const Instance APR_INSTANCE;
-const Instance APR_INSTANCE{APR_TEXT(APR_INSTANCE), kNumber<Number>,     APR_DIM,
-                            Shape::kRows,           APR_STAGES,          true,
-                            Shape::kThreads,        Shape::kSharedBytes, run};
+const Instance APR_INSTANCE = instance_of<Shape>(kNumber<Number>, APR_STAGES, true, run);
 
 }  // namespace apr::APR_GPU

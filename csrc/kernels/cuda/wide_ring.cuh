@@ -33,19 +33,6 @@ struct WideShape {
   }
 };
 
-// The tiles of a span, counted from slot 0 of its segment.
-struct Tiles {
-  int first, end;
-};
-APR_DEVICE Tiles tiles_of(const AttentionWork& work, const Span& span) {
-  const int unit = work.unit_tiles;
-  const Reach& reach = span.reach;
-  const int base = reach.lo / kTile / unit * unit;
-  const int first = base + span.begin * unit, end = base + span.end * unit;
-  const int used_first = reach.lo / kTile, used_end = (reach.hi - 1) / kTile + 1;
-  return {first > used_first ? first : used_first, end < used_end ? end : used_end};
-}
-
 // Where the ring stands: the same sequence of stages for the thread that fills and those that empty
 // it.
 template <int kStages>
@@ -78,7 +65,7 @@ APR_DEVICE void fill_ring(const AttentionWork& work, const PoolMaps& maps, uint3
   Spans spans(work);
   Span span;
   while (spans.next(span)) {
-    const Tiles tiles = tiles_of(work, span);
+    const Steps tiles = steps_of<kTile>(work, span);
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
       const int slot = tile * kTile;
       const uint32_t filled = Shape::filled(shared, ring.stage);
