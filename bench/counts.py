@@ -5,7 +5,8 @@ python bench/counts.py --problem pat-1    one problem or family
 python bench/counts.py --page             docs/cuda-counts.md from what was counted, at once
 
 Counts go to bench/results/cuda-counts.json, problem by problem: a run that is stopped goes on where
-it was. Wants a build with APR_EMULATION=ON, no GPU. Counts are exact; the time is an estimate.
+it was, and what stands there is counted again by its name alone (or delete the file). Wants a build
+with APR_EMULATION=ON, no GPU. Counts are exact; the time is an estimate.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ Step::~Step() {
 void Step::collect(const StepThread& request) {
   Thread& thread = table_.at(request.thread);
   const Segment& tail = table_.segments().at(thread.tail);
-  Visits open;
+  PendingRuns open;
   if (tail.queued() > 0) {
     enter(thread.tail, tail.length(), thread.view, thread.visibility, open);
     finish(open);
@@ -83,7 +83,7 @@ void Step::collect(const StepThread& request) {
                    &replay_views_.back(), thread.visibility, request.thread, false});
 }
 
-void Step::require(const Entry& entry, Visits& open) {
+void Step::require(const Entry& entry, PendingRuns& open) {
   const Segment& segment = table_.segments().at(entry.segment);
   int64_t upto;
   if (entry.hi != kLive) {
@@ -103,7 +103,7 @@ void Step::require(const Entry& entry, Visits& open) {
 }
 
 void Step::enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility,
-                 Visits& open) {
+                 PendingRuns& open) {
   Segment& segment = table_.segments().at(id);
   if (upto <= segment.encoded) return;
   if (segment.stamp == stamp_) {
@@ -120,9 +120,9 @@ void Step::enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Vis
 }
 
 // Chains of segments may be as long as users make them: no recursion.
-void Step::finish(Visits& open) {
+void Step::finish(PendingRuns& open) {
   while (!open.empty()) {
-    Visit& last = open.back();
+    PendingRun& last = open.back();
     if (last.next < last.view->size()) {
       const Entry& entry = (*last.view)[last.next++];
       if (entry.segment != last.segment) require(entry, open);

@@ -68,17 +68,17 @@ class Step {
 
   void collect(const StepThread& request);
   // A segment whose queued tokens run, after what its view still asks for.
-  struct Visit {
+  struct PendingRun {
     SegmentId segment;
     const std::vector<Entry>* view;
     Visibility visibility;
     size_t next = 0;  // entry of the view
   };
-  using Visits = std::vector<Visit>;
-  void require(const Entry& entry, Visits& open);
+  using PendingRuns = std::vector<PendingRun>;
+  void require(const Entry& entry, PendingRuns& open);
   void enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility,
-             Visits& open);
-  void finish(Visits& open);
+             PendingRuns& open);
+  void finish(PendingRuns& open);
   bool room_to_copy(const std::vector<StepThread>& threads) const;
   void check_split() const;
   void copy_short_inheritance(ThreadId id);

@@ -11,11 +11,12 @@ template <typename T, int kDim, int kStages>
 struct PlainShape {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
   static constexpr int kRows = 16, kRowsOfWarp = kRows / kWarps;
-  static constexpr int kEach = kChunkOf<T>;            // elements of a copy of 16 bytes
-  static constexpr int kChunks = kDim / kEach;         // of a row
-  static constexpr int kStep = kChunks > 96 ? 8 : 16;  // tokens of a step of the block
-  static constexpr int kParts = 32 / kStep;            // lanes that share a score
-  static constexpr int kPitch = kChunks * 16 + 16;     // bytes of a row: no bank twice
+  static constexpr int kEach = kChunkOf<T>;     // elements of a copy of 16 bytes
+  static constexpr int kChunks = kDim / kEach;  // of a row
+  // Tokens of a step of the block; the widest rows of float32 would not fit 164 KB by 16.
+  static constexpr int kStep = kChunks > 96 ? 8 : 16;
+  static constexpr int kParts = 32 / kStep;         // lanes that share a score
+  static constexpr int kPitch = kChunks * 16 + 16;  // bytes of a row: no bank twice
   static constexpr int kSlice = kStep * kPitch;
   static constexpr int kRing = kRows * kPitch;
   static constexpr int kBounds = kRing + kStages * 2 * kSlice;

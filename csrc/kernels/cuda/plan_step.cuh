@@ -51,7 +51,7 @@ APR_DEVICE int units_of(const Reach& reach, int unit_tiles) {
 }
 
 // Blocks that share so many tiles: as many on each multiprocessor, if there is enough for all.
-APR_DEVICE int blocks_for(const AttentionWork& work, int64_t tiles) {
+APR_DEVICE int working_blocks(const AttentionWork& work, int64_t tiles) {
   int64_t blocks = (tiles + kLeastTiles - 1) / kLeastTiles;
   if (blocks > work.grid) blocks = work.grid;
   if (blocks > work.multiprocessors) blocks -= blocks % work.multiprocessors;
@@ -92,7 +92,7 @@ APR_KERNEL APR_BOUNDS(kPlanThreads, 1) plan_step(APR_GRID_CONSTANT AttentionWork
     sync_block();
   }
   const int64_t units = static_cast<int64_t>(before) * work.kv_heads;
-  const int blocks = blocks_for(work, units * work.unit_tiles);
+  const int blocks = working_blocks(work, units * work.unit_tiles);
   if (thread_index() == 0) {
     work.counts[0].units = before;
     work.counts[0].blocks = blocks;

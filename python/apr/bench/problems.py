@@ -213,13 +213,17 @@ class Named:
     dtype: torch.dtype = torch.bfloat16
     workers: int = 0
 
+    @property
+    def pages(self) -> int:
+        """Of its pools: whole ones for every node."""
+        return sum(n * -(-t // PAGE) for n, t in zip(self.nodes, self.tokens, strict=True))
+
     def pool_bytes(self, kv_heads: int) -> int:
-        """Bytes of keys and values of a layer, at most a page a node beyond what is seen."""
-        count = sum(n * -(-t // PAGE) for n, t in zip(self.nodes, self.tokens, strict=True))
-        return count * PAGE * 4 * kv_heads * 128
+        """Bytes of keys and values of a layer, 16 bits a number."""
+        return self.pages * PAGE * 4 * kv_heads * 128
 
     def make(self, name: str, heads: tuple[int, int], device: torch.device, layers: int) -> Problem:
-        pages = _Pages(sum(n * -(-t // PAGE) for n, t in zip(self.nodes, self.tokens, strict=True)))
+        pages = _Pages(self.pages)
         kind = "tree" if len(self.nodes) == 2 and self.nodes[0] == 1 else "deep"
         if self.workers:
             kind = "hogwild"

@@ -102,7 +102,7 @@ def attention(
     if not (math.isfinite(scale) and math.isfinite(softcap or 0.0) and (softcap or 0.0) >= 0):
         raise InvalidInput(
             f"attention: got scale {scale} and softcap {softcap}; expected finite numbers, and a "
-            "softcap above 0 or None"
+            "softcap of 0 (none) or more"
         )
     check_spans(window=window, chunk=chunk)
     backend = gpu.backend(pool.k.device)
