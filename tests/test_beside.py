@@ -193,7 +193,7 @@ def test_python_threads_share_a_model(name):
                 cache.close()
 
     in_threads(4, work)
-    assert model.config._attn_implementation == own and not interface._FORMER
+    assert model.config._attn_implementation == own and not interface._SWITCHED
 
 
 def test_one_session_or_cache_in_two_python_threads_is_refused_by_name():
@@ -205,7 +205,7 @@ def test_one_session_or_cache_in_two_python_threads_is_refused_by_name():
     def meanwhile(*_):
         def call(i):
             with pytest.raises(apr.InvalidInput) as raised:
-                s.step([thread]) if s.table.stepping else model(IDS, past_key_values=cache)
+                s.step([thread]) if s.table.turn.taken else model(IDS, past_key_values=cache)
             said.append(str(raised.value))
 
         in_threads(1, call)

@@ -142,12 +142,13 @@ def test_a_dependency_freed_by_the_step_itself():
     table = make()
     first = table.create_segment([1, 2, 3], 0, [])
     second = table.create_segment([4, 5], 3, [(first, None, None, 0, False)])
-    table.release_segment(first)
+    del first
+    table.release_dropped()
     reader = table.create_with_view([(second, None, None, 0, False)], None, False)
     table.extend(reader, [7])
     assert step(table, [reader]) == 6
-    table.release(reader)
-    table.release_segment(second)
+    del reader, second
+    table.release_dropped()
     assert table.used_pages == 0
     assert table.num_segments == 0
 
@@ -165,8 +166,8 @@ def test_regions_that_saw_each_other_are_freed():
             step(table, [a, b])
     for thread in (a, b):
         table.release(thread)
-    for segment in (one, two):
-        table.release_segment(segment)
+    del one, two
+    table.release_dropped()
     assert table.used_pages == 0
     assert table.num_segments == 0
 
@@ -209,8 +210,9 @@ def test_a_chain_of_any_length_is_let_go(order):
         ids.reverse()
     if order == "any":
         random.Random(0).shuffle(ids)
-    for id in ids:
-        table.release_segment(id)
+    for i in range(CHAIN):
+        ids[i] = None
+    table.release_dropped()
     assert table.used_pages == 0 and table.num_segments == 0
 
 
@@ -227,13 +229,12 @@ def test_a_long_ring_is_let_go_as_one():
     ]
     for writer in writers:
         table.extend(writer, [1])
-    for id in ids:
-        table.release_segment(id)
-    for writer in writers:
-        table.release(writer)
-    table.release_segment(regions[0])
+    first, last = regions
+    del ids, regions, writers, writer, first
+    table.release_dropped()
     assert table.num_segments == 1002
-    table.release_segment(regions[1])
+    del last
+    table.release_dropped()
     assert table.used_pages == 0 and table.num_segments == 0
 
 
@@ -277,7 +278,7 @@ def test_trim_of_a_view_whose_tail_is_not_last():
     transaction = _core.Step(table, [thread], [False], 100)
     assert transaction.next()
     # The queued tokens run, and the last of them gives the logits.
-    last = [row for number, row in transaction.logits_rows if number == thread]
+    last = [row for number, row in transaction.logits_rows if number == thread.number]
     assert [int(transaction.plan.ids[row]) for row in last] == [9]
     transaction.commit()
 
@@ -290,7 +291,7 @@ def test_an_empty_live_region_survives_a_trim():
     thread = table.create_with_view(view, own, False)
     table.extend(thread, [8, 9])
     table.trim(thread, 3)
-    assert [entry[0] for entry in table.view(thread)] == [prompt, bob, own]
+    assert [entry[0] for entry in table.view(thread)] == [prompt.number, bob.number, own.number]
 
 
 def test_joins_over_a_growing_prefix_are_refused():

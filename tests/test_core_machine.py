@@ -65,7 +65,7 @@ class Machine(RuleBasedStateMachine):
         tokens = self.fresh(n)
         model = Model([], 0)
         model.tail, model.own = list(tokens), list(tokens)
-        self.models[self.table.create(tokens)] = model
+        self.models[self.table.create(tokens).number] = model
 
     @precondition(lambda self: self.models)
     @rule(data=st.data(), n=st.integers(1, 40))
@@ -118,7 +118,7 @@ class Machine(RuleBasedStateMachine):
             model.fork_position = parent.position
             model.fork_token = parent.tokens[-1] if parent.tokens else None
             model.inherited = len(pieces)
-            self.models[child] = model
+            self.models[child.number] = model
         assert self.table.used_pages == used
 
     @precondition(lambda self: any(m.joinable for m in self.models.values()))

@@ -1,9 +1,10 @@
-"""Ctrl-C at every line of a cached forward in turn: model, cache and session go on as if it had not
-begun, or as if it had ended.
+"""Ctrl-C at every line of a call in turn: all goes on as if it had not begun, or as if it had
+ended.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from linecache import getline
 from pathlib import Path
@@ -15,35 +16,37 @@ import apr
 from apr.hf import interface
 from models import CLOSE, build, distance, stock, tokens
 
-WATCHED = ("cache/cache.py", "cache/call.py", "cache/forward.py", "hf/interface.py")
 PACKAGE = str(Path(apr.__file__).parent)
 PROMPT = tokens(9)
+# torch calls no hook after an interrupt: what puts a cached forward right is not interrupted again.
+HOOKED = ("take_back", "stop", "left", "put_back", "_end", "__del__")
 
 
 class Interrupt:
-    """Raises at the n-th line that is run of the watched files."""
+    """Raises at the n-th line that is run of the watched files, and notes the lines before it."""
 
-    def __init__(self, n):
-        self.left, self.where = n, None
+    def __init__(self, n, watched, but):
+        self.n, self.watched, self.but = n, watched, but
+        self.lines, self.where = [], None
 
     def __call__(self, frame, event, _):
         path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or not path.endswith(WATCHED):
+        if not path.startswith(PACKAGE) or not path.endswith(self.watched):
             return None
-        # What puts things right is not interrupted again, and a lock's own lines are not ours.
-        if frame.f_code.co_name in ("take_back", "__exit__", "off", "stop", "_end", "__del__"):
+        if frame.f_code.co_name in self.but:
             return None
+        # A with statement is left without a line of its own, but the trace sees one.
         if event == "line" and not getline(path, frame.f_lineno).lstrip().startswith("with "):
-            self.left -= 1
-            if self.left == 0:
-                self.where = f"{Path(path).name}:{frame.f_lineno}"
+            self.lines.append((Path(path).name, frame.f_lineno))
+            if len(self.lines) == self.n:
+                self.where = self.lines[-1]
                 raise KeyboardInterrupt(self.where)
         return self
 
 
-def interrupted(call, n):
-    """Where a call was interrupted at its n-th line, or None where it ended first."""
-    trace = Interrupt(n)
+def interrupted(call, n=0, watched=".py", but=()):
+    """A call that is interrupted at its n-th line: where, and the lines that were run."""
+    trace = Interrupt(n, watched, but)
     former = sys.gettrace()
     sys.settrace(trace)
     try:
@@ -52,13 +55,152 @@ def interrupted(call, n):
         pass
     finally:
         sys.settrace(former)
-    return trace.where
+    return trace.where, trace.lines
 
 
-def still_right(model, cache, before, new):
+def each_line(lines):
+    """1-based places of each line as it is run first, and as it is run last."""
+    first = {line: n for n, line in reversed([*enumerate(lines, 1)])}
+    last = {line: n for n, line in enumerate(lines, 1)}
+    return sorted({*first.values(), *last.values()})
+
+
+# ---- operations on a session ---------------------------------------------------------------------
+
+
+class World:
+    """Threads of all kinds, in the middle of their work."""
+
+    def __init__(self, model):
+        self.model = model
+        s = self.s = apr.Session(model, max_tokens=4096, page_size=16, step_tokens=7)
+        self.root = s.thread(PROMPT)
+        self.kids = self.root.fork(3)
+        for i, kid in enumerate(self.kids):
+            kid.extend([20 + i, 30 + i])
+        s.step(self.kids)
+        s.step([self.root])
+        for i, kid in enumerate(self.kids):
+            kid.extend([40 + i])
+        one, two, three = s.region([50], 20), s.region(base=40), s.region([60, 61], 60)
+        self.regions = one, two, three
+        self.a = s.thread(view=[(one, 0), (two, None)], writes=one)
+        self.b = s.thread(view=[(one, 0), (two, 5)], writes=two)
+        self.b.extend([70, 71])
+        s.step([self.a, self.b])
+
+    def state(self):
+        """What of it can be told apart, without logits."""
+        held = [
+            (t.tokens, t.position, t.queued, t.draws, t.trims, t.is_line, [e[1:] for e in t.view])
+            for t in (self.root, *self.kids, self.a, self.b)
+            if t.alive
+        ]
+        gc.collect()
+        self.s.check()
+        core = self.s.table.ask_now()
+        return held, core.used_pages, core.num_threads, core.num_segments
+
+    def check_logits(self):
+        """Those that are held, and those that a step brings, are those of the thread's tokens."""
+        for thread in (self.root, *self.kids):
+            if not thread.alive or not thread.is_line:
+                continue
+            want = stock(self.model, thread.tokens)[-1]
+            if thread.logits is not None:
+                assert distance(thread.logits, want) < CLOSE
+            assert distance(self.s.step([thread])[0], want) < CLOSE
+
+    def check_nothing_stays(self):
+        s = self.s
+        del self.root, self.kids, self.regions, self.a, self.b
+        gc.collect()
+        core = s.table.ask_now()
+        assert (core.used_pages, core.num_threads, core.num_segments) == (0, 0, 0)
+
+
+GREEDY = {"do_sample": True, "eos_token_id": []}
+
+
+def _stream(w):
+    """Its step may have run, and no thread have taken a token: it is sampled the same again."""
+    next(iter(apr.stream(w.s, w.kids, max_new_tokens=2, stop=lambda t: len(t) > 2, **GREEDY)))
+
+
+def _vote(w):
+    apr.majority_vote(w.s, None, [5, 6], n=2, max_new_tokens=1, extract=len, **GREEDY)
+
+
+OPERATIONS = {
+    "extend": lambda w: w.root.extend([90]),
+    "fork": lambda w: w.kids[0].fork(3),
+    "thread": lambda w: w.s.thread([5, 6]),
+    "writer": lambda w: w.s.thread([5], view=[w.regions[0]], writes=w.regions[2]),
+    "segment": lambda w: w.s.segment([5, 6], 0, after=[(w.regions[0], 0)]),
+    "region": lambda w: w.s.region([5, 6], 3),
+    "tail": lambda w: w.kids[0].tail,
+    "view": lambda w: w.a.view,
+    "set view": lambda w: setattr(w.a, "view", [(w.regions[1], 0), (w.regions[0], None)]),
+    "set writes": lambda w: setattr(w.b, "writes", w.regions[2]),
+    "seal": lambda w: w.regions[2].seal(),
+    "join": lambda w: w.root.join(w.kids[:2]),
+    "join text": lambda w: w.root.join(w.kids[:2], reencode=True),
+    "trim": lambda w: w.kids[0].trim(10),
+    "trim with logits": lambda w: w.root.trim(5),
+    "release": lambda w: w.kids[0].release(),
+    "step": lambda w: w.s.step(w.kids),
+    "step of writers": lambda w: w.s.step([w.a, w.b]),
+    "stream": _stream,
+    "vote": _vote,
+}
+
+
+@pytest.fixture
+def quick_gc():
+    """What is there already stays: a collection then takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_done_or_not(llama, name):
+    operation = OPERATIONS[name]
+    done = World(llama)
+    before = done.state()
+    _, lines = interrupted(lambda: operation(done))
+    states = [before, done.state()]
+    done.s.close()
+    if name == "stream":
+        between = World(llama)
+        between.s.step(between.kids)
+        states.append(between.state())
+        between.s.close()
+    taken_back = 0
+    for n in each_line(lines):
+        world = World(llama)
+        where, _ = interrupted(lambda world=world: operation(world), n)
+        now = world.state()
+        assert now in states, where
+        taken_back += now == before
+        world.check_logits()
+        assert llama.config._attn_implementation == "sdpa", where
+        world.check_nothing_stays()
+        world.s.close()
+    assert taken_back
+
+
+# ---- cached forwards -----------------------------------------------------------------------------
+
+WATCHED = ("cache/cache.py", "cache/call.py", "cache/forward.py", "hf/interface.py")
+
+
+def still_right(model, cache, before, new, where):
     """The state is that of before the call, or of after it, and everything can be used."""
     assert distance(stock(model, PROMPT), before) == 0.0
-    assert model.config._attn_implementation == "sdpa" and not interface._FORMER
+    assert model.config._attn_implementation == "sdpa" and not interface._SWITCHED, where
     texts = [thread.tokens for thread in cache.threads]
     assert texts in ([], [PROMPT] * len(texts), [[*PROMPT, *new]] * len(texts)), texts
     assert cache.get_seq_length() == (len(texts[0]) if texts else 0)
@@ -73,31 +215,32 @@ def still_right(model, cache, before, new):
 @pytest.mark.parametrize("what", ["first call", "further call", "shorter prompt"])
 def test_at_every_line(what):
     model = build("llama")
-    before, seen = stock(model, PROMPT), set()
+    before = stock(model, PROMPT)
     new = tokens(3, 4) if what == "further call" else []
-    n = 0
-    while True:
-        n += 1
+
+    def call(n):
         cache = apr.Cache(model, max_tokens=512, page_size=16)
-        first = torch.tensor([PROMPT, PROMPT])
+        ids = torch.tensor([PROMPT, PROMPT])
         with torch.no_grad():
             if what != "first call":
-                model(first, past_key_values=cache)
+                model(ids, past_key_values=cache)
                 ids = torch.tensor([new, new] if new else [PROMPT, PROMPT])
                 cache._is_user_defined = not new  # as a generate() begins
-            else:
-                ids = first
             positions = None if new else torch.arange(9)[None]
-            where = interrupted(
-                lambda ids=ids, positions=positions, cache=cache: model(
-                    ids, position_ids=positions, logits_to_keep=1, past_key_values=cache
-                ),
+            trace = interrupted(
+                lambda: model(ids, position_ids=positions, logits_to_keep=1, past_key_values=cache),
                 n,
+                WATCHED,
+                HOOKED,
             )
-            if where is None:
-                break
-            seen.add(where)
-            still_right(model, cache, before, new)
-        cache.close()
+        return cache, trace
+
+    cache, (_, lines) = call(0)
     cache.close()
-    assert len(seen) > 100  # the lines were really run
+    places = each_line(lines)
+    for n in places:
+        cache, (where, _) = call(n)
+        assert where is not None
+        still_right(model, cache, before, new, where)
+        cache.close()
+    assert len(places) > 100

@@ -5,6 +5,8 @@ hangs.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 
 import pytest
 import torch
@@ -341,3 +343,83 @@ def test_ctrl_c_gives_every_thread_back(session, tok):
         )
     assert root.alive and session.stats.threads == 1
     assert session.step([root]).shape == (1, len(tok))  # and it is as usable as before
+
+
+# ---- hostile text ------------------------------------------------------------------------------
+
+# What patterns look for, or nearly, over and over.
+PIECES = (
+    "Goal Reached ",
+    "<prompt>",
+    "<prompt>a</prompt>",
+    "<Outline> ",
+    "<Outline>1.1.1",
+    "<plan>1 ",
+    "1.",
+    "<Start Sub Search 1 at level 1>",
+    'tokens="1',
+    " ",
+    "<",
+)
+
+
+@pytest.mark.parametrize("name", protocols.PRESETS)
+def test_no_text_keeps_a_preset_busy(name):
+    grammar, said = protocols.PRESETS[name], []
+    for piece in PIECES:
+        for text in (piece * (100_000 // len(piece)), piece + "x" * 100_000, "x" * 100_000 + piece):
+            began = time.perf_counter()
+            grammar.message_of(text, said.append)
+            grammar.succeeded(text, said.append)
+            grammar.reserved(text, said.append)
+            grammar.outlines(text, said.append)
+            assert time.perf_counter() - began < 2.0, (piece, text[:20])
+    assert not said  # none was given up
+
+
+def test_a_pattern_that_does_not_end_is_given_up_and_told():
+    grammar = dataclasses.replace(NPR, returns="message", message="(a+a+)+b", each="{message}")
+    said = []
+    assert grammar.message_of("a" * 5000, said.append) == ""
+    assert "message '(a+a+)+b' was given up after 1 s on 5000 characters" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("outline", "positions"),
+    [
+        ('tokens="12"', 12),
+        ('tokens="' + "9" * 5000 + '"', 1 << 16),
+        ('tokens="000"', 0),
+        ("none", 0),
+        ('tokens="٣"', 3),
+    ],
+)
+def test_reserved_positions_are_bounded(outline, positions):
+    assert protocols.pasta.reserved(outline, print) == positions
+    named = dataclasses.replace(protocols.pasta, reserve=r"tokens=(\w+)?")
+    assert named.reserved("tokens=many", print) == named.reserved("tokens=", print) == 0
+
+
+@pytest.fixture
+def few_digits():
+    most = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    yield
+    sys.set_int_max_str_digits(most)
+
+
+def test_one_requests_number_does_not_stop_the_others(session, tok, few_digits):
+    """Python refuses to read a number of so many digits."""
+    long = {(): 'a<promise tokens="' + "9" * 700 + '"/>b<sync/>c', kid(1): "x</async>"}
+    outcome, _ = scripted.play(session, tok, "Q", protocols.pasta, long)
+    assert outcome.threads == 1 and outcome.text.endswith("c")
+
+
+@pytest.mark.parametrize("name", protocols.PRESETS)
+def test_control_words_of_a_prompt_open_nothing(name, session, tok):
+    """Only what the model writes is obeyed: the same words in a user's text are text."""
+    grammar = protocols.PRESETS[name]
+    prompt = "Q " + SCRIPTS[name][0][()]
+    outcome, _ = scripted.play(session, tok, prompt, grammar, {(): "plain"})
+    opened = grammar.width if grammar.open is None else 0
+    assert outcome.threads == opened and not outcome.events

@@ -368,13 +368,62 @@ def test_threads_that_leave_keep_a_row_and_closed_sessions_none(llama):
         for kid, token in zip(kids, (1, 2, 3), strict=True):
             kid.extend([token])
         rows = s.step(kids)
-        whole = weakref.ref(s.table.logits.of(kids[0]._id)._base)
+        whole = weakref.ref(s.table.logits.of(kids[0]._id, s.table.ask())._base)
         assert whole().numel() == 3 * VOCAB
         kids[0].extend([4])
         s.step(kids[:1])
         gc.collect()
         assert whole() is None  # two that did not step hold their own rows
         assert torch.equal(kids[1].logits, rows[1]) and torch.equal(kids[2].logits, rows[2])
-        last = weakref.ref(s.table.logits.of(kids[0]._id)._base)
+        last = weakref.ref(s.table.logits.of(kids[0]._id, s.table.ask())._base)
     gc.collect()
     assert last() is None
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_logits_after_a_trim_do_not_depend_on_history(llama, forked):
+    """A kept token of a joined child is still queued, or has run under the child's view."""
+
+    def logits(stepped):
+        with apr.Session(llama, max_tokens=1024) as s:
+            root = s.thread(tokens(4))
+            s.step([root])
+            one, two = root.fork(2)
+            one.extend([20, 21, 22])
+            two.extend([30, 31, 32])
+            if stepped:
+                s.step([one, two])
+            root.join([one, two])
+            root.trim(len(root) - 1)
+            reader = root.fork()[0] if forked else root
+            return s.step([reader])[0]
+
+    late, early = logits(False), logits(True)
+    assert distance(late, early) < CLOSE
+    # It has power: under the child's own view, which does not see the other, they are others.
+    assert distance(late, stock(llama, [*tokens(4), 30, 31])[-1]) > 100 * CLOSE
+
+
+def test_a_fork_of_a_queued_prompt_costs_no_row(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        kids = s.thread(tokens(6)).fork(3)
+        s.step(kids)
+        assert s.stats.rows == 6
+
+
+def test_check_finds_what_is_not_whole(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        root = s.thread(tokens(20))
+        kids = root.fork(3)
+        region, later = s.region([5]), s.segment([6, 7])
+        reader = s.thread([8], view=[region, later])
+        s.step([*kids, reader])
+        root.join(kids[:2])
+        s.check()
+        s.table._segments.pop(region._id)  # a handle that nobody knows of
+        with pytest.raises(apr.Error, match=r"check: .* references of segments for .* handles"):
+            s.check()
+        s.table._segments[region._id] = region
+        s.check()
+    with pytest.raises(apr.InvalidInput, match="closed"):
+        s.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -184,6 +185,7 @@ def test_the_last_number(text, number):
     "text, inside",
     [
         (r"so \boxed{5}. Check: \boxed{", "5"),
+        (r"\boxed{\boxed{7}} and } \boxed{\{8\}", "7"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{8,000}", "8000"),
         (r"\boxed{\$8000.0}", "8000"),
@@ -486,3 +488,12 @@ def test_a_newer_transformers_warns_and_names_the_range():
     compatibility.warn_if_untested(f"{compatibility.NEWEST}.3")
     with pytest.warns(UserWarning, match=rf"{compatibility.OLDEST} to {compatibility.NEWEST}"):
         compatibility.warn_if_untested("99.0.0")
+
+
+@pytest.mark.parametrize("read", [last_number, boxed])
+@pytest.mark.parametrize("piece", [r"\boxed{", "1", "1,111", "{", "-", "1e", ".", "}"])
+def test_an_answer_is_read_in_time_out_of_any_text(read, piece):
+    """A model that repeats itself; what is quadratic takes minutes at this length."""
+    began = time.perf_counter()
+    read(piece * (300_000 // len(piece)))
+    assert time.perf_counter() - began < 3.0

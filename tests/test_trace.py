@@ -70,3 +70,20 @@ def test_the_record_is_bounded(monkeypatch):
     lines = record.tree().splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("thread 30")
+
+
+def test_events_of_many_threads_are_forgotten_sooner(monkeypatch):
+    monkeypatch.setattr(trace, "MOST_NAMES", 1000)
+    record = trace.Trace()
+    for _ in range(50):
+        record.step(list(range(99)), 99, record.clock())
+    assert len(record.events) == 10 and record._names == 1000
+
+
+def test_what_a_model_writes_does_not_steer_a_terminal():
+    record = trace.Trace()
+    record.thread(0, 5)
+    record.end(0, "eos", 3, "\x1b]0;title\x07 é 🙂\x1b[2J\r")
+    tree = record.tree()
+    assert "\\x1b]0;title\\x07 é 🙂\\x1b[2J\\r" in tree and tree.isprintable()
+    assert trace.visible("two\n\tlines") == "two\n\tlines"

@@ -2,12 +2,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <algorithm>
 #include <memory>
 #include <optional>
 #include <tuple>
 
+#include "bindings/handles.h"
 #include "core/error.h"
 #include "core/step.h"
 #include "core/thread_table.h"
@@ -39,9 +41,35 @@ std::vector<Entry> entries_of(const std::vector<EntryTuple>& tuples) {
   return entries;
 }
 
+using Notes = py::typing::List<py::int_>;
+
 EntryTuple tuple_of(const Entry& e) {
   return {e.segment, e.offset == kMoving ? std::nullopt : std::optional(e.offset),
           e.hi == kLive ? std::nullopt : std::optional(e.hi), e.lo, e.inherited};
+}
+
+std::vector<std::unique_ptr<ThreadHandle>> fork(const Table& table, ThreadId id, int64_t count) {
+  std::vector<std::unique_ptr<ThreadHandle>> handles;
+  for (int64_t i = 0; i < count; ++i) handles.push_back(std::make_unique<ThreadHandle>(table));
+  const std::vector<ThreadId> numbers = table->fork(id, count);
+  for (size_t i = 0; i < numbers.size(); ++i) handles[i]->hold(numbers[i]);
+  return handles;
+}
+
+// Tokens that a run chose, one for each thread, and put down in the run's own lists `notes` too:
+// one call, so that no interrupt comes between.
+void extend_each(ThreadTable& table, const std::vector<ThreadId>& threads,
+                 const std::vector<int32_t>& tokens, const std::vector<bool>& drawn,
+                 const std::vector<Notes>& notes) {
+  if (!notes.empty() && notes.size() != threads.size()) {
+    throw Error(ErrorKind::kInvalidInput, "extend: expected one list for each thread, or none");
+  }
+  std::vector<py::int_> numbers;
+  for (size_t i = 0; i < notes.size(); ++i) numbers.emplace_back(tokens.at(i));
+  table.extend_each(threads, tokens, drawn);
+  for (size_t i = 0; i < notes.size(); ++i) {
+    if (PyList_Append(notes[i].ptr(), numbers[i].ptr()) != 0) throw py::error_already_set();
+  }
 }
 
 template <typename T>
@@ -101,23 +129,37 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("num_copies", [](const Plan& p) { return p.copies.size(); });
 }
 
-void bind_segments(py::class_<ThreadTable>& table) {
+template <typename Kind>
+void bind_handle(py::module_& module, const char* name) {
+  py::class_<Kind>(module, name, "Gives back what it stands for when it is let go.")
+      .def_property_readonly("number", &Kind::number)
+      .def("__index__", &Kind::number)
+      .def("__int__", &Kind::number);
+}
+
+void bind_segments(py::class_<ThreadTable, Table>& table) {
   table
       .def(
           "create_segment",
-          [](ThreadTable& t, const std::vector<int32_t>& tokens, int64_t base,
+          [](const Table& t, const std::vector<int32_t>& tokens, int64_t base,
              const std::vector<EntryTuple>& after) {
-            return t.create_segment(tokens, base, entries_of(after));
+            return held<SegmentHandle>(
+                t, [&] { return t->create_segment(tokens, base, entries_of(after)); });
           },
           py::arg("tokens"), py::arg("base"), py::arg("after"))
-      .def("create_region", &ThreadTable::create_region, py::arg("tokens"), py::arg("base"),
-           py::arg("stride"))
+      .def(
+          "create_region",
+          [](const Table& t, const std::vector<int32_t>& tokens, int64_t base, int64_t stride) {
+            return held<SegmentHandle>(t, [&] { return t->create_region(tokens, base, stride); });
+          },
+          py::arg("tokens"), py::arg("base"), py::arg("stride"))
       .def("seal", &ThreadTable::seal)
-      .def("retain_segment", [](ThreadTable& t, SegmentId id) { t.segments().retain(id); })
-      .def("release_segment",
-           [](ThreadTable& t, SegmentId id) {
-             t.touch();
-             t.segments().release(id);
+      .def("hold_segment",
+           [](const Table& t, SegmentId id) {
+             return held<SegmentHandle>(t, [&] {
+               t->segments().retain(id);
+               return id;
+             });
            })
       .def("segment_length",
            [](ThreadTable& t, SegmentId id) { return t.segments().at(id).length(); })
@@ -140,27 +182,65 @@ void bind_table(py::module_& module) {
       .value("max", JoinPositions::kMax)
       .value("sum", JoinPositions::kSum)
       .value("keep", JoinPositions::kKeep);
-  py::class_<ThreadTable> table(module, "ThreadTable",
-                                "Threads, views and segments over a pool of pages.");
+  py::class_<Turn>(module, "Turn",
+                   "Whose turn it is, or whether something runs: it begins before its entry calls "
+                   "`entered`, if there is one, and ends before its exit calls `left`, if "
+                   "there is one.")
+      .def(py::init<>())
+      .def("take", &Turn::take, py::arg("who"))
+      .def("leave", &Turn::leave, py::arg("who"))
+      .def_property_readonly("taken", &Turn::taken)
+      .def("__enter__",
+           [](const py::object& self) {
+             Turn& turn = self.cast<Turn&>();
+             turn.take(self);
+             try {
+               if (py::hasattr(self, "entered")) self.attr("entered")();
+             } catch (py::error_already_set&) {
+               turn.leave(self);
+               throw;
+             }
+             return self;
+           })
+      .def("__exit__",
+           [](const py::object& self, const py::object&, const py::object&, const py::object&) {
+             self.cast<Turn&>().leave(self);
+             if (py::hasattr(self, "left")) self.attr("left")();
+           });
+  bind_handle<ThreadHandle>(module, "ThreadHandle");
+  bind_handle<SegmentHandle>(module, "SegmentHandle");
+  py::class_<ThreadTable, Table> table(module, "ThreadTable",
+                                       "Threads, views and segments over a pool of pages.");
   table
       .def(py::init<int64_t, int64_t, bool>(), py::arg("num_pages"), py::arg("page_size"),
            py::arg("can_rotate"))
-      .def("create", &ThreadTable::create)
+      .def("create",
+           [](const Table& t, const std::vector<int32_t>& tokens) {
+             return held<ThreadHandle>(t, [&] { return t->create(tokens); });
+           })
       .def(
           "create_with_view",
-          [](ThreadTable& t, const std::vector<EntryTuple>& view, std::optional<SegmentId> writes,
-             bool current) {
-            return t.create_with_view(entries_of(view), writes.value_or(kNone),
-                                      current ? Visibility::kCurrent : Visibility::kPrevious);
+          [](const Table& t, const std::vector<EntryTuple>& view, std::optional<SegmentId> writes,
+             bool current, const std::vector<int32_t>& tokens) {
+            const auto visibility = current ? Visibility::kCurrent : Visibility::kPrevious;
+            return held<ThreadHandle>(t, [&] {
+              return t->create_with_view(entries_of(view), writes.value_or(kNone), visibility,
+                                         tokens);
+            });
           },
-          py::arg("view"), py::arg("writes"), py::arg("current"))
+          py::arg("view"), py::arg("writes"), py::arg("current"),
+          py::arg("tokens") = std::vector<int32_t>())
       .def("extend", &ThreadTable::extend)
-      .def("extend_each", &ThreadTable::extend_each)
-      .def("fork", &ThreadTable::fork)
+      .def("extend_each", &extend_each, py::arg("threads"), py::arg("tokens"), py::arg("drawn"),
+           py::arg("notes") = std::vector<Notes>())
+      .def("fork", &fork)
       .def("join", &ThreadTable::join, py::arg("parent"), py::arg("children"), py::arg("positions"),
            py::arg("reencode"))
       .def("trim", &ThreadTable::trim)
       .def("release", &ThreadTable::release)
+      .def("release_dropped", &ThreadTable::release_dropped)
+      .def("clear", &ThreadTable::clear)
+      .def("check", &ThreadTable::check, py::arg("handles"))
       .def("alive", &ThreadTable::alive)
       .def("length", &ThreadTable::length)
       .def("position", &ThreadTable::position)
@@ -172,6 +252,21 @@ void bind_table(py::module_& module) {
             return std::vector<int32_t>(all.begin() + std::min(begin, all.size()), all.end());
           },
           py::arg("thread"), py::arg("begin") = 0)
+      .def("edits",
+           [](const ThreadTable& t, const std::vector<ThreadId>& ids) {
+             std::vector<int64_t> edits;
+             for (const ThreadId id : ids) edits.push_back(t.alive(id) ? t.at(id).edits : kNone);
+             return edits;
+           })
+      .def("draws",
+           [](const ThreadTable& t, const std::vector<ThreadId>& ids) {
+             std::vector<int64_t> draws;
+             for (const ThreadId id : ids) draws.push_back(t.at(id).draws);
+             return draws;
+           })
+      .def("forks", [](const ThreadTable& t, ThreadId id) { return t.at(id).forks; })
+      .def("trims", [](const ThreadTable& t, ThreadId id) { return t.at(id).trims; })
+      .def("is_line", [](const ThreadTable& t, ThreadId id) { return t.at(id).is_line; })
       .def("own_length",
            [](const ThreadTable& t, ThreadId id) { return t.at(id).own_tokens.size(); })
       .def("tail", [](const ThreadTable& t, ThreadId id) { return t.at(id).tail; })
@@ -199,7 +294,8 @@ void bind_table(py::module_& module) {
       .def("keep_states", &ThreadTable::keep_states, py::arg("checkpoint_tokens"),
            py::arg("one_token"))
       .def("nearest_state", &ThreadTable::nearest_state, py::arg("thread"), py::arg("length"))
-      .def("take_freed_states", [](ThreadTable& t) { return t.segments().states().take_freed(); })
+      .def("freed_states", [](ThreadTable& t) { return t.segments().states().freed(); })
+      .def("forget_freed_states", [](ThreadTable& t) { t.segments().states().forget_freed(); })
       .def_property_readonly("num_states",
                              [](ThreadTable& t) { return t.segments().states().size(); })
       .def_property_readonly("num_threads", &ThreadTable::num_threads)
@@ -249,7 +345,8 @@ void bind_core(py::module_& module) {
       .def_property_readonly("plan", &Step::plan, py::return_value_policy::reference_internal)
       .def_property_readonly("copied_tokens", &Step::copied_tokens)
       .def_property_readonly("logits_rows", &Step::logits_rows)
-      .def("take_freed_states", &Step::take_freed_states)
+      .def("freed_states", [](Step& s) { return s.states().freed(); })
+      .def("forget_freed_states", [](Step& s) { s.states().forget_freed(); })
       .def_property_readonly("starts", &Step::starts)
       .def_property_readonly("ends", &Step::ends);
 }

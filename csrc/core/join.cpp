@@ -125,6 +125,7 @@ void ThreadTable::join(ThreadId parent_id, const std::vector<ThreadId>& children
   touch();
   check_joinable(parent_id, children);
   if (children.empty()) return;
+  ++at(parent_id).edits;
   if (reencode) return join_text(parent_id, children);
 
   Thread& parent = at(parent_id);
@@ -163,6 +164,7 @@ void ThreadTable::join(ThreadId parent_id, const std::vector<ThreadId>& children
   const int64_t offset = old_tail.offset == kMoving ? kMoving : cursor;
   open_tail(parent, parent_id, offset, cursor - difference, forked);
   parent.logits_segment = kNone;
+  parent.is_line = false;
   for (size_t i = 0; i < children.size(); ++i) {
     regraft(children[i], parent_id, shifts[i]);
     release(children[i]);

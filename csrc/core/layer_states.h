@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <map>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "core/types.h"
@@ -35,7 +34,10 @@ class LayerStates {
   }
 
   int64_t size() const { return static_cast<int64_t>(references_.size()); }
-  std::vector<StateId> take_freed() { return std::exchange(freed_, {}); }
+  // That nothing leads to any more. They are asked for and forgotten in two calls: the tensors go
+  // between them, and an interrupt there must lose none.
+  const std::vector<StateId>& freed() const { return freed_; }
+  void forget_freed() { freed_.clear(); }
 
  private:
   std::unordered_map<StateId, int64_t> references_;

@@ -11,6 +11,7 @@ class PagePool {
  public:
   PagePool(int64_t num_pages, int64_t page_size);
 
+  const std::vector<PageId>& free_pages() const { return free_; }
   void require(int64_t pages) const;  // throws kOutOfPages where fewer are free
   PageId allocate();                  // throws kOutOfPages
   void release(PageId page) { free_.push_back(page); }

@@ -26,8 +26,9 @@ Segment& SegmentStore::at(SegmentId id) {
   if (found == segments_.end()) {
     throw Error(ErrorKind::kInvalidInput,
                 "segment " + std::to_string(id) +
-                    " is not in this session: it was freed with its last view, or belongs to "
-                    "another session; list segments of the session that made them");
+                    " is not in this session: it was freed with its last view, let go by "
+                    "refresh(), or belongs to another session; make it again, or list segments "
+                    "of the session that made them");
   }
   return found->second;
 }
@@ -38,6 +39,14 @@ const Segment& SegmentStore::at(SegmentId id) const {
 
 void SegmentStore::release(SegmentId id) {
   if (--at(id).references == 0) collect({id});
+}
+
+void SegmentStore::clear() {
+  for (const auto& [id, segment] : segments_) {
+    for (const PageId page : segment.pages) pool_.release(page);
+    states_.release_all(segment.states);
+  }
+  segments_.clear();
 }
 
 void SegmentStore::collect(std::vector<SegmentId> suspects) {

@@ -38,7 +38,8 @@ struct Segment {
   uint64_t chunk_stamp = 0;
   int32_t local = -1;  // index in the plan of the chunk
   uint64_t run_stamp = 0;
-  int64_t run_from = 0, run_to = 0, run_row = 0;  // tokens that the chunk encodes, and their row
+  int64_t run_from = 0, run_to = 0;  // tokens that the chunk encodes
+  int32_t run = -1;                  // and its run that does
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()) - copied; }
   int64_t queued() const { return length() - encoded; }
@@ -55,6 +56,7 @@ class SegmentStore {
   Segment& at(SegmentId id);
   const Segment& at(SegmentId id) const;
   bool contains(SegmentId id) const { return segments_.count(id) != 0; }
+  void clear();  // lets all of them go
   int64_t size() const { return static_cast<int64_t>(segments_.size()); }
 
   void retain(SegmentId id) { ++at(id).references; }

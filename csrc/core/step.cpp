@@ -71,7 +71,13 @@ void Step::collect(const StepThread& request) {
     finish(open);
   }
   const Segment& last = table_.segments().at(thread.logits_segment);
-  if (request.has_logits || thread.logits_index >= last.encoded) return;
+  if (request.has_logits) return;
+  // A token that is queued runs under its writer's view; where that is another one than this
+  // thread's, its logits are another's.
+  if (thread.logits_index >= last.encoded) {
+    const auto [view, visibility] = encoder_of(last);
+    if (sees_as(thread, *view, visibility)) return;
+  }
   std::vector<Entry> view;
   for (Entry entry : thread.view) {
     if (entry.segment == thread.logits_segment) entry.hi = thread.logits_index + 1;
@@ -94,12 +100,28 @@ void Step::require(const Entry& entry, PendingRuns& open) {
     return;  // live: its writer decides when it runs
   }
   if (upto <= segment.encoded) return;
-  if (segment.writer != kNone) {
-    const Thread& writer = table_.at(segment.writer);
-    enter(entry.segment, upto, writer.view, writer.visibility, open);
-  } else {
-    enter(entry.segment, upto, segment.context, segment.context_visibility, open);
+  const auto [view, visibility] = encoder_of(segment);
+  enter(entry.segment, upto, *view, visibility, open);
+}
+
+std::pair<const std::vector<Entry>*, Visibility> Step::encoder_of(const Segment& segment) const {
+  if (segment.writer == kNone) return {&segment.context, segment.context_visibility};
+  const Thread& writer = table_.at(segment.writer);
+  return {&writer.view, writer.visibility};
+}
+
+// Whether the token whose logits the thread wants sees under `view` what the thread sees before it.
+bool Step::sees_as(const Thread& thread, const std::vector<Entry>& view,
+                   Visibility visibility) const {
+  if (&view == &thread.view) return true;
+  if (visibility != thread.visibility) return false;
+  for (size_t i = 0; i < view.size() && i < thread.view.size(); ++i) {
+    const Entry &a = view[i], &b = thread.view[i];
+    if (a.segment != b.segment || a.offset != b.offset || a.lo != b.lo) return false;
+    if (a.segment == thread.logits_segment) return true;
+    if (a.hi != b.hi) return false;
   }
+  return false;
 }
 
 void Step::enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility,
@@ -268,7 +290,7 @@ void Step::add_rows(const Run& run) {
     segment.run_stamp = chunk_;
     segment.run_from = run.from;
     segment.run_to = run.to;
-    segment.run_row = plan_.num_rows();
+    segment.run = static_cast<int32_t>(plan_.runs.size());
   }
   plan_.add_run(run.to - run.from);
   for (int64_t i = run.from; i < run.to; ++i) {
@@ -328,10 +350,12 @@ void Step::collect_logits_rows() {
     if (thread.logits_segment == kNone) continue;
     const Segment& segment = table_.segments().at(thread.logits_segment);
     const int64_t index = thread.logits_index;
-    if (segment.run_stamp == chunk_ && index >= segment.run_from && index < segment.run_to) {
-      logits_rows_.emplace_back(id,
-                                static_cast<int32_t>(segment.run_row + index - segment.run_from));
-    }
+    if (segment.run_stamp != chunk_ || index < segment.run_from || index >= segment.run_to)
+      continue;
+    const Run& run = chunk_runs_[segment.run];
+    if (!sees_as(thread, *run.view, run.visibility)) continue;
+    const int32_t row = plan_.runs[segment.run].row_begin;
+    logits_rows_.emplace_back(id, row + static_cast<int32_t>(index - segment.run_from));
   }
 }
 

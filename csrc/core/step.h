@@ -44,8 +44,7 @@ class Step {
   // of a line, and the one that it leaves, kNone where that is there already.
   const std::vector<StateId>& starts() const { return starts_; }
   const std::vector<StateId>& ends() const { return ends_; }
-  // States that nothing leads to any more, since this was asked last.
-  std::vector<StateId> take_freed_states() { return table_.segments().states().take_freed(); }
+  LayerStates& states() { return table_.segments().states(); }
 
  private:
   using Place = std::pair<SegmentId, int64_t>;  // after so many tokens of a segment
@@ -85,6 +84,9 @@ class Step {
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);
   void collect_logits_rows();
+  // The view and visibility under which a segment's queued tokens run.
+  std::pair<const std::vector<Entry>*, Visibility> encoder_of(const Segment& segment) const;
+  bool sees_as(const Thread& thread, const std::vector<Entry>& view, Visibility visibility) const;
 
   void next_runs();
   void cut_into_pieces();

@@ -52,7 +52,6 @@ void ThreadTable::check_writable(SegmentId id, ThreadId writer) const {
   }
 }
 
-// The writer leaves its tail: tokens still queued keep the view that they must be encoded under.
 void ThreadTable::touch() {
   ++version_;
   if (!granted_) return;
@@ -68,6 +67,7 @@ void ThreadTable::grant_pages(Segment& segment, int64_t slots) {
   segments_.grow_pages(segment, slots);
 }
 
+// The writer leaves its tail: tokens still queued keep the view that they must be encoded under.
 void ThreadTable::detach_writer(ThreadId id) {
   const Thread& thread = at(id);
   Segment& tail = segments_.at(thread.tail);
@@ -145,7 +145,7 @@ ThreadId ThreadTable::create(const std::vector<int32_t>& tokens) {
 }
 
 ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes,
-                                       Visibility visibility) {
+                                       Visibility visibility, const std::vector<int32_t>& tokens) {
   touch();
   check_view(view, writes);
   if (writes != kNone) {
@@ -162,6 +162,7 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
   const ThreadId id = next_++;
   Thread& thread = threads_[id];
   thread.visibility = visibility;
+  thread.is_line = view.empty();
   thread.view = std::move(view);
   retain_view(thread.view);
   if (writes == kNone) {
@@ -178,6 +179,7 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
       thread.logits_index = segment.length() - 1;
     }
   }
+  extend(id, tokens);
   return id;
 }
 
@@ -233,67 +235,19 @@ void ThreadTable::extend(ThreadId id, const std::vector<int32_t>& tokens) {
   thread.own_tokens.insert(thread.own_tokens.end(), tokens.begin(), tokens.end());
   thread.logits_segment = thread.tail;
   thread.logits_index = tail.length() - 1;
+  ++thread.edits;
 }
 
-void ThreadTable::extend_each(const std::vector<ThreadId>& ids,
-                              const std::vector<int32_t>& tokens) {
-  if (ids.size() != tokens.size()) invalid("extend: expected one token for each thread");
+void ThreadTable::extend_each(const std::vector<ThreadId>& ids, const std::vector<int32_t>& tokens,
+                              const std::vector<bool>& drawn) {
+  if (ids.size() != tokens.size() || ids.size() != drawn.size()) {
+    invalid("extend: expected one token for each thread, and whether it was drawn");
+  }
   for (const ThreadId id : ids) at(id);
-  for (size_t i = 0; i < ids.size(); ++i) extend(ids[i], {tokens[i]});
-}
-
-// ---- fork -----------------------------------------------------------------------------------
-
-std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
-  touch();
-  at(id);
-  if (count < 1) {
-    invalid("fork: got " + std::to_string(count) + " children; expected at least 1");
+  for (size_t i = 0; i < ids.size(); ++i) {
+    extend(ids[i], {tokens[i]});
+    at(ids[i]).draws += drawn[i];
   }
-  std::vector<ThreadId> ids;
-  ids.reserve(count);
-  const int64_t fork_position = position(id);
-  for (int64_t i = 0; i < count; ++i) {
-    const ThreadId child_id = next_++;
-    Thread& child = threads_[child_id];
-    Thread& parent = at(id);
-    const size_t own = parent.tail_entry();
-    const Segment& tail = segments_.at(parent.tail);
-    const Entry parent_tail = parent.view[own];
-    child.visibility = parent.visibility;
-    child.logits_segment = parent.logits_segment;
-    child.logits_index = parent.logits_index;
-    child.parent = id;
-    child.joinable = true;
-    child.fork_position = fork_position;
-    child.view.reserve(parent.view.size() + 1);
-    const int64_t written = tail.written_position(tail.length());
-    for (size_t k = 0; k <= own; ++k) {
-      Entry entry = parent.view[k];
-      entry.inherited = true;
-      if (k == own) entry.hi = tail.length();
-      if (entry.hi == kLive || entry.hi > entry.lo) child.view.push_back(entry);
-    }
-    retain_view(child.view);
-    for (const Entry& entry : child.view) {
-      const int64_t end = visible_end(entry, segments_.at(entry.segment), IdleReader{});
-      if (end <= entry.lo) continue;
-      child.fork_segment = entry.segment;
-      child.fork_index = end - 1;
-    }
-    const int64_t offset = parent_tail.offset == kMoving ? kMoving : fork_position;
-    open_tail(child, child_id, offset, written, true);
-    if (keeps_states_) inherit_state(child, parent.tail);
-    for (size_t k = own + 1; k < parent.view.size(); ++k) {
-      Entry entry = parent.view[k];
-      entry.inherited = true;
-      child.view.push_back(entry);
-      segments_.retain(entry.segment);
-    }
-    parent.children.push_back(child_id);
-    ids.push_back(child_id);
-  }
-  return ids;
 }
 
 // ---- release, re-view -----------------------------------------------------------------------
@@ -320,6 +274,30 @@ void ThreadTable::release(ThreadId id) {
   release_view(view);
 }
 
+std::vector<ThreadId> ThreadTable::release_dropped() {
+  std::vector<ThreadId> released;
+  for (const ThreadId id : dropped_threads_.take()) {
+    if (!alive(id)) continue;
+    release(id);
+    released.push_back(id);
+  }
+  for (const SegmentId id : dropped_segments_.take()) {
+    if (!segments_.contains(id)) continue;
+    touch();
+    segments_.release(id);
+  }
+  return released;
+}
+
+std::vector<ThreadId> ThreadTable::clear() {
+  touch();
+  std::vector<ThreadId> released;
+  for (const auto& [id, thread] : threads_) released.push_back(id);
+  threads_.clear();
+  segments_.clear();
+  return released;
+}
+
 void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
   touch();
   Thread& thread = at(id);
@@ -338,6 +316,8 @@ void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
   release_view(old);
   for (const ThreadId child : thread.children) at(child).joinable = false;
   thread.joinable = false;
+  thread.is_line = false;
+  ++thread.edits;
   const Segment& tail = segments_.at(thread.tail);
   thread.logits_segment = tail.queued() > 0 ? thread.tail : kNone;
   thread.logits_index = tail.length() - 1;
@@ -362,6 +342,8 @@ void ThreadTable::set_writes(ThreadId id, SegmentId segment_id) {
   if (!listed) segments_.retain(segment_id);
   thread.view = std::move(view);
   thread.tail = segment_id;
+  thread.is_line = false;
+  ++thread.edits;
   Segment& segment = segments_.at(segment_id);
   segment.writer = id;
   segment.origin = id;

@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/handles.h"
 #include "core/page_pool.h"
 #include "core/segment_store.h"
 #include "core/types.h"
@@ -21,6 +22,11 @@ struct Thread {
   // The token whose logits the thread holds or will get with the next step.
   SegmentId logits_segment = kNone;
   int64_t logits_index = 0;
+  int64_t edits = 0;  // another number: logits that were held are no longer that token's
+
+  // What a loop must know of a thread, here so that one call changes it with the tokens.
+  bool is_line = true;  // each token sees all before it: no view but by forks, no joined keys
+  int64_t forks = 0, draws = 0, trims = 0;
 
   ThreadId parent = kNone;
   bool joinable = false;  // false once the parent was released, trimmed below the fork or re-viewed
@@ -63,10 +69,13 @@ class ThreadTable {
 
   // Threads.
   ThreadId create(const std::vector<int32_t>& tokens);
-  ThreadId create_with_view(std::vector<Entry> view, SegmentId writes, Visibility visibility);
+  ThreadId create_with_view(std::vector<Entry> view, SegmentId writes, Visibility visibility,
+                            const std::vector<int32_t>& tokens);
   void extend(ThreadId id, const std::vector<int32_t>& tokens);
   // One token each; all threads are checked first.
-  void extend_each(const std::vector<ThreadId>& ids, const std::vector<int32_t>& tokens);
+  // `drawn`: whether it was drawn at random.
+  void extend_each(const std::vector<ThreadId>& ids, const std::vector<int32_t>& tokens,
+                   const std::vector<bool>& drawn);
   std::vector<ThreadId> fork(ThreadId id, int64_t count);
   void join(ThreadId parent, const std::vector<ThreadId>& children, JoinPositions positions,
             bool reencode);
@@ -74,6 +83,13 @@ class ThreadTable {
   void release(ThreadId id);
   void set_view(ThreadId id, std::vector<Entry> view);
   void set_writes(ThreadId id, SegmentId segment);
+
+  // Handles that are let go, at any moment, inside of a step too, are noted; this gives back what
+  // they held, and returns the threads.
+  std::vector<ThreadId> release_dropped();
+  // What is not as it should be, with so many handles of segments.
+  std::vector<std::string> check(int64_t handles) const;
+  std::vector<ThreadId> clear();  // lets every segment go, and all threads, which it returns
 
   // Segments that users make themselves; each call returns with one reference, the handle's.
   SegmentId create_segment(const std::vector<int32_t>& tokens, int64_t base,
@@ -83,6 +99,8 @@ class ThreadTable {
 
   // What a user may ask.
   bool alive(ThreadId id) const { return threads_.count(id) != 0; }
+  Dropped& dropped_threads() { return dropped_threads_; }
+  Dropped& dropped_segments() { return dropped_segments_; }
   int64_t num_threads() const { return static_cast<int64_t>(threads_.size()); }
   int64_t length(ThreadId id) const;
   int64_t position(ThreadId id) const;
@@ -126,6 +144,7 @@ class ThreadTable {
   bool sees(const Thread& thread, SegmentId segment, int64_t index) const;
   int64_t pinned_length(SegmentId id, ThreadId except) const;
   void orphan_children(ThreadId id);
+  ThreadId fork_once(ThreadId id, int64_t at_position);
   void check_joinable(ThreadId parent, const std::vector<ThreadId>& children) const;
   std::vector<Entry> own_part(const Thread& child) const;
   struct Cut;
@@ -137,6 +156,7 @@ class ThreadTable {
   bool keeps_states_ = false, one_token_ = false;
   int64_t checkpoint_tokens_ = 0;
   ThreadId next_ = 0;
+  Dropped dropped_threads_, dropped_segments_;
   uint64_t version_ = 0;
   bool granted_ = false;  // some segment has pages ahead of what is encoded
   std::unordered_map<ThreadId, Thread> threads_;

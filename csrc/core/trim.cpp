@@ -91,6 +91,8 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   }
   if (length_kept == total) return;
   const Cut cut = plan_cut(thread, id, length_kept);
+  ++thread.edits;
+  ++thread.trims;
   Segment& tail = segments_.at(thread.tail);
   const Entry old_tail = thread.view[thread.tail_entry()];
   const int64_t difference = tail_offset(thread) - tail.base;

@@ -180,7 +180,14 @@ class BatchForward(PackedForward):
         self._real = call.real.to(device)
         self._offset = step.stored.shape[1]
         self._running = Running(self, session.attachment.switch)
-        self.start, self.stop = self._running.start, self._running.stop
+
+    def start(self) -> None:
+        """Attend for this context's calls of the model, until `stop`."""
+        self._running.__enter__()
+
+    def stop(self) -> None:
+        """Safe to call twice, and after a start that was interrupted."""
+        self._running.__exit__(None, None, None)
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing dense is built; raises InvalidInput where the call's own mask is not the measured

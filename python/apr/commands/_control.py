@@ -23,6 +23,7 @@ from apr.countdown.search import solutions
 from apr.countdown.solve import Solved, solve
 from apr.errors import InvalidInput
 from apr.protocols import Branch, Outcome
+from apr.threads.trace import visible
 
 _WIDEST = 240  # characters of a thread's text in the tree
 
@@ -33,7 +34,7 @@ def show(console: Console, outcome: Outcome) -> None:
     def label(branch: Branch) -> Text:
         name = "the answer" if not branch.depth else f"child {branch.n}"
         text = branch.text if len(branch.text) <= _WIDEST else f"{branch.text[:_WIDEST]} ..."
-        return Text(f"{name} · {branch.sampled} tokens · {branch.finish} · {text}")
+        return Text(f"{name} · {branch.sampled} tokens · {branch.finish} · {visible(text)}")
 
     def grow(tree: Tree, branch: Branch) -> None:
         for child in branch.children:

@@ -24,6 +24,7 @@ from apr.loop.stream import StreamStep
 from apr.loop.text import GrowingText
 from apr.protocols import PRESETS
 from apr.strategies import Result
+from apr.threads.trace import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="a few problems, to see it run")
 
 
+class _Console(Console):
+    """A terminal that shows the control characters that a model writes, and does not obey them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 class LiveThreads:
     """Shows what each thread has written so far, while it writes."""
 
@@ -79,7 +87,8 @@ class LiveThreads:
         """(name, text, how it ended) of each thread."""
         found = []
         for i, (thread, written) in enumerate(self.written.items()):
-            found.append((thread.label or str(i), written.text, self.ended.get(thread, "")))
+            text = visible(written.text)
+            found.append((thread.label or str(i), text, self.ended.get(thread, "")))
         return found
 
     def _rows(self) -> Table:
@@ -103,7 +112,7 @@ def main(options: argparse.Namespace) -> None:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected at least 1")
     if options.temperature is not None and options.temperature <= 0:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
-    console = Console(markup=False)  # what models write may look like markup
+    console = _Console(markup=False)  # what models write may look like markup
     if options.protocol and not (options.model and options.prompt):
         raise InvalidInput(
             "--protocol: needs --model and --prompt; the Countdown model has words of its own"

@@ -6,11 +6,14 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from apr import _core
 
 
 def _parts(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -142,16 +145,17 @@ class CacheRows:
         self._where.update((s, (batch, row)) for row, s in enumerate(states) if s is not None)
         self._compact(batch)
 
-    def drop(self, states: Iterable[int]) -> None:
-        """Let states go."""
+    def drop_freed(self, core: _core.ThreadTable | _core.Step) -> None:
+        """Let the states go that nothing leads to any more."""
         touched: dict[int, _Batch] = {}
-        for state in states:
+        for state in core.freed_states():
             found = self._where.pop(state, None)
             if found is not None:
                 found[0].states[found[1]] = None
                 touched[id(found[0])] = found[0]
         for batch in touched.values():
             self._compact(batch)
+        core.forget_freed_states()  # last: what an interrupt leaves is asked for again
 
     def _compact(self, batch: _Batch) -> None:
         """Give memory back where half of a batch, or more, is wanted by nobody."""

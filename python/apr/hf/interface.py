@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from apr import _core
 from apr.errors import Error
 
 IMPLEMENTATION = "apr"
@@ -42,14 +42,26 @@ class Forward(Protocol):
 
 
 # The only globals besides the registration below: which forward of ours runs in this context (a
-# Python thread or task), and what each configuration that is switched stood on before, by its id.
-_RUNNING: ContextVar[Forward | None] = ContextVar("apr_forward", default=None)
-_FORMER: dict[int, str | None] = {}
+# Python thread or task), and who switched each configuration that is not as its user put it, by id.
+_RUNNING: ContextVar[Running | None] = ContextVar("apr_forward", default=None)
+_SWITCHED: dict[int, Switch] = {}
+
+
+def _running() -> Forward | None:
+    """The forward of ours that runs in this context; what an interrupt left behind is forgotten."""
+    running = _RUNNING.get()
+    while running is not None and not running.taken:
+        running = running.outer
+        _RUNNING.set(running)
+    return None if running is None else running.forward
 
 
 def _former(config: Any) -> str | None:
     """What a configuration stands on while none of our forwards runs."""
-    name = _FORMER.get(id(config), getattr(config, "_attn_implementation", None))
+    switch = _SWITCHED.get(id(config))
+    if switch is not None:
+        return switch.former(config)
+    name = getattr(config, "_attn_implementation", None)
     return None if name == IMPLEMENTATION else name
 
 
@@ -86,7 +98,7 @@ def _attention(
     if torch.compiler.is_compiling():  # only what is traced in our own forwards stands on this
         sinks = next((kwargs[n] for n in ("s_aux", "sinks") if kwargs.get(n) is not None), None)
         return torch.ops.apr.attend(query, key, value, sinks, scale, kwargs.get("softcap")), None
-    running = _RUNNING.get()
+    running = _running()
     if running is None or id(module) not in running.owner:
         out: tuple[Tensor, Any] = own_attention(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -98,7 +110,7 @@ def _attention(
 def _mask(*args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return kwargs.get("attention_mask")
-    running, config = _RUNNING.get(), kwargs.get("config")
+    running, config = _running(), kwargs.get("config")
     if running is None or (config is not None and id(config) not in running.owner):
         return own_mask(*args, **kwargs)
     return running.mask(*args, **kwargs)
@@ -119,7 +131,7 @@ def _attend(
     """Attention of the running forward as one operator, so that a compiled model has no graph break
     there.
     """
-    running = _RUNNING.get()
+    running = _running()
     if running is None:
         raise Error(
             "a model that was compiled in a forward of apr ran outside of one; call "
@@ -143,73 +155,74 @@ class Switch:
 
     def __init__(self, model: Any) -> None:
         self._configs = configurations(model)
-        self._stood: list[str | None] = []  # what they stood on, while they are switched
+        self._stood: dict[int, str | None] = {}  # what they stood on, while they are switched
         self._lock = threading.RLock()  # an interrupt as it is let go must not block the next call
-        self._holders: set[int] = set()  # forwards that run
+        self._holders: list[Running] = []
 
-    def on(self, holder: object) -> None:
-        """Switch, until every holder has let go; an interrupt may come anywhere, `off` puts it
-        right.
-        """
+    def former(self, config: Any) -> str | None:
+        """What a configuration stood on; what an interrupt left switched is put back."""
+        self.put_back()
+        name = self._stood.get(id(config), config._attn_implementation)
+        return None if name == IMPLEMENTATION else name
+
+    def on(self, holder: Running) -> None:
+        """Switch while `holder` runs; an interrupt may come anywhere, `put_back` puts it right."""
         with self._lock:
+            self._holders = [*self._running(), holder]
             if not self._stood:
-                self._stood = [config._attn_implementation for config in self._configs]
-                _FORMER.update(zip(map(id, self._configs), self._stood, strict=True))
-            self._holders.add(id(holder))
+                self._stood = {id(c): c._attn_implementation for c in self._configs}
+            _SWITCHED.update(dict.fromkeys(self._stood, self))
             for config in self._configs:
                 if config._attn_implementation != IMPLEMENTATION:
                     config._attn_implementation = IMPLEMENTATION
 
-    def off(self, holder: object) -> None:
-        """Let go; safe to call twice."""
+    def _running(self) -> list[Running]:
+        return [holder for holder in self._holders if holder.taken]
+
+    def put_back(self) -> None:
+        """Put the model where its user put it, where no forward runs; safe to call at any time."""
         with self._lock:
-            self._holders.discard(id(holder))
+            self._holders = self._running()
             if self._holders or not self._stood:
                 return
             # Setting one sets those below it too, so the outer ones come first.
-            for config, name in zip(self._configs, self._stood, strict=True):
-                if config._attn_implementation != name:
-                    config._attn_implementation = name
             for config in self._configs:
-                _FORMER.pop(id(config), None)
-            self._stood = []
+                if config._attn_implementation != self._stood[id(config)]:
+                    config._attn_implementation = self._stood[id(config)]
+            for config in self._configs:
+                _SWITCHED.pop(id(config), None)
+            self._stood = {}
+
+    def is_stuck(self) -> bool:
+        """Whether the model stands on ours though no forward runs, and cannot be put back."""
+        self.put_back()
+        on = any(config._attn_implementation == IMPLEMENTATION for config in self._configs)
+        return on and not self._running()
 
 
-class Running:
-    """Routes the attention calls of this context to `forward` while it is entered, or from start to
-    stop.
+class Running(_core.Turn):
+    """Routes the attention calls of this context to `forward` while it is entered. One that an
+    interrupt kept from leaving in full has ended all the same.
     """
 
     def __init__(self, forward: Forward, switch: Switch) -> None:
-        self._forward, self._switch = forward, switch
-        self._outer: Forward | None = None
+        super().__init__()
+        self.forward, self._switch = forward, switch
+        self.outer: Running | None = None
 
-    def start(self) -> None:
-        self._outer = _RUNNING.get()
+    def entered(self) -> None:
+        """Begin, when it counts as running."""
+        self.outer = _RUNNING.get()
         self._switch.on(self)
-        _RUNNING.set(self._forward)
+        _RUNNING.set(self)
 
-    def stop(self) -> None:
-        """Safe to call twice, and after a start that was interrupted."""
-        if _RUNNING.get() is self._forward:
-            _RUNNING.set(self._outer)
-        self._switch.off(self)
-
-    def __enter__(self) -> Running:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+    def left(self) -> None:
+        """Put things back, after the end; what an interrupt leaves of it is done when it
+        matters.
+        """
+        if _RUNNING.get() is self:
+            _RUNNING.set(self.outer)
+        self._switch.put_back()
 
 
 def input_device(model: Any) -> torch.device:

@@ -190,7 +190,7 @@ def _run_forward(
     ran: Ran,
 ) -> None:
     if held is not None:
-        held.drop(step.take_freed_states())
+        held.drop_freed(step)
     pages = (pools[0].num_pages, pools[0].page_size) if pools else None
     plan = ops.Plan(step.plan, invariant=invariant, pages=pages)
     furthest = int(plan.core.positions.max())

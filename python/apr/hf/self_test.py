@@ -45,15 +45,16 @@ class _Bench:
         self.table = _core.ThreadTable(pages, PAGE_SIZE, attachment.spec.can_rotate)
         self._held = keep_states(self.table, attachment.spec, 0)
 
-    def step(self, threads: Sequence[int]) -> Tensor:
+    def step(self, threads: Sequence[_core.ThreadHandle]) -> Tensor:
         """Logits [threads, vocab]."""
         step = _core.Step(self.table, threads, [False] * len(threads), PAGE_SIZE)
         ran = run_step(
             step, self._attachment, self._pools, before_commit=Ran.check_finite, held=self._held
         )
         if self._held is not None:
-            self._held.drop(self.table.take_freed_states())
-        return torch.stack([ran.rows[thread][0][ran.rows[thread][1]] for thread in threads])
+            self._held.drop_freed(self.table)
+        rows = [ran.rows[thread.number] for thread in threads]
+        return torch.stack([tensor[row] for tensor, row in rows])
 
 
 def self_test(attachment: Attachment, model: Any) -> None:
@@ -100,8 +101,7 @@ def self_test(attachment: Attachment, model: Any) -> None:
     first = bench.table.create_segment(prefix, 0, [])
     second = bench.table.create_region([], len(prefix) + 40, 1)
     view = [(first, 0, None, 0, False), (second, len(prefix), None, 0, False)]
-    moved = bench.table.create_with_view(view, second, False)
-    bench.table.extend(moved, tails[0])
+    moved = bench.table.create_with_view(view, second, False, tails[0])
     error = float((bench.step([moved])[0] - want[0]).abs().max()) / scale
     if not error <= tolerance:
         raise UnsupportedModel(
@@ -140,7 +140,12 @@ def _check_lengths(
 
 
 def _check_company(
-    bench: _Bench, name: str, root: int, vocab: int, scale: float, apart: bool
+    bench: _Bench,
+    name: str,
+    root: _core.ThreadHandle,
+    vocab: int,
+    scale: float,
+    apart: bool,
 ) -> None:
     """Raise UnsupportedModel where a thread's logits change with where in a step it stands, or,
     with `apart`, in which of two steps.

@@ -15,6 +15,7 @@ from apr import ops
 from apr.errors import InvalidInput, NonFiniteLogits
 from apr.loop.history import History
 from apr.loop.sampling import Rules
+from apr.threads.table import ThreadTable
 from apr.threads.thread import Thread
 
 
@@ -30,8 +31,8 @@ class Choice(NamedTuple):
 class Chooser:
     """Chooses tokens for the threads of a run."""
 
-    def __init__(self, history: History) -> None:
-        self._history = history
+    def __init__(self, table: ThreadTable, history: History) -> None:
+        self._table, self._history = table, history
         self._rules: list[Rules] = []  # that `_draws` is for
         self._draws = ops.Draws(0)
 
@@ -63,7 +64,7 @@ class Chooser:
                 key=[thread.key for thread in rules],
             )
             self._rules = every
-        self._draws.table["count"] = [thread.draws for thread in rules]
+        self._draws.table["count"] = self._table.draws(rules)
         return self._draws
 
     def _processed(self, rules: Mapping[Thread, Rules], logits: Tensor) -> Tensor:

@@ -247,6 +247,13 @@ class Rules:
     deadline: float | None
     stop: Callable[[list[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)  # written so far
+    ending: int | None = None  # with so many tokens it ends
+    samples: bool = True  # at random
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has taken the token that it ends with."""
+        return self.ending == len(self.tokens)
 
     @property
     def history(self) -> list[LogitsProcessor]:
@@ -267,23 +274,24 @@ class Rules:
 
     def finish_reason(
         self,
+        written: list[int],
         token: int,
         all_tokens: Callable[[], Tensor] | None = None,
         scores: Callable[[], Tensor] | None = None,
     ) -> str | None:
-        """Why the thread ends with `token`, or None; where it has criteria they read all_tokens()
-        [1, length] and scores() [1, vocab] that the token was chosen by.
+        """Why the thread ends with `token` after those `written`, or None; where it has criteria
+        they read all_tokens() [1, length] and scores() [1, vocab] that the token was chosen by.
         """
         if token in self.eos:
             return "eos"
-        if self.stop is not None and self.stop(self.tokens):
+        if self.stop is not None and self.stop([*written, token]):
             return "stop"
         if self.criteria:
             assert all_tokens is not None and scores is not None
             # transformers' list of criteria answers a tensor, a single one may answer a bool.
             if bool(torch.as_tensor(self.criteria(all_tokens(), scores())).any()):
                 return "stop"
-        if len(self.tokens) >= self.limit:
+        if len(written) + 1 >= self.limit:
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:
             return "time"
@@ -334,6 +342,7 @@ def make_rules(
         warpers=warpers if warpers is not None else row_warpers(config, device),
         draw=draw_options(config),
         criteria=criteria,
+        samples=bool(config.do_sample),
         deadline=None if config.max_time is None else time.monotonic() + config.max_time,
         stop=stop if callable(stop) else None,
     )

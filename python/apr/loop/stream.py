@@ -4,7 +4,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -79,7 +79,7 @@ class Stream:
         self._warpers: dict[str, Any] = {}
         self._shared: dict[tuple[str, int], list[LogitsProcessor]] = {}
         self._history = History(session.spec.device)
-        self._chooser = Chooser(self._history)
+        self._chooser = Chooser(session.table, self._history)
 
     def __enter__(self) -> Stream:
         return self
@@ -89,12 +89,12 @@ class Stream:
         self._history.clear()
 
     def __contains__(self, thread: Thread) -> bool:
-        return thread in self._rules
+        return thread in self._rules and not self._rules[thread].ended
 
     @property
     def threads(self) -> list[Thread]:
         """The threads that are still writing."""
-        return list(self._rules)
+        return [t for t, rules in self._rules.items() if rules.ending is None or not rules.ended]
 
     def add(
         self,
@@ -112,7 +112,7 @@ class Stream:
         logits_processor, stopping_criteria: for this thread alone, after those of the run. written:
         the last visible tokens that count as written in this run already, towards limits and stops.
         """
-        if thread in self._rules:
+        if thread in self:
             raise InvalidInput(f"stream: {thread!r} is already in this run")
         config = self.config if config is None else resolve(self.session.model, config, {})
         device, prompt = self.session.spec.device, len(thread) - len(written)
@@ -139,58 +139,56 @@ class Stream:
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""
-        if thread not in self._rules:
+        if thread not in self:
             raise InvalidInput(f"stream: {thread!r} is not in this run")
-        self._end(thread)
+        self._end([thread])
 
-    def _end(self, thread: Thread) -> None:
-        del self._rules[thread]
-        self._history.leave(thread)
+    def _end(self, threads: Iterable[Thread]) -> None:
+        for thread in threads:
+            self._history.leave(thread)
+            del self._rules[thread]
 
     def __iter__(self) -> Iterator[StreamStep]:
         while self._rules:
-            yield self._step()
+            threads = self.threads
+            if len(threads) < len(self._rules):  # an interrupt came as some ended
+                self._end([thread for thread in self._rules if thread not in threads])
+            if threads:
+                yield self._step(threads)
 
-    def _step(self) -> StreamStep:
-        threads = list(self._rules)
+    def _step(self, threads: list[Thread]) -> StreamStep:
         choice = self.session.advance(
             threads, lambda logits: self._chooser.choose(self._rules, logits, self._steps + 1)
         )
-        tokens, finished = choice.tokens, self._take(threads, choice)
-        for thread in finished:
-            self._end(thread)
+        finished = self._take(threads, choice)
+        self._end(finished)
         logprobs = dict(zip(threads, choice.sampled.logprobs.tolist(), strict=True))
-        return StreamStep(dict(zip(threads, tokens, strict=True)), logprobs, finished, choice)
+        tokens = dict(zip(threads, choice.tokens, strict=True))
+        return StreamStep(tokens, logprobs, finished, choice)
 
     def _take(self, threads: list[Thread], choice: Choice) -> dict[Thread, str]:
-        """Give every thread its token; those that end with it, and why. Any exception leaves rules
-        and threads as before.
+        """Give every thread its token; those that end with it, and why. Until that is done, in one
+        call, threads and rules are as before.
         """
-        if any(rules.criteria for rules in self._rules.values()):
+        every = list(self._rules.values())
+        if any(rules.criteria for rules in every):
             self._history.catch_up()
         finished: dict[Thread, str] = {}
-        noted: list[Rules] = []
-        try:
-            for row, (thread, rules) in enumerate(self._rules.items()):
-                rules.tokens.append(choice.tokens[row])
-                noted.append(rules)
-                reads: tuple[Any, ...] = ()
-                if rules.criteria:
-                    reads = (
-                        partial(self._history.ids_with, thread, choice.tokens[row]),
-                        partial(rules.warped, choice.scores[row : row + 1]),
-                    )
-                reason = rules.finish_reason(choice.tokens[row], *reads)
-                if reason is not None:
-                    finished[thread] = reason
-            self.session.table.append(threads, choice.tokens)
-        except BaseException:
-            for rules in noted:
-                rules.tokens.pop()
-            raise
+        for row, (thread, rules) in enumerate(zip(threads, every, strict=True)):
+            reads: tuple[Any, ...] = ()
+            if rules.criteria:
+                reads = (
+                    partial(self._history.ids_with, thread, choice.tokens[row]),
+                    partial(rules.warped, choice.scores[row : row + 1]),
+                )
+            reason = rules.finish_reason(rules.tokens, choice.tokens[row], *reads)
+            rules.ending = None if reason is None else len(rules.tokens) + 1
+            if reason is not None:
+                finished[thread] = reason
+        drawn = [rules.samples for rules in every]
+        notes = [rules.tokens for rules in every]
+        self.session.table.append(threads, choice.tokens, drawn, notes)
         self._steps += 1
-        for thread, rules in self._rules.items():
-            thread.draws += rules.config.do_sample
         return finished
 
 

@@ -4,9 +4,11 @@ hand on.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import regex  # type: ignore[import-untyped]  # comes with transformers; it can give up
 
 from apr.errors import InvalidInput
 
@@ -18,6 +20,9 @@ CONTEXTS = ("fresh", "prefix", "outline")
 RETURNS = ("nothing", "message", "text", "max", "sum", "keep")
 UNTIL = ("all", "success", "first")
 MOST_RESERVED = 1 << 16  # positions; a model may write any number
+LONGEST_SEARCH = 1.0  # seconds; some patterns take quadratic time, or worse, on some texts
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ class Grammar:
         if pattern is None:
             return
         try:
-            groups = re.compile(pattern, re.DOTALL).groups
-        except re.error as error:
+            groups = regex.compile(pattern, regex.DOTALL).groups
+        except regex.error as error:
             raise InvalidInput(f"grammar {self.name}: {field} {pattern!r}: {error}") from error
         if field != "success" and groups != 1:
             self._refuse(f"{field} {pattern!r} has {groups} groups; expected one")
@@ -135,33 +140,51 @@ class Grammar:
         """Whether joined keys are read, or positions kept free for them."""
         return self.returns in ("max", "sum", "keep") or bool(self.reserve)
 
-    def outlines(self, head: str) -> list[str]:
+    def _look(self, how: Any, field: str, text: str, say: Say) -> Any:
+        """What a search of one of the patterns finds; nothing, and said so, where it takes too
+        long.
+        """
+        pattern = getattr(self, field)
+        try:
+            return how(pattern, text, regex.DOTALL, timeout=LONGEST_SEARCH)
+        except TimeoutError:
+            say(
+                f"{field} {pattern!r} was given up after {LONGEST_SEARCH:g} s on {len(text)} "
+                "characters, as if it were not found"
+            )
+            return None
+
+    def outlines(self, head: str, say: Say) -> list[str]:
         """The outlines in a head's text; `width` empty ones where the grammar has no heads."""
         if self.launch is None:
             return [""] * self.width
-        found = [m.strip() for m in re.findall(self.outline, head, re.DOTALL)]
+        found = [m.strip() for m in self._look(regex.findall, "outline", head, say) or ()]
         # Of an empty outline nothing could be made where it is all that a child begins with.
         return [outline for outline in found if outline or self.child.strip() != "{outline}"]
 
     def fill(self, words: str, n: int, outline: str, depth: int) -> str:
         """Words of a child with its fields put in."""
         fields = {"{n}": str(n), "{index}": str(n - 1), "{depth}": str(depth), "{outline}": outline}
-        return re.sub(r"\{(?:n|index|depth|outline)\}", lambda m: fields[m[0]], words)
+        filled: str = regex.sub(r"\{(?:n|index|depth|outline)\}", lambda m: fields[m[0]], words)
+        return filled
 
-    def reserved(self, outline: str) -> int:
-        """Positions that a parent leaves free for a child."""
+    def reserved(self, outline: str, say: Say) -> int:
+        """Positions that a parent leaves free for a child; 0 where what is found is no number."""
         if isinstance(self.reserve, int):
             return self.reserve
-        found = re.search(self.reserve, outline, re.DOTALL)
-        return min(int(found[1]), MOST_RESERVED) if found else 0
+        found = self._look(regex.search, "reserve", outline, say)
+        digits = ((found and found[1]) or "").strip().lstrip("0")
+        if not digits.isdecimal():
+            return 0
+        return MOST_RESERVED if len(digits) > 9 else min(int(digits), MOST_RESERVED)
 
-    def message_of(self, text: str) -> str:
+    def message_of(self, text: str, say: Say) -> str:
         """What a child hands on of its text."""
         if self.message is None:
             return text.strip()
-        found = re.search(self.message, text, re.DOTALL)
-        return found[1].strip() if found else ""
+        found = self._look(regex.search, "message", text, say)
+        return ((found and found[1]) or "").strip()
 
-    def succeeded(self, text: str) -> bool:
+    def succeeded(self, text: str, say: Say) -> bool:
         """Whether `success` is found in the text of a child."""
-        return self.success is not None and re.search(self.success, text, re.DOTALL) is not None
+        return self.success is not None and bool(self._look(regex.search, "success", text, say))

@@ -133,8 +133,8 @@ def take(
             parent.put_in(child.thread.own_tokens)
     elif returns == "message":
         for child in children:
-            message = grammar.message_of(child.text)
-            lost = grammar.otherwise is not None and not grammar.succeeded(child.text)
+            message = grammar.message_of(child.text, child.request.say)
+            lost = grammar.otherwise is not None and not child.succeeded(grammar)
             form = grammar.otherwise if lost and grammar.otherwise is not None else grammar.each
             filled = grammar.fill(form, child.n, child.outline, child.depth)
             parent.put_in(words.encode(filled.replace("{message}", message)))

@@ -192,12 +192,12 @@ class Scheduler:
 
     def _outlines(self, worker: Worker, block: Block) -> list[str]:
         if self.grammar.launch is None:
-            return self.grammar.outlines("")
+            return self.grammar.outlines("", worker.request.say)
         # From the opening word on: the token that ends it may be the beginning of the next.
         written = len(worker.thread) - block.opened
         head = self.words.decode(worker.thread.tokens[-written:])
         head = head.partition(self.grammar.open or "")[2]
-        return self.grammar.outlines(head.rpartition(self.grammar.launch)[0])
+        return self.grammar.outlines(head.rpartition(self.grammar.launch)[0], worker.request.say)
 
     def _launch(self, worker: Worker) -> None:
         """Fork the children of the block; they write in the next step."""
@@ -228,7 +228,7 @@ class Scheduler:
             request.depth = max(request.depth, child.depth)
         if parent_writes_on:
             worker.state = "writing"
-            worker.reserved = sum(grammar.reserved(outline) for outline in outlines)
+            worker.reserved = sum(grammar.reserved(text, request.say) for text in outlines)
         elif not outlines:
             self._resume(worker)
 
@@ -267,7 +267,7 @@ class Scheduler:
         ended = [child for child in block.children if child.state == "ended"]
         over = len(ended) == len(block.children)
         if until == "success":
-            over = over or any(self.grammar.succeeded(child.text) for child in ended)
+            over = over or any(child.succeeded(self.grammar) for child in ended)
         elif until == "first":
             over = over or bool(ended)
         if not over:
@@ -296,7 +296,7 @@ class Scheduler:
         block = parent.block
         assert block is not None
         taken = [c for c in block.children if c.finish != "cancelled"]
-        won = [c for c in taken if self.grammar.succeeded(c.text)]
+        won = [c for c in taken if c.succeeded(self.grammar)]
         awaited = won if self.grammar.until == "success" and won else taken
         parent.critical = max([parent.critical, *(c.critical for c in awaited)])
         if self.grammar.until == "success":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from apr.protocols.budget import Budget
+from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher
 from apr.protocols.record import Record, Seen
 from apr.threads.thread import Thread
@@ -96,6 +97,10 @@ class Worker:
             ids = self.record.pieces[part.piece].ids[: part.hi]
             tokens += ids[self.head :] if part.piece == self.pieces[0] else ids
         return tokens
+
+    def succeeded(self, grammar: Grammar) -> bool:
+        """Whether its text, when it has ended, is a success."""
+        return grammar.succeeded(self.text, self.request.say)
 
     def family(self) -> list[Worker]:
         """Itself and all below."""

@@ -48,16 +48,19 @@ def boxed(text: str) -> str | None:
     A number, with a currency or percent sign or not, is given in the spelling of `last_number`;
     anything else as it stands, without blanks around it.
     """
-    for begin in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(begin, len(text)):
-            if text[i] in "{}" and text[i - 1] != "\\":
-                depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                inside = text[begin:i].strip()
-                bare = re.sub(r"^\\?\$|\\?%$|\$$", "", inside).strip()
-                return _spelled(bare) if _NUMBER.fullmatch(bare) else inside or None
-    return None
+    last, open_braces = (0, 0), list[int]()
+    boxes = {found.end() for found in re.finditer(r"\\boxed\s*\{", text)}
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
+        if brace[0] == "{":
+            open_braces.append(brace.end())
+        elif open_braces:
+            begin = open_braces.pop()
+            last = max(last, (begin, brace.start())) if begin in boxes else last
+    if not last[0]:
+        return None
+    inside = text[slice(*last)].strip()
+    bare = re.sub(r"^\\?\$|\\?%$|\$$", "", inside).strip()
+    return _spelled(bare) if _NUMBER.fullmatch(bare) else inside or None
 
 
 def matching(pattern: str) -> Callable[[str], str | None]:

@@ -83,12 +83,12 @@ class _Search:
 
     def _reason(self, beam: int, token: int, processed: Tensor) -> str | None:
         """Why a beam would end with a token, or None."""
-        self.rules.tokens = [*self.texts[beam], token]
 
         def all_tokens() -> Tensor:
             return torch.tensor([[*self.threads[beam].tokens, token]])
 
-        return self.rules.finish_reason(token, all_tokens, lambda: processed[beam : beam + 1])
+        scores = processed[beam : beam + 1]
+        return self.rules.finish_reason(self.texts[beam], token, all_tokens, lambda: scores)
 
     def _collect(
         self, best: Tensor, where: Tensor, reasons: list[str | None], vocab: int, logits: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apr import _core
-from apr.errors import ForeignThread, InvalidInput
+from apr.errors import Error, ForeignThread, InvalidInput
 from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
 from apr.hf.packed import Ran, check_finite, run_step
@@ -139,6 +139,7 @@ class Session:
             self._graphs = None
             self.pools = []
             self._arena.close()
+            self.attachment.switch.put_back()
 
     def refresh(self) -> None:
         """Take the model as it is now, after its weights, dtype or device were changed.
@@ -228,13 +229,11 @@ class Session:
             chosen.append(choose(self.table.logits.stack(numbers, ran.rows)))
             ran.choice_seconds = time.perf_counter() - began
 
-        try:
-            table = self._start_step(numbers)
+        with self.table.turn:
+            table = self._start_step()
             ran = self._replay(table, numbers, before_commit)
             ran = ran or self._run(table, numbers, before_commit)
-            self.table.logits.take(ran.rows, numbers)
-        finally:
-            self.table.end_step(numbers)
+            self.table.logits.take(ran.rows, numbers, table)
         self._stats.count(ran)
         self.trace.step(numbers, ran.num_rows, began)
         return chosen[-1]
@@ -256,8 +255,9 @@ class Session:
             raise InvalidInput("step: got a thread twice; list each once")
         return numbers
 
-    def _start_step(self, who: object) -> _core.ThreadTable:
-        table = self.table.begin_step(who)
+    def _start_step(self) -> _core.ThreadTable:
+        table = self.table.settle()
+        self.table.logits.drop_stale(table)
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
         return table
 
@@ -296,7 +296,8 @@ class Session:
         """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,
         whatever happens.
         """
-        table = self._start_step(who)
+        self.table.turn.take(who)
+        table = self._start_step()
         numbers = [t._id for t in threads]
         return _core.Step(table, numbers, [False] * len(threads), step_tokens, ragged=True)
 
@@ -311,7 +312,20 @@ class Session:
             table = self.table.ask()
             self._arena.keep_ahead(table.peak_pages, table.num_threads)
         finally:
-            self.table.end_step(who)
+            self.table.turn.leave(who)
+
+    def check(self) -> None:
+        """Look whether everything is whole: pages, references, writers, handles, and the model as
+        its user put it. It takes time in proportion to what is held.
+
+        Raises Error with what it found, which is a fault of apr's; InvalidInput in a closed
+        session, or while a step runs.
+        """
+        found = self.table.check()
+        if self.attachment.switch.is_stuck():
+            found.append("the model stands on apr's attention, and no forward runs")
+        if found:
+            raise Error("check: " + "; ".join(found) + "; please report this")
 
     # ---- figures --------------------------------------------------------------------------------
 
@@ -321,7 +335,7 @@ class Session:
         if not self.table.is_open:
             return self._stats
         page_bytes = self.page_size * self.spec.bytes_per_token
-        stats = self._stats.with_sharing(self.table.settled(), page_bytes)
+        stats = self._stats.with_sharing(self.table.ask_now(), page_bytes)
         held = self.table.states
         if held is None:
             return stats

@@ -4,9 +4,8 @@ them.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from apr import _core
 from apr.errors import InvalidInput, UnsupportedModel
@@ -46,13 +45,9 @@ class ThreadTable:
         self.trace = Trace()
         self.logits = HeldLogits()
         self.vectors: dict[int, PathVectors] = {}
-        self.dropped_threads: list[int] = []  # by garbage collection, which may come at any time
-        self.dropped_segments: list[int] = []
-        self._threads: weakref.WeakValueDictionary[int, Thread] = weakref.WeakValueDictionary()
         self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self._requests = 0
-        self.stepping: object = None  # who steps
-        self._turn = threading.Lock()
+        self.turn = _core.Turn()  # who steps; nothing may change threads meanwhile
 
     # ---- the core's table -----------------------------------------------------------------------
 
@@ -74,30 +69,28 @@ class ThreadTable:
         return self._core
 
     def edit(self) -> _core.ThreadTable:
-        """The same for a change: what garbage collection dropped meanwhile is given back first."""
-        core = self.ask()
-        if self.stepping is not None:
+        """The same for a change: what Python let go meanwhile is given back first."""
+        if self.turn.taken:
+            self.ask()
             raise InvalidInput("a step is running; change threads between steps")
-        while self.dropped_threads:
-            number = self.dropped_threads.pop()
-            self.logits.drop([number])
-            if core.alive(number):
-                core.release(number)
-                self.trace.release(number)
-        while self.dropped_segments:
-            core.release_segment(self.dropped_segments.pop())
-        self.drop_states()
+        return self.settle()
+
+    def settle(self) -> _core.ThreadTable:
+        """The same for whoever has the turn."""
+        core = self.ask()
+        released = core.release_dropped()
+        for number in released:
+            self.trace.release(number)
+        if released:
+            self.logits.drop_stale(core)
+        if self.states is not None:
+            self.states.drop_freed(core)
         return core
 
     def renew(self, spec: ModelSpec) -> None:
         """Go on with a model that was measured anew, when all threads are released."""
         self.spec = spec
         self.states = keep_states(self.edit(), spec, self._checkpoint_tokens)
-
-    def drop_states(self) -> None:
-        """Let the layer states go that no thread leads to any more."""
-        if self.states is not None:
-            self.states.drop(self.ask().take_freed_states())
 
     def need_keys(self, what: str) -> None:
         """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
@@ -109,28 +102,9 @@ class ThreadTable:
                 f"read the keys of others; expected forks, trims, and joins with reencode=True{why}"
             )
 
-    def settled(self) -> _core.ThreadTable:
+    def ask_now(self) -> _core.ThreadTable:
         """The same for figures: up to date, where no step is running."""
-        return self.ask() if self.stepping is not None else self.edit()
-
-    def begin_step(self, who: object) -> _core.ThreadTable:
-        """The same for a step; nothing may change threads until `end_step` by the same caller."""
-        core = self.edit()
-        with self._turn:
-            if self.stepping is not None:
-                raise InvalidInput(
-                    "step: another Python thread is stepping this session; take turns, or give "
-                    "each Python thread a session of its own on the same model"
-                )
-            self.stepping = who
-        return core
-
-    def end_step(self, who: object) -> None:
-        """Safe to call twice, and by a caller that was refused."""
-        if self.stepping is who:
-            self.stepping = None
-            if self.is_open:
-                self.drop_states()
+        return self.ask() if self.turn.taken else self.settle()
 
     # ---- threads --------------------------------------------------------------------------------
 
@@ -148,31 +122,35 @@ class ThreadTable:
         if visibility not in ("previous", "current"):
             raise InvalidInput(f'visibility: got {visibility!r}; expected "previous" or "current"')
         if view is None and writes is None and visibility == "previous":
-            number = core.create(tokens)
+            handle = core.create(tokens)
         else:
             self.need_keys("thread: view, writes and visibility")
             target = None if writes is None else self.number_of(writes)
-            number = core.create_with_view(
-                self.entries(view or ()), target, visibility == "current"
+            handle = core.create_with_view(
+                self.entries(view or ()), target, visibility == "current", tokens
             )
-            core.extend(number, tokens)
         key = self._requests if request is None else request
         self._requests += 1
-        self.trace.thread(number, len(tokens))
-        made = self.adopt(number, key if isinstance(key, tuple) else (key,))
-        made.is_line = view is None and writes is None
-        return made
+        self.trace.thread(handle.number, len(tokens))
+        return Thread(self, handle, key if isinstance(key, tuple) else (key,))
 
-    def adopt(self, number: int, seed_path: tuple[int, ...]) -> Thread:
-        """The handle of a thread that the core made."""
-        thread = self._threads[number] = Thread(self, number, seed_path)
-        return thread
-
-    def append(self, threads: Sequence[Thread], tokens: list[int]) -> None:
-        """Queue one token at the end of each thread."""
+    def append(
+        self,
+        threads: Sequence[Thread],
+        tokens: list[int],
+        drawn: list[bool],
+        notes: Sequence[list[int]] = (),
+    ) -> None:
+        """Queue one token at the end of each thread, that was drawn at random or not, and append it
+        to that thread's list of `notes`, all or nothing.
+        """
         numbers = [thread._id for thread in threads]
-        self.edit().extend_each(numbers, tokens)
+        self.edit().extend_each(numbers, tokens, drawn, notes)
         self.logits.drop(numbers)
+
+    def draws(self, threads: Iterable[Thread]) -> list[int]:
+        """How many tokens were drawn at random for each thread."""
+        return self.ask().draws([thread._id for thread in threads])
 
     def owns(self, thread: object) -> bool:
         """Whether it is a thread of this session."""
@@ -206,24 +184,21 @@ class ThreadTable:
         check_position("stride", stride)
         return self._hold(self.edit().create_region(tokens, base, stride))
 
-    def _hold(self, number: int) -> Segment:
-        segment = self._segments[number] = Segment(self, number)
+    def _hold(self, handle: _core.SegmentHandle) -> Segment:
+        segment = self._segments[handle.number] = Segment(self, handle)
         return segment
 
     def segment_of(self, number: int) -> Segment:
         """The handle of a segment that some view lists."""
         segment = self._segments.get(number)
         if segment is None:
-            self.ask().retain_segment(number)
-            segment = self._hold(number)
+            segment = self._hold(self.ask().hold_segment(number))
         return segment
 
     def number_of(self, segment: Segment) -> int:
         """Its number, for the core; raises InvalidInput where it is not of this session."""
         if not isinstance(segment, Segment) or segment.table is not self:
             raise InvalidInput(f"segment: got {segment!r}; expected a Segment of this session")
-        if segment._id < 0:
-            raise InvalidInput("segment: it was let go by refresh(); make it again")
         return segment._id
 
     def entries(self, view: ViewLike) -> list[EntryTuple]:
@@ -233,14 +208,22 @@ class ThreadTable:
             for segment, offset, hi, lo in view_entries(view)
         ]
 
+    # ---- whether it is whole --------------------------------------------------------------------
+
+    def check(self) -> list[str]:
+        """What is not as it should be."""
+        core = self.edit()
+        found = core.check(len(self._segments))
+        self.logits.drop_stale(core)
+        if self.states is not None and len(self.states) != core.num_states:
+            found.append(f"{len(self.states)} layer states are kept, and {core.num_states} known")
+        return found
+
     # ---- starting anew --------------------------------------------------------------------------
 
     def release_all(self) -> None:
         """Release every thread and let every segment go."""
-        core = self.edit()
-        for number, thread in list(self._threads.items()):
-            if core.alive(number):
-                thread.release()
-        for number, segment in list(self._segments.items()):
-            segment._id = -1
-            core.release_segment(number)
+        for number in self.edit().clear():
+            self.trace.release(number)
+        self.logits.clear()
+        self._segments.clear()

@@ -97,12 +97,8 @@ def view_entries(view: ViewLike) -> list[ViewEntry]:
 class Segment:
     """A run of tokens that any number of views may list; written by one thread at a time."""
 
-    def __init__(self, table: ThreadTable, number: int) -> None:
-        self.table, self._id = table, number  # -1: let go by Session.refresh
-
-    def __del__(self) -> None:
-        if self._id >= 0:
-            self.table.dropped_segments.append(self._id)
+    def __init__(self, table: ThreadTable, handle: _core.SegmentHandle) -> None:
+        self.table, self._handle, self._id = table, handle, handle.number
 
     def __reduce__(self) -> Any:
         raise InvalidInput("copy: a segment is one run of keys and values; list it in another view")
@@ -142,21 +138,13 @@ class Segment:
 class Thread:
     """One line of reasoning: an ordered view of segments, and a tail that it alone appends to."""
 
-    def __init__(self, table: ThreadTable, number: int, seed_path: tuple[int, ...]) -> None:
-        self.table, self._id = table, number
+    def __init__(
+        self, table: ThreadTable, handle: _core.ThreadHandle, seed_path: tuple[int, ...]
+    ) -> None:
+        self.table, self._handle, self._id = table, handle, handle.number
         self.seed_path = seed_path
         self.label: str | None = None
-        # Whether its tokens are one line, each seeing all before it: no view but by forks, no
-        # joined keys.
-        self.is_line = True
-        self._forks = 0
-        self.draws = 0  # tokens that were drawn for it at random
-        self.trims = 0  # how often tokens were taken from it
         self._key: int | None = None
-
-    def __del__(self) -> None:
-        self.table.logits.drop([self._id])
-        self.table.dropped_threads.append(self._id)
 
     def __reduce__(self) -> Any:
         raise InvalidInput(
@@ -175,21 +163,20 @@ class Thread:
         """Queue tokens at the end; the next step that is given this thread runs them."""
         tokens = check_ids(ids, self.table.spec.vocab_size)
         self.table.edit().extend(self._id, tokens)
-        if tokens:
-            self.table.logits.drop([self._id])
 
     def fork(self, n: int = 1) -> list[Thread]:
         """`n` children that see what this thread sees now. No key or value is copied."""
         if isinstance(n, bool) or not isinstance(n, int):
             raise InvalidInput(f"fork: got {n!r}; expected a positive integer")
         began = self.table.trace.clock()
-        numbers = self.table.edit().fork(self._id, n)
+        table = self.table.edit()
+        first = table.forks(self._id)
         children = []
-        for number in numbers:
-            child = self.table.adopt(number, (*self.seed_path, self._forks))
-            child.label, child.is_line = self.label, self.is_line
-            self._forks += 1
+        for i, handle in enumerate(table.fork(self._id, n)):
+            child = Thread(self.table, handle, (*self.seed_path, first + i))
+            child.label = self.label
             children.append(child)
+        numbers = [child._id for child in children]
         self.table.logits.inherit(self._id, numbers)
         self.table.trace.fork(self._id, numbers, len(self), began)
         return children
@@ -223,17 +210,11 @@ class Thread:
         sizes = [len(c.own_tokens) if c.alive else 0 for c in children]
         table.join(self._id, numbers, JOIN_POSITIONS[positions], reencode)
         if numbers:
-            self.table.logits.drop([self._id])
-            self.is_line = self.is_line and reencode
             self.table.trace.join(self._id, numbers, sizes, positions, reencode, began)
 
     def trim(self, n: int) -> None:
         """Keep the first `n` visible tokens in view order."""
-        before = len(self)
         self.table.edit().trim(self._id, check_position("trim", n))
-        if n != before:
-            self.table.logits.drop([self._id])
-            self.trims += 1
 
     def release(self) -> None:
         """Give the thread's pages back, except what other views still list."""
@@ -273,12 +254,29 @@ class Thread:
         return self.table.ask().queued(self._id)
 
     @property
+    def is_line(self) -> bool:
+        """Whether its tokens are one line, each seeing all before it: no view but by forks, no
+        joined keys.
+        """
+        return self.table.ask().is_line(self._id)
+
+    @property
+    def draws(self) -> int:
+        """Tokens that were drawn for it at random."""
+        return self.table.draws([self])[0]
+
+    @property
+    def trims(self) -> int:
+        """How often tokens were taken from it."""
+        return self.table.ask().trims(self._id)
+
+    @property
     def logits(self) -> Tensor | None:
         """A copy of the float32 logits [vocab] of the last token, where they are held.
 
         Children inherit them.
         """
-        held = self.table.logits.of(self._id)
+        held = self.table.logits.of(self._id, self.table.ask())
         return None if held is None else held.to(torch.float32, copy=True)
 
     @property
@@ -302,8 +300,6 @@ class Thread:
     def writes(self, segment: Segment) -> None:
         self.table.need_keys("thread.writes")
         self.table.edit().set_writes(self._id, self.table.number_of(segment))
-        self.table.logits.drop([self._id])
-        self.is_line = False
 
     @property
     def view(self) -> list[ViewEntry]:
@@ -315,8 +311,6 @@ class Thread:
     def view(self, entries: ViewLike) -> None:
         self.table.need_keys("thread.view")
         self.table.edit().set_view(self._id, self.table.entries(entries))
-        self.table.logits.drop([self._id])
-        self.is_line = False
 
     @property
     def vectors(self) -> PathVectors | None:

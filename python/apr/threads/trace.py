@@ -67,6 +67,12 @@ class Stats:
         )
 
 
+def visible(text: str) -> str:
+    """A text for a terminal: control characters, that models may write, as Python spells them."""
+    plain = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(plain)
+
+
 @dataclass
 class _Node:
     parent: int | None
@@ -78,17 +84,26 @@ class _Node:
     end: float | None = None
 
 
-# A session may live for days: the oldest events and threads are forgotten beyond so many.
+# A session may live for days: the oldest events and threads are forgotten beyond so many, or where
+# the events name more threads than these in all.
 MOST_EVENTS = 1 << 16
+MOST_NAMES = 1 << 20
+
+
+def _names(event: dict[str, Any]) -> int:
+    return 1 + len(event.get("threads", ())) + len(event.get("children", ()))
 
 
 class Trace:
-    """Events of a session, in seconds since it was opened; the last MOST_EVENTS of them."""
+    """Events of a session, in seconds since it was opened; the last MOST_EVENTS of them, or fewer
+    where many threads take part in each.
+    """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._nodes: dict[int, _Node] = {}
-        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self.events: deque[dict[str, Any]] = deque()
+        self._names = 0  # of threads, in all events
 
     def clock(self) -> float:
         """Seconds since the session was opened."""
@@ -96,6 +111,9 @@ class Trace:
 
     def _event(self, name: str, began: float, **details: Any) -> None:
         self.events.append({"name": name, "at": began, "seconds": self.clock() - began, **details})
+        self._names += _names(details)
+        while len(self.events) > MOST_EVENTS or self._names > MOST_NAMES:
+            self._names -= _names(self.events.popleft())
 
     def _add(self, number: int, node: _Node) -> None:
         self._nodes[number] = node
@@ -142,7 +160,7 @@ class Trace:
         if node is None:
             return
         node.tokens = node.tokens if tokens is None else tokens
-        node.label = label or node.label
+        node.label = visible(label) or node.label
         if not node.ended:
             node.ended, node.end = how, self.clock()
 
