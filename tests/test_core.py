@@ -416,3 +416,29 @@ def test_messages_name_the_fault():
         _core.Step(table, [root], [False], 10)
     with pytest.raises(InvalidInput, match="step_tokens"):
         _core.Step(table, [root], [False], 0)
+
+
+@pytest.mark.parametrize(("parent_keeps", "joinable"), [(22, True), (21, False)])
+def test_a_fork_point_among_copied_tokens_is_where_they_were_written(parent_keeps, joinable):
+    """A child that copied its parent's short tail, trimmed into the copy, joins a parent that still
+    sees the token.
+    """
+    table = make()
+    root = table.create(list(range(20)))
+    step(table, [root])
+    parent = table.fork(root, 1)[0]
+    table.extend(parent, [20, 21, 22])
+    step(table, [parent])
+    child = table.fork(parent, 1)[0]
+    table.extend(child, [30, 31])
+    step(table, [child])
+    assert table.view(child)[-1][3] == -3  # copied
+    table.trim(child, 22)
+    table.extend(child, [40])
+    table.trim(parent, parent_keeps)
+    if joinable:
+        table.join(parent, [child], _core.JoinPositions.sum, False)
+        assert table.tokens(parent) == [*range(22), 40] and table.position(parent) == 23
+    else:
+        with pytest.raises(ForeignThread, match="trimmed"):
+            table.join(parent, [child], _core.JoinPositions.sum, False)

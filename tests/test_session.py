@@ -427,3 +427,18 @@ def test_check_finds_what_is_not_whole(llama):
         s.check()
     with pytest.raises(apr.InvalidInput, match="closed"):
         s.check()
+
+
+def test_a_moving_place_does_not_depend_on_how_a_step_is_split(llama):
+    """What stands behind the own tail follows all of it, though a forward runs a part."""
+
+    def logits(step_tokens):
+        with apr.Session(llama, max_tokens=1024, step_tokens=step_tokens) as s:
+            mine, other = s.region(base=0), s.region(base=40)
+            writer = s.thread(view=[other], writes=other)
+            writer.extend([1, 2, 3])
+            s.step([writer])
+            reader = s.thread(tokens(5), view=[mine, other], writes=mine)
+            return s.step([reader])[0]
+
+    assert distance(logits(100), logits(2)) < CLOSE

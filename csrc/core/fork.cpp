@@ -1,4 +1,6 @@
 // Forks: children that see what their parent sees now, each with an empty tail of its own.
+#include <tuple>
+
 #include "core/error.h"
 #include "core/thread_table.h"
 #include "core/view.h"
@@ -53,8 +55,7 @@ ThreadId ThreadTable::fork_once(ThreadId id, int64_t at_position) {
   for (const Entry& entry : child.view) {
     const int64_t end = visible_end(entry, segments_.at(entry.segment), IdleReader{});
     if (end <= entry.lo) continue;
-    child.fork_segment = entry.segment;
-    child.fork_index = end - 1;
+    std::tie(child.fork_segment, child.fork_index) = segments_.written_at(entry.segment, end - 1);
   }
   const int64_t offset = parent_tail.offset == kMoving ? kMoving : at_position;
   open_tail(child, child_id, offset, written, true);

@@ -91,6 +91,33 @@ void SegmentStore::let_go(SegmentId holder, const std::vector<Entry>& context,
   }
 }
 
+std::pair<SegmentId, int64_t> SegmentStore::written_at(SegmentId id, int64_t index) const {
+  const Segment& segment = at(id);
+  int64_t first = -segment.copied;
+  for (const TokenRange& range : segment.copied_from) {
+    if (index < first + range.count && index < 0) {
+      return {range.segment, range.from + index - first};
+    }
+    first += range.count;
+  }
+  return {id, index};
+}
+
+std::optional<int64_t> SegmentStore::index_of(SegmentId id,
+                                              std::pair<SegmentId, int64_t> written) const {
+  if (written.first == id) return written.second;
+  const Segment& segment = at(id);
+  int64_t first = -segment.copied;
+  for (const TokenRange& range : segment.copied_from) {
+    const int64_t behind = written.second - range.from;
+    if (range.segment == written.first && behind >= 0 && behind < range.count) {
+      return first + behind;
+    }
+    first += range.count;
+  }
+  return std::nullopt;
+}
+
 void SegmentStore::grow_pages(Segment& segment, int64_t slots) {
   const int64_t size = pool_.page_size();
   while (static_cast<int64_t>(segment.pages.size()) * size < slots) {

@@ -1,8 +1,10 @@
 // Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/layer_states.h"
@@ -11,10 +13,17 @@
 
 namespace apr {
 
+// Tokens [from, from + count) of a segment, or what they were copied to.
+struct TokenRange {
+  SegmentId segment;
+  int64_t from, count;
+};
+
 struct Segment {
-  int64_t base = 0;             // position at which token 0 is written
-  int64_t stride = 1;           // positions from one token to the next
-  int64_t copied = 0;           // tokens of an ancestor that lie before token 0 on the same pages
+  int64_t base = 0;    // position at which token 0 is written
+  int64_t stride = 1;  // positions from one token to the next
+  int64_t copied = 0;  // tokens of an ancestor that lie before token 0 on the same pages
+  std::vector<TokenRange> copied_from;  // where they were written, in order
   int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
   std::vector<PageId> pages;
@@ -61,6 +70,11 @@ class SegmentStore {
 
   void retain(SegmentId id) { ++at(id).references; }
   void release(SegmentId id);  // frees the segment when nothing that a user holds leads to it
+
+  // Where token `index` of a segment was written: elsewhere, where it is a copy.
+  std::pair<SegmentId, int64_t> written_at(SegmentId id, int64_t index) const;
+  // The index that a segment has for a token that was written there; nothing where it has none.
+  std::optional<int64_t> index_of(SegmentId id, std::pair<SegmentId, int64_t> written) const;
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`

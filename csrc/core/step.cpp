@@ -231,6 +231,16 @@ void Step::copy_short_inheritance(ThreadId id) {
   const auto first = source.tokens.begin() + source.copied + before.lo;
   tail.tokens.insert(tail.tokens.begin(), first, first + count);
   tail.copied = count;
+  for (int64_t i = before.lo; i < before.hi; ++i) {
+    const auto [id_written, index] = segments.written_at(before.segment, i);
+    std::vector<TokenRange>& from = tail.copied_from;
+    if (!from.empty() && from.back().segment == id_written &&
+        from.back().from + from.back().count == index) {
+      ++from.back().count;
+    } else {
+      from.push_back({id_written, index, 1});
+    }
+  }
   if (table_.keeps_states()) {
     change_states(thread.tail);
     table_.inherit_state(thread.tail, &before);
@@ -390,6 +400,7 @@ void Step::rollback() {
     Segment& tail = segments.at(thread.tail);
     tail.tokens.erase(tail.tokens.begin(), tail.tokens.begin() + tail.copied);
     tail.copied = 0;
+    tail.copied_from.clear();
     segments.shrink_pages(tail, 0);
     thread.view = std::move(copy->old_view);
   }

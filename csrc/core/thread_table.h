@@ -32,7 +32,7 @@ struct Thread {
   bool joinable = false;  // false once the parent was released, trimmed below the fork or re-viewed
   int64_t fork_position = 0;       // in this thread's own coordinates
   int64_t fork_shift = 0;          // what an ancestor's join added to the parent's coordinates
-  SegmentId fork_segment = kNone;  // last inherited token, kNone where nothing was inherited
+  SegmentId fork_segment = kNone;  // where the last inherited token was written; kNone: none was
   int64_t fork_index = 0;
   std::vector<ThreadId> children;
 

@@ -1,5 +1,6 @@
 // Trim: a thread keeps the first tokens of its view and lets the rest go.
 #include <algorithm>
+#include <tuple>
 
 #include "core/error.h"
 #include "core/thread_table.h"
@@ -41,14 +42,16 @@ ThreadTable::Cut ThreadTable::plan_cut(const Thread& thread, ThreadId id,
     }
     if (keep < count) {
       cut.elsewhere = true;
-      cut.inherited |= entry.inherited;
+      cut.inherited |= entry.inherited || entry.lo + keep < 0;
       if (keep > 0 && entry.hi == kLive && !segment.settled()) {
         invalid("trim: " + std::to_string(length_kept) + " cuts inside segment " +
                 std::to_string(entry.segment) +
                 ", which another thread is still writing; cut at its edge or pin it first");
       }
       entry.hi = entry.lo + keep;
-      if (segment.origin == id) cut.own_removed += count - keep;
+      if (segment.origin == id) {  // what it copied is not its own
+        cut.own_removed += std::max<int64_t>(end, 0) - std::max<int64_t>(entry.lo + keep, 0);
+      }
     }
     const bool empty_and_live = count == 0 && entry.hi == kLive;
     if (keep > 0 || empty_and_live) cut.kept.push_back(entry);
@@ -76,8 +79,9 @@ int64_t ThreadTable::pinned_length(SegmentId id, ThreadId except) const {
 
 bool ThreadTable::sees(const Thread& thread, SegmentId segment, int64_t index) const {
   return std::any_of(thread.view.begin(), thread.view.end(), [&](const Entry& entry) {
-    return entry.segment == segment && index >= entry.lo &&
-           index < visible_end(entry, segments_.at(segment), IdleReader{thread.tail});
+    const auto found = segments_.index_of(entry.segment, {segment, index});
+    return found && *found >= entry.lo &&
+           *found < visible_end(entry, segments_.at(entry.segment), IdleReader{thread.tail});
   });
 }
 
@@ -135,7 +139,10 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   if (cut.inherited) {
     thread.fork_position = std::min(thread.fork_position, cut.end);
     thread.fork_segment = cut.last;
-    thread.fork_index = cut.last_index;
+    if (cut.last != kNone) {
+      std::tie(thread.fork_segment, thread.fork_index) =
+          segments_.written_at(cut.last, cut.last_index);
+    }
   }
   for (const ThreadId child_id : thread.children) {
     Thread& child = at(child_id);

@@ -38,6 +38,16 @@ inline int64_t visible_end(const Entry& entry, const Segment& segment, const Ste
   return now || segment.stamp != reader.step ? segment.encoded : segment.encoded_before;
 }
 
+// What follows an entry stands behind this many of its tokens: all that the step runs, in however
+// many forwards.
+inline int64_t placed_end(const Entry&, const Segment&, IdleReader, int64_t end) { return end; }
+
+inline int64_t placed_end(const Entry& entry, const Segment& segment, const StepReader& reader,
+                          int64_t end) {
+  const bool grows = entry.segment == reader.own && entry.hi == kLive;
+  return grows && segment.stamp == reader.step ? std::max(end, segment.required) : end;
+}
+
 // Calls each(entry, segment, offset, end): token 0 stands at view position `offset`, the reader
 // sees tokens [entry.lo, end). Returns the position after all.
 template <typename Store, typename Reader, typename Each>
@@ -48,7 +58,7 @@ int64_t walk_view(Store& segments, const std::vector<Entry>& view, const Reader&
     auto& segment = segments.at(entry.segment);
     const int64_t end = visible_end(entry, segment, reader);
     const int64_t offset = entry.offset == kMoving ? after : entry.offset;
-    after = std::max(after, offset + segment.stride * end);
+    after = std::max(after, offset + segment.stride * placed_end(entry, segment, reader, end));
     each(entry, segment, offset, end);
   }
   return after;

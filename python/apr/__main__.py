@@ -1,4 +1,4 @@
-"""The command line: apr (or python -m apr) info | run | bench | train."""
+"""The command line: apr (or python -m apr) info | run | bench | train | soak."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from apr.commands import bench, info, run, train
+from apr.commands import bench, info, run, soak, train
 from apr.errors import Error
 
-COMMANDS = {"info": info, "run": run, "bench": bench, "train": train}
+COMMANDS = {"info": info, "run": run, "bench": bench, "train": train, "soak": soak}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
