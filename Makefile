@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test test-quick test-versions coverage bench-check lint docs wheel cuda cuda-all cross sanitize format stubs clean
+.PHONY: demo test test-quick test-versions coverage bench-check lint docs wheel cuda cuda-all cross sanitize reliability format stubs clean
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.cmake' -o -name '*.py')
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,10 @@ cross:
 	test -d $(VENV)-cross || $(PYTHON) -m venv $(VENV)-cross
 	$(VENV)-cross/bin/pip install -q ziglang==0.17.1
 	PYTHON=$(VENV)-cross/bin/python tools/cross.sh
+
+# What docs/reliability.md promises, tried at length: a table, with zeros at its end.
+reliability: $(VENV)/installed
+	$(RUN) tools/reliability.py
 
 sanitize: $(VENV)/installed
 	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh

@@ -166,7 +166,7 @@ def quick_gc():
 
 @pytest.mark.usefixtures("quick_gc")
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_done_or_not(llama, name):
+def test_an_operation_is_done_or_not(llama, name, record_property):
     operation = OPERATIONS[name]
     done = World(llama)
     before = done.state()
@@ -178,8 +178,11 @@ def test_an_operation_is_done_or_not(llama, name):
         between.s.step(between.kids)
         states.append(between.state())
         between.s.close()
-    taken_back = 0
-    for n in each_line(lines):
+    taken_back, places = 0, each_line(lines)
+    if name == "vote":  # many lines, of which most were interrupted above
+        places = places[::3]
+    record_property("interrupts", len(places))
+    for n in places:
         world = World(llama)
         where, _ = interrupted(lambda world=world: operation(world), n)
         now = world.state()
@@ -213,7 +216,7 @@ def still_right(model, cache, before, new, where):
 
 
 @pytest.mark.parametrize("what", ["first call", "further call", "shorter prompt"])
-def test_at_every_line(what):
+def test_at_every_line(what, record_property):
     model = build("llama")
     before = stock(model, PROMPT)
     new = tokens(3, 4) if what == "further call" else []
@@ -238,6 +241,7 @@ def test_at_every_line(what):
     cache, (_, lines) = call(0)
     cache.close()
     places = each_line(lines)
+    record_property("interrupts", len(places))
     for n in places:
         cache, (where, _) = call(n)
         assert where is not None

@@ -48,7 +48,7 @@ def test_commands(command, tmp_path, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) == 22
+    assert len(COMMANDS) == 23
     assert sum(command in RUN_ELSEWHERE for command in COMMANDS) == 12
 
 

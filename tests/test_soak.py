@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +92,15 @@ def test_logits_under_another_view_are_found(model, monkeypatch):
     monkeypatch.setattr(World, "fork", wrong)
     _, error = failing(model)
     assert "standard deviations off" in str(error)
+
+
+def test_calls_with_any_arguments_end_no_process():
+    """The whole is `make reliability`; of a fuzzer that calls nothing this would say as much."""
+    script = Path(__file__).parent.parent / "tools" / "fuzz.py"
+    command = [sys.executable, str(script), "--calls", "5000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "processes that ended: 0" in done.stdout, done.stderr
+    assert int(re.search(r"returned (\d+)", done.stdout)[1]) > 500
 
 
 def test_what_stays_is_found(model, monkeypatch):

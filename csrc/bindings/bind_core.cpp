@@ -49,6 +49,7 @@ EntryTuple tuple_of(const Entry& e) {
 }
 
 std::vector<std::unique_ptr<ThreadHandle>> fork(const Table& table, ThreadId id, int64_t count) {
+  table->check_fork(id, count);
   std::vector<std::unique_ptr<ThreadHandle>> handles;
   for (int64_t i = 0; i < count; ++i) handles.push_back(std::make_unique<ThreadHandle>(table));
   const std::vector<ThreadId> numbers = table->fork(id, count);

@@ -7,12 +7,22 @@
 
 namespace apr {
 
-std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
-  touch();
-  Thread& parent = at(id);
+void ThreadTable::check_fork(ThreadId id, int64_t count) const {
+  at(id);
   if (count < 1) {
     invalid("fork: got " + std::to_string(count) + " children; expected at least 1");
   }
+  const int64_t tokens = pool_.num_pages() * pool_.page_size();
+  if (count > tokens) {
+    invalid("fork: got " + std::to_string(count) + " children; the pool holds " +
+            std::to_string(tokens) + " tokens, fewer than one for each");
+  }
+}
+
+std::vector<ThreadId> ThreadTable::fork(ThreadId id, int64_t count) {
+  touch();
+  check_fork(id, count);
+  Thread& parent = at(id);
   std::vector<ThreadId> ids;
   ids.reserve(count);
   const size_t room = parent.children.size() + static_cast<size_t>(count);

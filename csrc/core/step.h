@@ -65,6 +65,7 @@ class Step {
     SegmentId dropped;
   };
 
+  void check_unchanged();
   void collect(const StepThread& request);
   // A segment whose queued tokens run, after what its view still asks for.
   struct PendingRun {
@@ -104,6 +105,7 @@ class Step {
   ThreadTable& table_;
   int64_t step_tokens_;
   uint64_t stamp_;
+  uint64_t version_;  // of the table: another one means that its views were changed meanwhile
   uint64_t chunk_ = 0;
   bool open_ = true;
   std::vector<Run> runs_;

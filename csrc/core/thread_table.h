@@ -77,6 +77,7 @@ class ThreadTable {
   void extend_each(const std::vector<ThreadId>& ids, const std::vector<int32_t>& tokens,
                    const std::vector<bool>& drawn);
   std::vector<ThreadId> fork(ThreadId id, int64_t count);
+  void check_fork(ThreadId id, int64_t count) const;  // throws kInvalidInput
   void join(ThreadId parent, const std::vector<ThreadId>& children, JoinPositions positions,
             bool reencode);
   void trim(ThreadId id, int64_t length);

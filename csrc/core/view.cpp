@@ -21,6 +21,9 @@ int64_t ThreadTable::tail_offset(const Thread& thread) const {
 }
 
 void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) const {
+  if (keeps_states_ && !view.empty()) {
+    invalid("view: this table keeps layer states, which have read no keys of others; fork instead");
+  }
   std::unordered_set<SegmentId> seen;
   for (const Entry& entry : view) {
     const Segment& segment = segments_.at(entry.segment);

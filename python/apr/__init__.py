@@ -17,6 +17,7 @@ from apr.errors import (
 )
 from apr.hf.compatibility import warn_if_untested
 from apr.hf.vectors import PathVectors
+from apr.loop.astream import astream
 from apr.loop.decode import Decoded, decode
 from apr.loop.stream import Stream, StreamStep, stream
 from apr.loop.width import WidthCurve, measure_width
@@ -67,6 +68,7 @@ __all__ = [
     "UnsupportedRope",
     "ViewEntry",
     "WidthCurve",
+    "astream",
     "beam_search",
     "best_of_n",
     "branching_vote",

@@ -149,17 +149,24 @@ class Stream:
             del self._rules[thread]
 
     def __iter__(self) -> Iterator[StreamStep]:
-        while self._rules:
-            threads = self.threads
-            if len(threads) < len(self._rules):  # an interrupt came as some ended
-                self._end([thread for thread in self._rules if thread not in threads])
-            if threads:
-                yield self._step(threads)
+        while threads := self.going():
+            yield self.give(threads, self.session.advance(threads, self.choose))
 
-    def _step(self, threads: list[Thread]) -> StreamStep:
-        choice = self.session.advance(
-            threads, lambda logits: self._chooser.choose(self._rules, logits, self._steps + 1)
-        )
+    def going(self) -> list[Thread]:
+        """The threads of the next step, of which this is the first part; then come `choose` and
+        `give`.
+        """
+        threads = self.threads
+        if len(threads) < len(self._rules):  # an interrupt came as some ended
+            self._end([thread for thread in self._rules if thread not in threads])
+        return threads
+
+    def choose(self, logits: Tensor) -> Choice:
+        """A token for each thread, of their logits [threads, vocab]."""
+        return self._chooser.choose(self._rules, logits, self._steps + 1)
+
+    def give(self, threads: list[Thread], choice: Choice) -> StreamStep:
+        """Let the threads take their tokens."""
         finished = self._take(threads, choice)
         self._end(finished)
         logprobs = dict(zip(threads, choice.sampled.logprobs.tolist(), strict=True))

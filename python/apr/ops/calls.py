@@ -117,11 +117,16 @@ def attention(
         )
     if sinks is not None:
         sinks = sinks.detach().to(torch.float32).contiguous()
-        if sinks.shape != (heads,):
-            raise InvalidInput(f"sinks: got {list(sinks.shape)}; expected [{heads}]")
+        if sinks.shape != (heads,) or sinks.device != q.device:
+            raise InvalidInput(
+                f"sinks: got {list(sinks.shape)} on {sinks.device}; expected [{heads}] on "
+                f"{q.device}, where the queries are"
+            )
     window, chunk = window or plan.window or 0, chunk or 0
     out = torch.empty(plan.num_rows, heads, pool.head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.num_rows, heads, dtype=torch.float32, device=q.device)
+    if not plan.num_rows:  # of a step that has not begun
+        return out, lse
     call = _core.AttentionCall(
         q=rows,
         out=_rows_of(out),

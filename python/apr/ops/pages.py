@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+from numbers import Integral
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,16 +21,46 @@ _FREE_MEMORY_SHARE = 0.25
 _MOST_TOKENS = 1 << 22
 
 
-def check_page_size(page_size: int) -> None:
+def check_page_size(page_size: Any) -> None:
     """Raise InvalidInput for a page that sessions and GPU kernels do not take."""
-    if page_size < 16 or page_size & (page_size - 1):
+    if not isinstance(page_size, Integral) or page_size < 16 or page_size & (page_size - 1):
         raise InvalidInput(f"page_size: got {page_size}; expected a power of two from 16 on")
 
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = [os.sysconf("SC_AVPHYS_PAGES") * page, *_left_of_cgroup()]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - int(_read("/proc/self/statm", "0").split()[0]) * page)
+    return max(min(free), 0)
+
+
+def _read(path: str, otherwise: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return otherwise
+
+
+def _left_of_cgroup() -> list[int]:
+    """What a container may still take, in version 2 or 1 of control groups; files in memory that it
+    would give back count as free.
+    """
+    own = next((x[3:] for x in _read("/proc/self/cgroup", "").split() if x[:3] == "0::"), "")
+    for folder, most, used in (
+        ("/sys/fs/cgroup" + own, "memory.max", "memory.current"),
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit = _read(f"{folder}/{most}", "").strip()
+        if limit.isdecimal():
+            stat = dict(x.split()[:2] for x in _read(f"{folder}/memory.stat", "").splitlines())
+            taken = int(_read(f"{folder}/{used}", "0")) - int(stat.get("inactive_file", 0))
+            return [int(limit) - taken]
+    return []
 
 
 def pages_for(

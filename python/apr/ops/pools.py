@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,15 @@ class Pool:
             _core.populate(side.data_ptr() + first * page_bytes, (end - first) * page_bytes)
 
 
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory as it comes: `torch.empty` fills it under `torch.use_deterministic_algorithms`."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
+
+
 def empty_pool(
     num_pages: int,
     num_kv_heads: int,
@@ -100,8 +111,8 @@ def empty_pool(
     """
     shape = (num_pages, num_kv_heads, page_size)
     pool = Pool(
-        torch.empty(*shape, head_dim, dtype=dtype, device=device),
-        torch.empty(*shape, head_dim_v or head_dim, dtype=dtype, device=device),
+        _untouched((*shape, head_dim), dtype, device),
+        _untouched((*shape, head_dim_v or head_dim), dtype, device),
     )
     for side in (pool.k, pool.v) if pool.k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())

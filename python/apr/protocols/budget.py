@@ -35,7 +35,7 @@ class Budget:
             if value is None or (value == "auto" and name == "threads"):
                 continue
             kinds = (int, float) if name == "seconds" else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
                 what = "a number" if name == "seconds" else "an integer"
                 raise InvalidInput(f"budget: {name}={value!r}; expected {what} above 0")
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:

@@ -22,7 +22,7 @@ from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
 from apr.threads.table import ThreadTable
-from apr.threads.thread import Segment, Thread, TokenIds, ViewLike
+from apr.threads.thread import Segment, Thread, TokenIds, ViewLike, check_integer
 from apr.threads.trace import Stats, Trace
 
 Chosen = TypeVar("Chosen")
@@ -56,15 +56,12 @@ class Session:
         checkpoint_tokens: int = 0,
         self_test: bool = True,
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidInput(f"max_tokens: got {max_tokens}; expected at least 1, or None")
+        if max_tokens is not None:
+            check_integer("max_tokens", max_tokens, 1)
         check_page_size(page_size)
-        if step_tokens < 1:
-            raise InvalidInput(f"step_tokens: got {step_tokens}; expected at least 1")
-        if checkpoint_tokens < 0:
-            raise InvalidInput(
-                f"checkpoint_tokens: got {checkpoint_tokens}; expected a number of tokens, or 0"
-            )
+        check_integer("step_tokens", step_tokens, 1)
+        check_integer("checkpoint_tokens", checkpoint_tokens, 0)
+        check_integer("seed", seed)
         self.model, self.seed, self.invariant = model, seed, invariant
         self._checkpoint_tokens = checkpoint_tokens
         self.page_size = page_size
@@ -76,6 +73,7 @@ class Session:
         pages = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
         self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
         self._cuda_graphs = cuda_graphs
+        self.waiting: list[Any] = []  # runs of tasks, and who waits for them (loop/astream.py)
         self._stats = Stats()
         self._make_pools(spec, pages)
         self._make_graphs()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,6 +45,14 @@ def check_ids(ids: TokenIds, vocab_size: int) -> list[int]:
         bad = next(i for i in tokens if not 0 <= i < vocab_size)
         raise InvalidInput(f"ids: got token {bad}; expected 0 to {vocab_size - 1}, the vocabulary")
     return tokens
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> None:
+    """Raise InvalidInput for what is not an integer, or below `least`."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or (least is not None and value < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise InvalidInput(f"{name}: got {value!r}; expected an integer{at_least}")
 
 
 def check_position(name: str, value: Any) -> int:
@@ -166,8 +175,7 @@ class Thread:
 
     def fork(self, n: int = 1) -> list[Thread]:
         """`n` children that see what this thread sees now. No key or value is copied."""
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise InvalidInput(f"fork: got {n!r}; expected a positive integer")
+        check_integer("fork", n, 1)
         began = self.table.trace.clock()
         table = self.table.edit()
         first = table.forks(self._id)

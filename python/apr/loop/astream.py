@@ -1,0 +1,104 @@
+"""Runs of asyncio tasks: those that wait for their next token share one step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from apr.errors import InvalidInput
+from apr.loop.choice import Choice
+from apr.loop.stream import Stream, StreamStep, stream
+from apr.threads.session import Session
+from apr.threads.thread import Thread
+
+if TYPE_CHECKING:
+    Waiting = tuple[Stream, asyncio.Future[StreamStep]]
+
+
+async def astream(
+    session: Session,
+    threads: Sequence[Thread],
+    generation_config: GenerationConfig | None = None,
+    **options: Any,
+) -> AsyncIterator[StreamStep]:
+    """`stream` for a task: `async for step in apr.astream(s, threads): ...`.
+
+    Tasks on one session take turns: all that wait for their next tokens are run by one batched
+    step, in the event loop, which it holds up for as long as it takes. Between its own steps a task
+    may change threads of the session as it likes. An error of one run, in its processors or stop
+    rules, reaches its task alone; one of the model all tasks of the step, none of which has taken a
+    token. Cancellation comes between steps: the run ends, the threads stay their owner's.
+
+    Raises what `stream` raises, and InvalidInput where tasks of several event loops meet.
+    """
+    with stream(session, threads, generation_config, **options) as run:
+        while run.threads:
+            yield await _next(run)
+
+
+async def _next(run: Stream) -> StreamStep:
+    loop, waiting = asyncio.get_running_loop(), run.session.waiting
+    if any(future.get_loop() is not loop for _, future in waiting):
+        raise InvalidInput(
+            "astream: tasks of another event loop wait on this session; give each event loop a "
+            "session of its own"
+        )
+    future: asyncio.Future[StreamStep] = loop.create_future()
+    waiting.append((run, future))
+    if len(waiting) == 1:  # when those that can ask have asked
+        loop.call_soon(_step, run.session)
+    return await future
+
+
+def _step(session: Session) -> None:
+    """One step of all runs that wait; who is at fault gets the error, and the others go on."""
+    waiting = [(run, future) for run, future in session.waiting if not future.done()]
+    session.waiting.clear()
+    while waiting:
+        guilty: list[Waiting] = []
+        try:
+            steps = _together(session, waiting, guilty)
+        except Exception as error:
+            for _, future in guilty or waiting:
+                future.set_exception(error)
+            waiting = [one for one in waiting if guilty and one not in guilty]
+        else:
+            for (_, future), step in zip(waiting, steps, strict=True):
+                if isinstance(step, Exception):
+                    future.set_exception(step)
+                else:
+                    future.set_result(step)
+            return
+
+
+def _together(
+    session: Session, waiting: Sequence[Waiting], guilty: list[Waiting]
+) -> list[StreamStep | Exception]:
+    """A step of several runs in one forward; what one of them raises before anything is committed
+    takes it back, and puts that one among the guilty.
+    """
+    parts = [run.going() for run, _ in waiting]
+
+    def choose(logits: Tensor) -> list[Choice]:
+        choices, at = [], 0
+        for one, part in zip(waiting, parts, strict=True):
+            try:
+                choices.append(one[0].choose(logits[at : at + len(part)]))
+            except BaseException:
+                guilty.append(one)
+                raise
+            at += len(part)
+        return choices
+
+    choices = session.advance([thread for part in parts for thread in part], choose)
+    steps: list[StreamStep | Exception] = []
+    for (run, _), part, choice in zip(waiting, parts, choices, strict=True):
+        try:
+            steps.append(run.give(part, choice))
+        except Exception as error:  # of a stop rule: its own threads have taken nothing
+            steps.append(error)
+    return steps
