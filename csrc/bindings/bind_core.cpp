@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bindings/handles.h"
+#include "core/archive.h"
 #include "core/error.h"
 #include "core/step.h"
 #include "core/thread_table.h"
@@ -242,6 +243,24 @@ void bind_table(py::module_& module) {
       .def("release_dropped", &ThreadTable::release_dropped)
       .def("clear", &ThreadTable::clear)
       .def("check", &ThreadTable::check, py::arg("handles"))
+      .def(
+          "save",
+          [](ThreadTable& t, const std::vector<ThreadId>& threads,
+             const std::vector<SegmentId>& segments) {
+            const Archive archive = save(t, threads, segments);
+            return std::make_tuple(array_of(archive.numbers), archive.pages, archive.filled);
+          },
+          py::arg("threads"), py::arg("segments"))
+      .def(
+          "load",
+          [](const Table& t, const std::vector<int64_t>& numbers) {
+            return load(*t, numbers).pages;
+          },
+          py::arg("numbers"))
+      .def("hold_thread",
+           [](const Table& t, ThreadId id) {
+             return held<ThreadHandle>(t, [&] { return t->at(id), id; });
+           })
       .def("alive", &ThreadTable::alive)
       .def("length", &ThreadTable::length)
       .def("position", &ThreadTable::position)

@@ -1,6 +1,7 @@
 // Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
 #include "core/segment_store.h"
 
+#include <algorithm>
 #include <iterator>
 #include <unordered_set>
 #include <utility>
@@ -19,6 +20,13 @@ SegmentId SegmentStore::create(int64_t base, int64_t stride) {
   segment.base = base;
   segment.stride = stride;
   return id;
+}
+
+Segment& SegmentStore::place(SegmentId id, Segment segment) {
+  const auto [found, is_new] = segments_.emplace(id, std::move(segment));
+  if (!is_new || id < 0) invalid("open: segment " + std::to_string(id) + " is there already");
+  next_ = std::max(next_, id + 1);
+  return found->second;
 }
 
 Segment& SegmentStore::at(SegmentId id) {

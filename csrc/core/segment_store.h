@@ -62,6 +62,9 @@ class SegmentStore {
   explicit SegmentStore(PagePool& pool) : pool_(pool) {}
 
   SegmentId create(int64_t base, int64_t stride);
+  // Puts a segment of another table down by its own number; throws kInvalidInput where that is
+  // taken.
+  Segment& place(SegmentId id, Segment segment);
   Segment& at(SegmentId id);
   const Segment& at(SegmentId id) const;
   bool contains(SegmentId id) const { return segments_.count(id) != 0; }

@@ -289,6 +289,38 @@ std::vector<ThreadId> ThreadTable::release_dropped() {
   return released;
 }
 
+void ThreadTable::place(ThreadId id, Thread thread) {
+  if (id < 0 || !threads_.emplace(id, std::move(thread)).second) {
+    invalid("open: " + thread_name(id) + " is there already");
+  }
+  next_ = std::max(next_, id + 1);
+}
+
+void ThreadTable::settle_placed() {
+  touch();
+  segments_.for_each([this](SegmentId id, const Segment& segment) {
+    check_view(segment.context, kNone);
+    segments_.set_context(id, segment.context, segment.context_visibility);
+  });
+  for (const auto& [id, thread] : threads_) {
+    check_view(thread.view, thread.tail);
+    retain_view(thread.view);
+    for (const Entry& entry : thread.view) {
+      const bool is_tail = entry.segment == thread.tail;
+      if (is_tail && segments_.at(entry.segment).writer != id)
+        invalid("open: a tail has no writer");
+    }
+    const SegmentId last = thread.logits_segment;
+    if (last == kNone) continue;
+    const Segment& segment = segments_.at(last);
+    if (thread.logits_index < -segment.copied || thread.logits_index >= segment.length()) {
+      invalid("open: " + thread_name(id) + " has no last token where it says");
+    }
+  }
+  const std::vector<std::string> wrong = check(0);
+  if (!wrong.empty()) invalid("open: " + wrong.front());
+}
+
 std::vector<ThreadId> ThreadTable::clear() {
   touch();
   std::vector<ThreadId> released;

@@ -88,6 +88,10 @@ class ThreadTable {
   // Handles that are let go, at any moment, inside of a step too, are noted; this gives back what
   // they held, and returns the threads.
   std::vector<ThreadId> release_dropped();
+  // For what another table saved (archive.h): puts a thread down by its number; then, when all are
+  // there, counts who holds what, and throws kInvalidInput where they do not fit together.
+  void place(ThreadId id, Thread thread);
+  void settle_placed();
   // What is not as it should be, with so many handles of segments.
   std::vector<std::string> check(int64_t handles) const;
   std::vector<ThreadId> clear();  // lets every segment go, and all threads, which it returns

@@ -14,6 +14,7 @@ from apr.soak.faults import Injected, Signalled, fault
 from apr.soak.plain import Cell, Cells, Item, Line, World, end_of
 
 MOST_THREADS, PAGES, PAGE_SIZE, STEP_TOKENS = 20, 24, 16, 48
+SIZES: dict[str, Any] = {"max_tokens": PAGES * PAGE_SIZE, "step_tokens": STEP_TOKENS}
 EXPECTED = (Injected, Signalled, apr.NonFiniteLogits, apr.OutOfPages)
 
 
@@ -41,9 +42,7 @@ class Edits:
 
     def __init__(self, model: Any, tally: Tally) -> None:
         self.model, self.tally = model, tally
-        self.session = apr.Session(
-            model, max_tokens=PAGES * PAGE_SIZE, page_size=PAGE_SIZE, step_tokens=STEP_TOKENS
-        )
+        self.session = apr.Session(model, page_size=PAGE_SIZE, **SIZES)
         self.cells, self.world = Cells(), World()
         self.threads: dict[int, apr.Thread] = {}
         self.segments: list[tuple[apr.Segment, list[Cell]]] = []

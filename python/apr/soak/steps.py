@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 import apr
-from apr.soak.edits import EXPECTED, STEP_TOKENS, Edits, Failure, Tally
+from apr.soak.edits import EXPECTED, SIZES, STEP_TOKENS, Edits, Failure, Tally
 from apr.soak.faults import Breaks, fault
 from apr.soak.oracle import Oracle, Row
 from apr.soak.plain import Crew, Item, Writer
@@ -191,6 +192,29 @@ class Player(Edits):
         if wrong := self.differs(self.world):
             raise Failure(wrong)
         return None if step is None else _Sampled(step.logits, want)
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def do_save(self, a: int, b: int, c: int, kind: str) -> None:
+        """All goes on in another session, which has it from a file."""
+        named: dict[str, apr.Thread | apr.Segment] = {}
+        named |= {f"line {n}": thread for n, thread in self.threads.items()}
+        named |= {f"writer {i}": thread for i, thread in enumerate(self.writers)}
+        named |= {f"segment {i}": segment for i, (segment, _) in enumerate(self.segments)}
+        named |= {f"region {i}": region for i, region in enumerate(self.regions)}
+        if not named:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.session.save(f"{folder}/saved", named)
+            self.session.close()
+            self.session, found = apr.Session.open(f"{folder}/saved", self.model, **SIZES)
+        threads: dict[str, Any] = found
+        self.threads = {n: threads[f"line {n}"] for n in self.threads}
+        self.writers = [threads[f"writer {i}"] for i in range(len(self.writers))]
+        self.segments = [(threads[f"segment {i}"], own) for i, (_, own) in enumerate(self.segments)]
+        self.regions = [threads[f"region {i}"] for i in range(len(self.regions))]
+        if wrong := self.differs(self.world):
+            raise Failure(f"after a save: {wrong}")
 
     # ---- the end --------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from apr.hf.packed import Ran, check_finite, run_step
 from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
+from apr.threads.saving import open_saved, save
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Segment, Thread, TokenIds, ViewLike, check_integer
 from apr.threads.trace import Stats, Trace
@@ -165,6 +167,30 @@ class Session:
         self.attachment = now
         self.table.renew(now.spec)
         self._make_graphs()
+
+    # ---- saving ----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, named: Mapping[str, Thread | Segment]) -> None:
+        """Write threads and segments to a file, by names of yours, with all that they see: tokens,
+        keys and values, what is queued, and where their random numbers stand. The file is written
+        as a whole or not at all.
+
+        Raises UnsupportedModel for models with layer states; ForeignThread, ThreadReleased.
+        """
+        save(self, path, named)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, model: Any, **options: Any
+    ) -> tuple[Session, dict[str, Thread | Segment]]:
+        """A session with what a file holds, by its names; they go on as they would have. `options`
+        are those of a session, but for page_size and seed, which are the file's.
+
+        Raises InvalidInput, before anything is used, where the file is cut short or altered, or was
+        saved with another model; OutOfPages where the pool is too small.
+        """
+        opened: tuple[Session, dict[str, Thread | Segment]] = open_saved(cls, path, model, options)
+        return opened
 
     # ---- threads and segments -------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class ThreadTable:
         self.logits = HeldLogits()
         self.vectors: dict[int, PathVectors] = {}
         self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
-        self._requests = 0
+        self.requests = 0  # root threads that were made: the next one's number
         self.turn = _core.Turn()  # who steps; nothing may change threads meanwhile
 
     # ---- the core's table -----------------------------------------------------------------------
@@ -129,8 +129,8 @@ class ThreadTable:
             handle = core.create_with_view(
                 self.entries(view or ()), target, visibility == "current", tokens
             )
-        key = self._requests if request is None else request
-        self._requests += 1
+        key = self.requests if request is None else request
+        self.requests += 1
         self.trace.thread(handle.number, len(tokens))
         return Thread(self, handle, key if isinstance(key, tuple) else (key,))
 

@@ -1,0 +1,26 @@
+// Threads and segments as a row of integers, and back.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/thread_table.h"
+
+namespace apr {
+
+struct Archive {
+  std::vector<int64_t> numbers;
+  std::vector<PageId> pages;    // those of the segments, in the order of the archive
+  std::vector<int64_t> filled;  // slots of each that hold a token
+};
+
+// These threads and segments, and what they lead to. Nothing is changed, but for pages that were
+// granted ahead.
+Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
+             const std::vector<SegmentId>& segments);
+
+// The same in an empty table, with pages of its own. Throws kInvalidInput for what no save wrote,
+// kOutOfPages where the pool is too small; the table is then empty again.
+Archive load(ThreadTable& table, const std::vector<int64_t>& numbers);
+
+}  // namespace apr

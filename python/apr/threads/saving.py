@@ -1,0 +1,189 @@
+"""Threads in a file: what they are, their keys and values, and of which model: safetensors, with
+JSON in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
+from apr.hf.spec import ModelSpec
+from apr.threads.thread import Segment, Thread
+
+if TYPE_CHECKING:
+    from apr.threads.session import Session
+
+FORMAT = "apr threads 1"
+_SAMPLES = 64  # elements of each weight that tell one model from another
+
+Named = Mapping[str, Thread | Segment]
+
+
+def save(session: Session, path: str | Path, named: Named) -> None:
+    """`Session.save`."""
+    if session.spec.states is not None:
+        raise UnsupportedModel(
+            "save: this model keeps a state of all that a thread has read, which is not saved yet; "
+            "keep thread.tokens, and run them again"
+        )
+    core = session.table.edit()
+    threads, segments = _sort(session, named)
+    if any(session.table.vectors.get(thread._id) for thread in threads.values()):
+        raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
+    numbers, pages, filled = core.save(
+        [thread._id for thread in threads.values()],
+        [segment._id for segment in segments.values()],
+    )
+    tensors = {"table": torch.from_numpy(numbers)}
+    index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
+    slots = torch.arange(session.page_size) < torch.tensor(filled).reshape(-1, 1)
+    for i, pool in enumerate(session.pools):
+        for name, side in (("k", pool.k), ("v", pool.v)):
+            kept = side[index].cpu()
+            # What lies behind the last token is somebody else's, or nobody's.
+            tensors[f"{i}.{name}"] = kept.masked_fill(~slots[:, None, :, None], 0)
+    told = {
+        "page_size": session.page_size,
+        "seed": session.table.seed,
+        "requests": session.table.requests,
+        "model": _model_facts(session.spec, session.attachment.model),
+        "threads": {
+            name: {"number": t._id, "seed_path": t.seed_path, "label": t.label}
+            for name, t in threads.items()
+        },
+        "segments": {name: segment._id for name, segment in segments.items()},
+    }
+    text = json.dumps(told, sort_keys=True)
+    header = {"format": FORMAT, "session": text, "digest": _digest(text, tensors)}
+    _write(Path(path), tensors, header)
+
+
+def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, Segment]]:
+    """The threads and the segments; raises where they are not the session's."""
+    threads: dict[str, Thread] = {}
+    segments: dict[str, Segment] = {}
+    for name, one in named.items():
+        if isinstance(one, Segment):
+            session.table.number_of(one)
+            segments[name] = one
+        elif session.table.owns(one):
+            threads[name] = one
+        else:
+            raise ForeignThread(
+                f"save: got {one!r} as {name!r}; expected threads and segments of this session"
+            )
+    if not named:
+        raise InvalidInput("save: got nothing; expected threads or segments by name")
+    return threads, segments
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    """All of it, or what was there before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    os.close(handle)
+    try:
+        save_file(tensors, name, header)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel():
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
+    """What must be the same where the keys and values are used again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta" and weight.numel():
+            flat = weight.detach().reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+            digest.update(flat[places.to(flat.device)].to("cpu", torch.float64).numpy().tobytes())
+    shapes = [[x.kv_heads, x.head_dim, x.head_dim_v, x.window, x.chunk] for x in spec.layers]
+    return {
+        "class": type(model).__name__,
+        "dtype": str(spec.dtype),
+        "vocabulary": spec.vocab_size,
+        "layers": shapes,
+        "weights": digest.hexdigest(),
+    }
+
+
+def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[str, Any]) -> Any:
+    """`Session.open`."""
+    told, tensors = _read(Path(path))
+    session = kind(model, page_size=told["page_size"], seed=told["seed"], **options)
+    try:
+        facts = _model_facts(session.spec, session.attachment.model)
+        wrong = [name for name, value in told["model"].items() if facts.get(name) != value]
+        if wrong:
+            was, now = ({n: f.get(n) for n in wrong} for f in (told["model"], facts))
+            raise InvalidInput(
+                f"open: {path} was saved with another model: {str(was)[:200]}; got "
+                f"{str(now)[:200]}; open it with the model, and the dtype, that it was saved with"
+            )
+        return session, _place(session, told, tensors)
+    except BaseException:
+        session.close()
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors of a file that is whole."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"open: {path} cannot be read, or is cut short: {error}") from error
+    if header.get("format") != FORMAT:
+        raise InvalidInput(
+            f"open: {path} has the format {header.get('format')!r}; expected {FORMAT!r}, as "
+            "session.save writes it"
+        )
+    text = header.get("session", "")
+    if header.get("digest") != _digest(text, tensors):
+        raise InvalidInput(f"open: {path} was altered since it was saved; save it again")
+    told: dict[str, Any] = json.loads(text)
+    return told, tensors
+
+
+def _place(
+    session: Session, told: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, Thread | Segment]:
+    table, core = session.table, session.table.edit()
+    pages = core.load(tensors["table"].tolist())
+    index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
+    for i, pool in enumerate(session.pools):
+        pool.k[index] = tensors[f"{i}.k"].to(pool.k.device)
+        pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
+    table.requests = told["requests"]
+    named: dict[str, Thread | Segment] = {}
+    for name, one in told["threads"].items():
+        thread = Thread(table, core.hold_thread(one["number"]), tuple(one["seed_path"]))
+        thread.label = one["label"]
+        table.trace.thread(thread._id, len(thread))
+        named[name] = thread
+    for name, number in told["segments"].items():
+        named[name] = table.segment_of(number)
+    session.check()
+    return named
