@@ -281,7 +281,7 @@ def test_bad_input_is_named_and_harmless(llama, session):
             (lambda: session.step(root), apr.InvalidInput, "one thread"),
             (lambda: session.step([root, root]), apr.InvalidInput, "twice"),
             (lambda: root.fork(0), apr.InvalidInput, "got 0"),
-            (lambda: root.fork(1.5), apr.InvalidInput, "positive integer"),
+            (lambda: root.fork(1.5), apr.InvalidInput, "integer of at least 1"),
             (lambda: root.trim(12), apr.InvalidInput, "expected 0 to its length"),
             (lambda: root.trim(-1), apr.InvalidInput, "expected 0 to its length"),
             (lambda: session.thread([VOCAB]), apr.InvalidInput, "vocabulary"),
