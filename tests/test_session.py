@@ -442,3 +442,24 @@ def test_a_moving_place_does_not_depend_on_how_a_step_is_split(llama):
             return s.step([reader])[0]
 
     assert distance(logits(100), logits(2)) < CLOSE
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), r"\+inf")])
+def test_logits_that_are_no_numbers_are_named(llama, value, name):
+    def poison(module, args, out):
+        out[:, 1, 7] = value
+        out[:, :, 3] = -float("inf")  # a word that the model never writes is a number enough
+        return out
+
+    with apr.Session(llama, max_tokens=1024) as s:
+        kids = s.thread(tokens(5)).fork(3)
+        for i, kid in enumerate(kids):
+            kid.extend([i])
+        hook = llama.lm_head.register_forward_hook(poison)
+        try:
+            with pytest.raises(apr.NonFiniteLogits, match=f"{name} logits for <Thread 2, 6 tokens"):
+                s.step(kids)
+        finally:
+            hook.remove()
+        assert [kid.queued for kid in kids] == [1, 1, 1]
+        assert s.step(kids).isfinite().all()

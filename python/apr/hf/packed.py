@@ -23,12 +23,19 @@ if TYPE_CHECKING:
     from apr.hf.attachment import Attachment
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise NonFiniteLogits where a forward returned no numbers; waits for the device."""
-    if bool(logits.isnan().any()):
+def check_numbers(logits: Tensor, whose: Sequence[object] = ()) -> None:
+    """Raise NonFiniteLogits where rows of logits [rows, vocab] hold NaN or +inf, and say whose; waits
+    for the device.
+    """
+    best = logits.amax(-1)
+    odd = best.isnan() | (best == float("inf"))
+    if bool(odd.any()):
+        rows, what = odd.nonzero()[:, 0].tolist(), "NaN" if bool(best.isnan().any()) else "+inf"
+        named = ", ".join(repr(whose[row]) for row in rows[:4]) if whose else f"{len(rows)} rows"
+        more = f" and {len(rows) - 4} others" if whose and len(rows) > 4 else ""
         raise NonFiniteLogits(
-            "step: the model returned NaN logits; the step was taken back. Check the "
-            "model's dtype and weights (float16 overflows where bfloat16 does not)"
+            f"step: the model returned {what} logits for {named}{more}; the step was taken back. "
+            "Check the model's dtype and weights (float16 overflows where bfloat16 does not)"
         )
 
 
@@ -137,9 +144,12 @@ class Ran:
     choice_seconds: float = 0.0
 
     def check_finite(self, but: Collection[int] = ()) -> None:
-        """Raise NonFiniteLogits for logits that are no numbers, but for those of some threads."""
+        """Raise NonFiniteLogits for logits that hold NaN, but for those of some threads; infinite
+        ones a processor may repair.
+        """
         for tensor in {id(t): t for n, (t, _) in self.rows.items() if n not in but}.values():
-            check_finite(tensor)
+            if bool(tensor.isnan().any()):
+                check_numbers(tensor)
 
 
 def keep_states(

@@ -18,7 +18,7 @@ from apr import _core
 from apr.errors import Error, ForeignThread, InvalidInput
 from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
-from apr.hf.packed import Ran, check_finite, run_step
+from apr.hf.packed import Ran, check_numbers, run_step
 from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
@@ -232,7 +232,7 @@ class Session:
         """
 
         def checked(logits: Tensor) -> Tensor:
-            check_finite(logits)
+            check_numbers(logits, threads)
             return logits.to(torch.float32, copy=True)
 
         return self.advance(threads, checked)
