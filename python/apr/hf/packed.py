@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def check_numbers(logits: Tensor, whose: Sequence[object] = ()) -> None:
-    """Raise NonFiniteLogits where logits [rows, vocab] hold NaN or +inf, and say whose; it waits for
-    the device.
+    """Raise NonFiniteLogits where logits [rows, vocab] hold NaN or +inf, and say whose; it waits
+    for the device.
     """
     best = logits.amax(-1)
     odd = best.isnan() | (best == float("inf"))
