@@ -144,3 +144,58 @@ def test_two_event_loops_are_refused_by_name(llama):
             asyncio.run(ask(s, b))
         loop.run_until_complete(waiting)
         loop.close()
+
+
+@pytest.mark.parametrize("error", [StopIteration, KeyboardInterrupt])
+def test_nobody_waits_for_ever(llama, error):
+    def stop(written):
+        raise error
+
+    async def main(s, crews):
+        return await asyncio.wait_for(
+            asyncio.gather(
+                write(s, crews[0], stop=stop), write(s, crews[1]), return_exceptions=True
+            ),
+            timeout=20,
+        )
+
+    with apr.Session(llama, max_tokens=2048) as s:
+        crews = [s.thread(tokens(5 + i, i), request=i).fork(2) for i in range(2)]
+        if error is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                asyncio.run(main(s, crews))
+            assert asyncio.run(write(s, crews[1], max_new_tokens=1)) is not None
+            return
+        failed, written = asyncio.run(main(s, crews))
+        assert isinstance(failed, RuntimeError) and "StopIteration" in str(failed)
+        assert written == alone(llama, 1)
+
+
+def test_threads_that_are_gone_or_anothers_stop_their_own_task(llama):
+    async def main(s, crews):
+        tasks = [asyncio.create_task(write(s, crew)) for crew in (*crews, crews[1])]
+        await asyncio.sleep(0)
+        crews[0][0].release()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with apr.Session(llama, max_tokens=2048) as s:
+        crews = [s.thread(tokens(5 + i, i), request=i).fork(2) for i in range(2)]
+        gone, written, twice = asyncio.run(main(s, crews))
+    assert isinstance(gone, apr.ThreadReleased) and written == alone(llama, 1)
+    assert isinstance(twice, apr.InvalidInput) and "in the run of another task" in str(twice)
+
+
+def test_an_event_loop_that_was_closed_blocks_nobody(llama):
+    async def ask(s, thread):
+        await anext(apr.astream(s, [thread], **SAMPLED))
+
+    with apr.Session(llama, max_tokens=512) as s:
+        a, b = s.thread(tokens(5)), s.thread(tokens(6))
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(ask(s, a))
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        loop.close()
+        asyncio.run(ask(s, b))
+        assert len(b.own_tokens) == 7
+        del task

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from linecache import getline
 from pathlib import Path
 
@@ -193,6 +194,36 @@ def test_an_operation_is_done_or_not(llama, name, record_property):
         world.check_nothing_stays()
         world.s.close()
     assert taken_back
+
+
+def test_a_forward_that_could_not_leave_is_neither_used_nor_kept(monkeypatch):
+    """An interrupt as it leaves: the user's own call is stock, the pools go with the session."""
+    model = build("llama")
+    want, left = stock(model, PROMPT), interface.Running.left
+    s = apr.Session(model, max_tokens=256)
+    thread, kept = s.thread(PROMPT), [weakref.ref(pool.k) for pool in s.pools]
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interface.Running, "left", interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            s.step([thread])
+    monkeypatch.setattr(interface.Running, "left", left)
+    assert model.config._attn_implementation == "apr"
+    assert distance(stock(model, PROMPT), want) == 0.0
+    assert model.config._attn_implementation == "sdpa" and not interface._SWITCHED
+    assert distance(s.step([thread])[0], want[-1]) < CLOSE
+    with monkeypatch.context() as again:
+        again.setattr(interface.Running, "left", interrupt)
+        thread.extend([5])
+        with pytest.raises(KeyboardInterrupt):
+            s.step([thread])
+    s.close()
+    gc.collect()
+    assert model.config._attn_implementation == "sdpa"
+    assert all(pool() is None for pool in kept)
 
 
 # ---- cached forwards -----------------------------------------------------------------------------

@@ -116,6 +116,40 @@ def test_what_is_not_this_models_is_refused(llama, tmp_path):
         apr.Session.open(tmp_path / "one", build("qwen2"), **SIZES)
 
 
+def test_a_model_of_other_settings_is_refused(llama, tmp_path):
+    with apr.Session(llama, **SIZES) as s:
+        s.save(tmp_path / "one", {"root": s.thread(tokens(5))})
+    other = build("llama")
+    other.model.rotary_emb.inv_freq.mul_(0.9)
+    with pytest.raises(apr.InvalidInput, match="another model"):
+        apr.Session.open(tmp_path / "one", other, **SIZES)
+    other = build("llama")
+    for layer in other.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    with pytest.raises(apr.InvalidInput, match=r"answers otherwise, by .* with other settings"):
+        apr.Session.open(tmp_path / "one", other, **SIZES)
+    with pytest.raises(apr.InvalidInput, match="got seed; it is the file's"):
+        apr.Session.open(tmp_path / "one", llama, seed=1)
+
+
+def test_numbers_of_what_was_not_saved_are_not_used_again(llama, tmp_path):
+    """A new thread would have its vectors, and what it wrote would count as the new one's own."""
+    with apr.Session(llama, **SIZES) as s:
+        region = s.region()
+        writer = s.thread([4, 5], view=[region], writes=region)
+        s.step([writer])
+        kid = s.thread(tokens(5)).fork()[0]
+        s.save(tmp_path / "region", {"region": region, "kid": kid, "same": kid})
+        last = kid._id
+    opened, found = apr.Session.open(tmp_path / "region", llama, **SIZES)
+    with opened as s:
+        assert s.thread([1])._id > last
+        assert found["region"].sealed  # as release() leaves it
+        assert found["kid"] is found["same"]
+        del found["kid"]
+        assert len(found["same"]) == 5
+
+
 def test_damaged_files_are_refused(llama, tmp_path):
     path, broken = tmp_path / "whole", tmp_path / "broken"
     with apr.Session(llama, **SIZES, page_size=16) as s:

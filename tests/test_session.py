@@ -463,3 +463,28 @@ def test_logits_that_are_no_numbers_are_named(llama, value, name):
             hook.remove()
         assert [kid.queued for kid in kids] == [1, 1, 1]
         assert s.step(kids).isfinite().all()
+
+
+def test_logits_under_a_view_that_shows_more_behind_are_not_taken(llama):
+    """A writer sees what stands behind its own tail; a reader that does not is run for itself."""
+
+    def logits(together):
+        with apr.Session(llama, max_tokens=1024) as s:
+            region, behind = s.region(), s.segment(tokens(6, 3), base=9)
+            writer = s.thread(tokens(4), view=[(region, 0), (behind, 9)], writes=region)
+            reader = s.thread(view=[(region, None, 4)])
+            reader.trim(3)
+            return s.step([writer, reader])[1] if together else s.step([reader])[0]
+
+    assert distance(logits(True), logits(False)) < CLOSE
+
+
+def test_logits_that_were_lost_come_back_with_what_stands_behind(llama):
+    with apr.Session(llama, max_tokens=1024) as s:
+        region, behind = s.region(), s.segment(tokens(6, 3), base=9)
+        writer = s.thread(tokens(4), view=[region, behind], writes=region)
+        want = s.step([writer])[0]
+        kid = writer.fork()[0]
+        s.table.logits.clear()
+        assert distance(s.step([writer])[0], want) < CLOSE
+        assert distance(s.step([kid])[0], want) < CLOSE

@@ -146,6 +146,7 @@ std::set<SegmentId> reached(const ThreadTable& table, const std::set<ThreadId>& 
 Segment without_writer(const ThreadTable& table, const Segment& segment) {
   Segment copy = segment;
   copy.writer = kNone;
+  copy.sealed = true;
   if (copy.queued() > 0 && copy.context.empty()) {
     copy.context = table.at(segment.writer).view;
     copy.context_visibility = table.at(segment.writer).visibility;
@@ -164,8 +165,11 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
   Archive out;
   Writer writer(out.numbers);
   int64_t format = kFormat, page_size = table.pool().page_size();
+  auto [next_thread, next_segment] = table.next_numbers();
   writer.number(format);
   writer.number(page_size);
+  writer.number(next_thread);
+  writer.number(next_segment);
   std::vector<SegmentId> segment_ids(kept.begin(), kept.end());
   std::vector<ThreadId> thread_ids(chosen.begin(), chosen.end());
   writer.list(segment_ids, [&](SegmentId& id) {
@@ -199,9 +203,11 @@ Archive load(ThreadTable& table, const std::vector<int64_t>& numbers) {
   }
   Archive out;
   Reader reader(numbers);
-  int64_t format = 0, page_size = 0;
+  int64_t format = 0, page_size = 0, next_thread = 0, next_segment = 0;
   reader.number(format);
   reader.number(page_size);
+  reader.number(next_thread);
+  reader.number(next_segment);
   if (format != kFormat || page_size != table.pool().page_size()) damaged();
   try {
     std::vector<SegmentId> segment_ids;
@@ -229,7 +235,7 @@ Archive load(ThreadTable& table, const std::vector<int64_t>& numbers) {
       table.place(id, std::move(thread));
     });
     if (!reader.is_done()) damaged();
-    table.settle_placed();
+    table.settle_placed(next_thread, next_segment);
   } catch (...) {
     table.clear();
     throw;

@@ -65,6 +65,8 @@ class SegmentStore {
   // Puts a segment of another table down by its own number; throws kInvalidInput where that is
   // taken.
   Segment& place(SegmentId id, Segment segment);
+  SegmentId next_number() const { return next_; }
+  void begin_at(SegmentId next) { next_ = next; }
   Segment& at(SegmentId id);
   const Segment& at(SegmentId id) const;
   bool contains(SegmentId id) const { return segments_.count(id) != 0; }

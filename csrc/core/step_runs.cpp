@@ -38,7 +38,6 @@ void Step::collect(const StepThread& request) {
   for (Entry entry : thread.view) {
     if (entry.segment == thread.logits_segment) entry.hi = thread.logits_index + 1;
     view.push_back(entry);
-    if (entry.segment == thread.logits_segment) break;
   }
   replay_views_.push_back(std::move(view));
   runs_.push_back({thread.logits_segment, thread.logits_index, thread.logits_index + 1,
@@ -71,13 +70,22 @@ bool Step::sees_as(const Thread& thread, const std::vector<Entry>& view,
                    Visibility visibility) const {
   if (&view == &thread.view) return true;
   if (visibility != thread.visibility) return false;
-  for (size_t i = 0; i < view.size() && i < thread.view.size(); ++i) {
-    const Entry &a = view[i], &b = thread.view[i];
-    if (a.segment != b.segment || a.offset != b.offset || a.lo != b.lo) return false;
-    if (a.segment == thread.logits_segment) return true;
-    if (a.hi != b.hi) return false;
+  bool found = false;
+  auto mine = thread.view.begin();
+  for (const Entry& entry : view) {
+    // A child's own tail, in which nothing stands yet, comes before what its parent has behind its.
+    if (found && mine != thread.view.end() && mine->segment == thread.tail) ++mine;
+    if (mine == thread.view.end() || entry.segment != mine->segment ||
+        entry.offset != mine->offset || entry.lo != mine->lo) {
+      return false;
+    }
+    const bool is_last = entry.segment == thread.logits_segment;
+    if (!is_last && entry.hi != mine->hi) return false;
+    found |= is_last;
+    ++mine;
   }
-  return false;
+  if (mine != thread.view.end() && mine->segment == thread.tail) ++mine;
+  return found && mine == thread.view.end();
 }
 
 void Step::enter(SegmentId id, int64_t upto, const std::vector<Entry>& view, Visibility visibility,

@@ -296,8 +296,13 @@ void ThreadTable::place(ThreadId id, Thread thread) {
   next_ = std::max(next_, id + 1);
 }
 
-void ThreadTable::settle_placed() {
+void ThreadTable::settle_placed(ThreadId next_thread, SegmentId next_segment) {
   touch();
+  if (next_thread < next_ || next_segment < segments_.next_number()) {
+    invalid("open: numbers that were to come are taken");
+  }
+  next_ = next_thread;
+  segments_.begin_at(next_segment);
   segments_.for_each([this](SegmentId id, const Segment& segment) {
     check_view(segment.context, kNone);
     segments_.set_context(id, segment.context, segment.context_visibility);

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/handles.h"
@@ -91,7 +92,9 @@ class ThreadTable {
   // For what another table saved (archive.h): puts a thread down by its number; then, when all are
   // there, counts who holds what, and throws kInvalidInput where they do not fit together.
   void place(ThreadId id, Thread thread);
-  void settle_placed();
+  void settle_placed(ThreadId next_thread, SegmentId next_segment);
+  // That no thread and no segment had yet: numbers are never used twice, in a file neither.
+  std::pair<ThreadId, SegmentId> next_numbers() const { return {next_, segments_.next_number()}; }
   // What is not as it should be, with so many handles of segments.
   std::vector<std::string> check(int64_t handles) const;
   std::vector<ThreadId> clear();  // lets every segment go, and all threads, which it returns

@@ -47,12 +47,19 @@ _RUNNING: ContextVar[Running | None] = ContextVar("apr_forward", default=None)
 _SWITCHED: dict[int, Switch] = {}
 
 
-def _running() -> Forward | None:
-    """The forward of ours that runs in this context; what an interrupt left behind is forgotten."""
+def _innermost() -> Running | None:
+    """What is entered in this context; what an interrupt left behind is forgotten."""
     running = _RUNNING.get()
     while running is not None and not running.taken:
         running = running.outer
         _RUNNING.set(running)
+    # A context that was copied into another Python thread is none of ours there.
+    return running if running is None or running.is_here() else None
+
+
+def _running() -> Forward | None:
+    """The forward of ours that runs in this context."""
+    running = _innermost()
     return None if running is None else running.forward
 
 
@@ -181,6 +188,7 @@ class Switch:
 
     def put_back(self) -> None:
         """Put the model where its user put it, where no forward runs; safe to call at any time."""
+        _innermost()
         with self._lock:
             self._holders = self._running()
             if self._holders or not self._stood:
@@ -209,10 +217,15 @@ class Running(_core.Turn):
         super().__init__()
         self.forward, self._switch = forward, switch
         self.outer: Running | None = None
+        self._ident = threading.get_ident()
+
+    def is_here(self) -> bool:
+        """Whether it runs in this Python thread."""
+        return self._ident == threading.get_ident()
 
     def entered(self) -> None:
         """Begin, when it counts as running."""
-        self.outer = _RUNNING.get()
+        self.outer = _innermost()
         self._switch.on(self)
         _RUNNING.set(self)
 
@@ -220,8 +233,6 @@ class Running(_core.Turn):
         """Put things back, after the end; what an interrupt leaves of it is done when it
         matters.
         """
-        if _RUNNING.get() is self:
-            _RUNNING.set(self.outer)
         self._switch.put_back()
 
 

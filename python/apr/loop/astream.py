@@ -42,6 +42,8 @@ async def astream(
 
 async def _next(run: Stream) -> StreamStep:
     loop, waiting = asyncio.get_running_loop(), run.session.waiting
+    # Of tasks that were cancelled, or whose event loop was closed, nothing is left to do.
+    waiting[:] = [w for w in waiting if not (w[1].done() or w[1].get_loop().is_closed())]
     if any(future.get_loop() is not loop for _, future in waiting):
         raise InvalidInput(
             "astream: tasks of another event loop wait on this session; give each event loop a "
@@ -56,23 +58,44 @@ async def _next(run: Stream) -> StreamStep:
 
 def _step(session: Session) -> None:
     """One step of all runs that wait; who is at fault gets the error, and the others go on."""
-    waiting = [(run, future) for run, future in session.waiting if not future.done()]
+    waiting = list(session.waiting)
     session.waiting.clear()
-    while waiting:
+    while waiting := [(run, future) for run, future in waiting if not future.done()]:
         guilty: list[Waiting] = []
         try:
             steps = _together(session, waiting, guilty)
-        except Exception as error:
+        except BaseException as error:
             for _, future in guilty or waiting:
-                future.set_exception(error)
-            waiting = [one for one in waiting if guilty and one not in guilty]
+                _answer(future, error)
+            if not isinstance(error, Exception):  # an interrupt: nobody is left to wait for ever
+                for _, future in waiting:
+                    _answer(future, error)
+                raise
         else:
             for (_, future), step in zip(waiting, steps, strict=True):
-                if isinstance(step, Exception):
-                    future.set_exception(step)
-                else:
-                    future.set_result(step)
-            return
+                _answer(future, step)
+
+
+def _answer(future: asyncio.Future[StreamStep], step: StreamStep | BaseException) -> None:
+    """Wake a task, if it was not woken otherwise meanwhile."""
+    if future.done():
+        return
+    if isinstance(step, StopIteration):  # which futures do not carry
+        step = RuntimeError(f"astream: a processor or stop rule raised {step!r}")
+    if isinstance(step, BaseException):
+        future.set_exception(step)
+    else:
+        future.set_result(step)
+
+
+def _going(run: Stream, others: set[Thread]) -> list[Thread]:
+    """The threads of a run's next step; raises where one was released, or is another run's."""
+    threads = run.going()
+    for thread in threads:
+        len(thread)
+        if thread in others:
+            raise InvalidInput(f"astream: {thread!r} is in the run of another task")
+    return threads
 
 
 def _together(
@@ -81,7 +104,13 @@ def _together(
     """A step of several runs in one forward; what one of them raises before anything is committed
     takes it back, and puts that one among the guilty.
     """
-    parts = [run.going() for run, _ in waiting]
+    parts: list[list[Thread]] = []
+    for one in waiting:
+        try:
+            parts.append(_going(one[0], {thread for part in parts for thread in part}))
+        except BaseException:
+            guilty.append(one)
+            raise
 
     def choose(logits: Tensor) -> list[Choice]:
         choices, at = [], 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
+from apr.hf.model_state import undisturbed
 from apr.hf.spec import ModelSpec
 from apr.threads.thread import Segment, Thread
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 FORMAT = "apr threads 1"
 _SAMPLES = 64  # elements of each weight that tell one model from another
+# Of the spread of its logits: what other machines and batches make of the same model.
+_SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
 
 Named = Mapping[str, Thread | Segment]
 
@@ -45,6 +48,7 @@ def save(session: Session, path: str | Path, named: Named) -> None:
         [segment._id for segment in segments.values()],
     )
     tensors = {"table": torch.from_numpy(numbers)}
+    tensors["answers"] = _answers(session.spec, session.attachment.model)
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
     slots = torch.arange(session.page_size) < torch.tensor(filled).reshape(-1, 1)
     for i, pool in enumerate(session.pools):
@@ -89,13 +93,14 @@ def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     """All of it, or what was there before."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
+    if not path.parent.is_dir():
+        raise InvalidInput(f"save: {path.parent} is not a folder; make it first")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        save_file(tensors, name, header)
-        os.replace(name, path)
+        save_file(tensors, str(beside), header)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -112,7 +117,7 @@ def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """What must be the same where the keys and values are used again."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.named_parameters():
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta" and weight.numel():
             flat = weight.detach().reshape(-1)
@@ -128,8 +133,21 @@ def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
     }
 
 
+def _answers(spec: ModelSpec, model: Any) -> torch.Tensor:
+    """Some of the model's own logits of a fixed text: they tell what no list of settings does."""
+    ids = torch.tensor([[(7 * i + 3) % spec.vocab_size for i in range(16)]], device=spec.device)
+    with torch.no_grad(), undisturbed(spec.device):
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+    places = torch.linspace(0, spec.vocab_size - 1, _SAMPLES, dtype=torch.float64).long()
+    some: torch.Tensor = logits[places]
+    return some
+
+
 def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[str, Any]) -> Any:
     """`Session.open`."""
+    for name in ("page_size", "seed"):
+        if name in options:
+            raise InvalidInput(f"open: got {name}; it is the file's, leave it out")
     told, tensors = _read(Path(path))
     session = kind(model, page_size=told["page_size"], seed=told["seed"], **options)
     try:
@@ -140,6 +158,14 @@ def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[
             raise InvalidInput(
                 f"open: {path} was saved with another model: {str(was)[:200]}; got "
                 f"{str(now)[:200]}; open it with the model, and the dtype, that it was saved with"
+            )
+        said = tensors["answers"]
+        says = _answers(session.spec, session.attachment.model)
+        apart = float((says - said).abs().max() / said.std().clamp_min(1e-6))
+        if not apart <= _SAME.get(session.spec.dtype, 1e-3):
+            raise InvalidInput(
+                f"open: {path} was saved with a model of the same weights that answers otherwise, "
+                f"by {apart:.2g} standard deviations of its logits: with other settings"
             )
         return session, _place(session, told, tensors)
     except BaseException:
@@ -178,11 +204,14 @@ def _place(
         pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
     table.requests = told["requests"]
     named: dict[str, Thread | Segment] = {}
+    threads: dict[int, Thread] = {}
     for name, one in told["threads"].items():
-        thread = Thread(table, core.hold_thread(one["number"]), tuple(one["seed_path"]))
-        thread.label = one["label"]
-        table.trace.thread(thread._id, len(thread))
-        named[name] = thread
+        number = one["number"]
+        if number not in threads:  # it may have several names
+            threads[number] = Thread(table, core.hold_thread(number), tuple(one["seed_path"]))
+            threads[number].label = one["label"]
+            table.trace.thread(number, len(threads[number]))
+        named[name] = threads[number]
     for name, number in told["segments"].items():
         named[name] = table.segment_of(number)
     session.check()

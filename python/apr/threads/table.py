@@ -21,6 +21,7 @@ from apr.threads.thread import (
     ViewLike,
     check_ids,
     check_position,
+    check_request,
     view_entries,
 )
 from apr.threads.trace import Trace
@@ -118,6 +119,7 @@ class ThreadTable:
     ) -> Thread:
         """`Session.thread`."""
         tokens = check_ids(ids, self.spec.vocab_size)
+        path = None if request is None else check_request(request)
         core = self.edit()
         if visibility not in ("previous", "current"):
             raise InvalidInput(f'visibility: got {visibility!r}; expected "previous" or "current"')
@@ -129,7 +131,7 @@ class ThreadTable:
             handle = core.create_with_view(
                 self.entries(view or ()), target, visibility == "current", tokens
             )
-        key = self.requests if request is None else request
+        key = self.requests if path is None else path
         self.requests += 1
         self.trace.thread(handle.number, len(tokens))
         return Thread(self, handle, key if isinstance(key, tuple) else (key,))

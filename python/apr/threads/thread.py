@@ -55,6 +55,16 @@ def check_integer(name: str, value: Any, least: int | None = None) -> None:
         raise InvalidInput(f"{name}: got {value!r}; expected an integer{at_least}")
 
 
+def check_request(request: Any) -> tuple[int, ...]:
+    """What keys a thread's random numbers, as plain integers; raises InvalidInput."""
+    try:
+        return tuple(map(operator.index, request if isinstance(request, tuple) else (request,)))
+    except TypeError as error:
+        raise InvalidInput(
+            f"request: got {request!r}; expected an integer, or a tuple of integers"
+        ) from error
+
+
 def check_position(name: str, value: Any) -> int:
     """A position or length as an integer that 32-bit kernels can hold; raises InvalidInput."""
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 30:
