@@ -195,6 +195,7 @@ def test_what_cannot_be_saved_is_refused(llama, tmp_path):
         root = s.thread(tokens(5))
         for named, error in (
             ({}, apr.InvalidInput),
+            ([root], apr.InvalidInput),
             ({"x": 5}, apr.ForeignThread),
             ({"x": other.thread([1])}, apr.ForeignThread),
             ({"x": other.region()}, apr.InvalidInput),

@@ -38,7 +38,8 @@ def interrupts(python: str) -> tuple[str, bool]:
     """How many lines were interrupted, by the tests' own count."""
     with tempfile.TemporaryDirectory() as folder:
         report = f"{folder}/report.xml"
-        command = [python, "-m", "pytest", "-q", "tests/test_interrupts.py", "--junitxml", report]
+        command = [python, "-m", "pytest", "-q", "tests/test_interrupts.py"]
+        command += ["-o", "junit_family=xunit1", "--junitxml", report]
         _, good = run(command)
         counted = (
             []

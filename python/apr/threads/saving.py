@@ -76,6 +76,8 @@ def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, 
     """The threads and the segments; raises where they are not the session's."""
     threads: dict[str, Thread] = {}
     segments: dict[str, Segment] = {}
+    if not isinstance(named, Mapping):
+        raise InvalidInput(f"save: got {named!r:.80}; expected a dict of threads by names of yours")
     for name, one in named.items():
         if isinstance(one, Segment):
             session.table.number_of(one)
