@@ -27,6 +27,10 @@ async def write(s, threads, **options):
     return [t.own_tokens for t in threads]
 
 
+async def ask(s, thread):
+    await anext(apr.astream(s, [thread], **SAMPLED))
+
+
 def alone(llama, i, **options):
     with apr.Session(llama, max_tokens=2048) as s:
         kids = s.thread(tokens(5 + i, i), request=i).fork(2)
@@ -131,9 +135,6 @@ def test_cancellation_ends_a_run_between_steps(llama):
 
 
 def test_two_event_loops_are_refused_by_name(llama):
-    async def ask(s, thread):
-        await anext(apr.astream(s, [thread], **SAMPLED))
-
     with apr.Session(llama, max_tokens=512) as s:
         a, b = s.thread(tokens(5)), s.thread(tokens(6))
         loop = asyncio.new_event_loop()
@@ -186,9 +187,6 @@ def test_threads_that_are_gone_or_anothers_stop_their_own_task(llama):
 
 
 def test_an_event_loop_that_was_closed_blocks_nobody(llama):
-    async def ask(s, thread):
-        await anext(apr.astream(s, [thread], **SAMPLED))
-
     with apr.Session(llama, max_tokens=512) as s:
         a, b = s.thread(tokens(5)), s.thread(tokens(6))
         loop = asyncio.new_event_loop()

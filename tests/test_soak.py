@@ -95,7 +95,7 @@ def test_logits_under_another_view_are_found(model, monkeypatch):
 
 
 def test_calls_with_any_arguments_end_no_process():
-    """The whole is `make reliability`; of a fuzzer that calls nothing this would say as much."""
+    """A few of those of `make reliability`; some must return, or nothing was tried."""
     script = Path(__file__).parent.parent / "tools" / "fuzz.py"
     command = [sys.executable, str(script), "--calls", "5000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

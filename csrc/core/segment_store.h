@@ -13,7 +13,7 @@
 
 namespace apr {
 
-// Tokens [from, from + count) of a segment, or what they were copied to.
+// Tokens [from, from + count) of a segment.
 struct TokenRange {
   SegmentId segment;
   int64_t from, count;

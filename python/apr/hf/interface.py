@@ -175,7 +175,7 @@ class Switch:
     def on(self, holder: Running) -> None:
         """Switch while `holder` runs; an interrupt may come anywhere, `put_back` puts it right."""
         with self._lock:
-            self._holders = [*self._running(), holder]
+            self._holders = [*self._entered(), holder]
             if not self._stood:
                 self._stood = {id(c): c._attn_implementation for c in self._configs}
             _SWITCHED.update(dict.fromkeys(self._stood, self))
@@ -183,14 +183,14 @@ class Switch:
                 if config._attn_implementation != IMPLEMENTATION:
                     config._attn_implementation = IMPLEMENTATION
 
-    def _running(self) -> list[Running]:
+    def _entered(self) -> list[Running]:
         return [holder for holder in self._holders if holder.taken]
 
     def put_back(self) -> None:
         """Put the model where its user put it, where no forward runs; safe to call at any time."""
         _innermost()
         with self._lock:
-            self._holders = self._running()
+            self._holders = self._entered()
             if self._holders or not self._stood:
                 return
             # Setting one sets those below it too, so the outer ones come first.
@@ -205,7 +205,7 @@ class Switch:
         """Whether the model stands on ours though no forward runs, and cannot be put back."""
         self.put_back()
         on = any(config._attn_implementation == IMPLEMENTATION for config in self._configs)
-        return on and not self._running()
+        return on and not self._entered()
 
 
 class Running(_core.Turn):

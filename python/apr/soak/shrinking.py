@@ -28,7 +28,7 @@ def shrink(
                 at += size
         if time.monotonic() >= end or (size == 1 and len(kept) == before):
             return kept
-        size = max(1, size // 2) if len(kept) == before or size > 1 else 1
+        size = max(1, size // 2)
 
 
 def script(operations: Sequence[Operation]) -> str:

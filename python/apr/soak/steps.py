@@ -6,7 +6,6 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,6 @@ from apr.soak.plain import Crew, Item, Writer
 
 Operation = tuple[str, int, int, int, str]  # what; three numbers that say which and how; a fault
 TOLERANCE = 1e-3  # of the logits' spread: float32 sums of 32 products, in two layers
-
-
-@dataclass
-class _Sampled:
-    logits: Any
-    want: Any
 
 
 def _split(items: Sequence[Item]) -> tuple[list[int], list[int]]:
@@ -169,10 +162,12 @@ class Player(Edits):
             for left in (3, 2, 1):
                 step = self.one_step(run, numbers, kind if left == 1 + b % 3 else "", c)
                 if step is not None:
-                    self.compare(step.logits, step.want)
+                    self.compare(*step)
 
     def one_step(self, run: apr.Stream, numbers: list[int], kind: str, where: int) -> Any:
-        """A step of a run; where it is interrupted nobody or everybody has taken a token."""
+        """A step of a run: its logits, and those wanted; where it is interrupted nobody has taken a
+        token, or everybody has.
+        """
         lengths = [len(self.world.lines[n].items) for n in numbers]
         with_fault = fault(self.model, kind, where) if kind else nullcontext()
         step = None
@@ -191,7 +186,7 @@ class Player(Edits):
             self.world.extend(number, tokens, self.cells)
         if wrong := self.differs(self.world):
             raise Failure(wrong)
-        return None if step is None else _Sampled(step.logits, want)
+        return None if step is None else (step.logits, want)
 
     # ---- files -----------------------------------------------------------------------------------
 
