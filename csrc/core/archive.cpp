@@ -20,7 +20,6 @@ constexpr int64_t kFormat = 1;
 // One description of what is kept serves both directions.
 class Writer {
  public:
-  static constexpr bool kReads = false;
   explicit Writer(std::vector<int64_t>& out) : out_(out) {}
   template <typename T>
   void number(T& value) {
@@ -38,7 +37,6 @@ class Writer {
 
 class Reader {
  public:
-  static constexpr bool kReads = true;
   explicit Reader(const std::vector<int64_t>& in) : in_(in) {}
   template <typename T>
   void number(T& value) {
