@@ -96,6 +96,7 @@ std::unique_ptr<Step> make_step(ThreadTable& table, const std::vector<ThreadId>&
 void bind_plan(py::module_& module) {
   py::class_<Plan>(module, "Plan", "Flat work arrays of one packed forward.")
       .def_property_readonly("num_rows", &Plan::num_rows)
+      .def_property_readonly("digest", &Plan::digest)
       .def_property_readonly("num_pairs", [](const Plan& p) { return p.pairs.size(); })
       .def_property_readonly("num_segments", &Plan::num_segments)
       .def_property_readonly("ids", [](const Plan& p) { return array_of(p.ids); })

@@ -64,4 +64,27 @@ void Plan::finish() {
   unsorted_.clear();
 }
 
+uint64_t Plan::digest() const {
+  uint64_t state = 0xcbf29ce484222325u;
+  const auto mix = [&](int64_t value) {  // splitmix64's finalizer, chained
+    state = (state ^ static_cast<uint64_t>(value)) * 0xbf58476d1ce4e5b9u;
+    state = (state ^ (state >> 27)) * 0x94d049bb133111ebu;
+    state ^= state >> 31;
+  };
+  mix(num_rows());
+  for (int64_t row = 0; row < num_rows(); ++row) {
+    mix(ids[row]);
+    mix(positions[row]);
+  }
+  for (const PlanPair& pair : pairs) {
+    mix(pair.run);
+    mix(pair.segment);
+    mix(pair.lo);
+    mix(pair.hi);
+    mix(pair.view_offset);
+    mix(pair.rotation);
+  }
+  return state;
+}
+
 }  // namespace apr

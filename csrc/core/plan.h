@@ -52,6 +52,9 @@ struct Plan {
   void end_view(int32_t run, std::size_t first_pair, const SeenSlots& own);
   void finish();  // sorts pairs by segment and numbers the rotations
 
+  // Of what the rows are and see, whichever pages hold it: equal where two processes do the same.
+  uint64_t digest() const;
+
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }
   int64_t num_segments() const { return static_cast<int64_t>(segment_pages.size()) - 1; }
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from apr.commands import bench, info, run, soak, train
+from apr.commands._ranks import joined_ranks
 from apr.errors import Error
 
 COMMANDS = {"info": info, "run": run, "bench": bench, "train": train, "soak": soak}
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
     try:
-        COMMANDS[options.command].main(options)
+        with joined_ranks():
+            COMMANDS[options.command].main(options)
     except Error as error:
         print(f"apr: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

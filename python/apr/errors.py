@@ -37,5 +37,9 @@ class BudgetExceeded(Error):
     """A hard limit of a run was reached."""
 
 
+class RanksDiffer(Error):
+    """A rank of a model in parts is gone, or about to do something else than the others."""
+
+
 class NonFiniteLogits(Error, ArithmeticError):
     """The model returned NaN logits; the step was rolled back."""

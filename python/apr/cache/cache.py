@@ -219,7 +219,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         plan = None
         if step.queued:
             step.core = session.begin_step(list(step.queued), 1 << 40, step)
-            step.core.next()
+            session.next_forward(step.core)
             pages = (session.pools[0].num_pages, session.pools[0].page_size)
             plan = ops.Plan(step.core.plan, invariant=session.invariant, pages=pages)
             for pool in session.pools if step.core.plan.num_copies else ():

@@ -18,6 +18,7 @@ from rich.tree import Tree
 import apr
 from apr import countdown, hf, protocols
 from apr.bench.adaptive import STRATA, held_out
+from apr.commands._ranks import num_ranks
 from apr.countdown.problems import Problem, Range
 from apr.countdown.search import solutions
 from apr.countdown.solve import Solved, solve
@@ -59,7 +60,7 @@ def run_protocol(options: argparse.Namespace, console: Console) -> None:
     grammar = protocols.PRESETS[options.protocol]
     if grammar.width:
         grammar = dataclasses.replace(grammar, width=options.n)
-    model, tokenizer = hf.load(options.model)
+    model, tokenizer = hf.load(options.model, ranks=num_ranks())
     if options.chat:
         message = [{"role": "user", "content": options.prompt}]
         if getattr(tokenizer, "chat_template", None) is None:
@@ -98,7 +99,7 @@ def run_adaptive(options: argparse.Namespace, problem: Problem | None, console: 
         raise InvalidInput(
             f"--prompt: got {len(problem.numbers)} numbers; the adaptive model takes four or five"
         )
-    model, tokenizer = hf.load(str(folder), dtype=torch.float32)
+    model, tokenizer = hf.load(str(folder), torch.float32, num_ranks())
     with apr.Session(model, max_tokens=1 << 18, page_size=16, seed=options.seed) as session:
         if problem is None:
             problem = _table(options, session, tokenizer, console)

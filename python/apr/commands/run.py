@@ -18,6 +18,7 @@ import apr
 from apr import countdown, hf
 from apr.commands._control import run_adaptive, run_protocol
 from apr.commands._methods import METHODS, run_method
+from apr.commands._ranks import is_first_rank, num_ranks
 from apr.countdown.problems import Problem
 from apr.errors import InvalidInput
 from apr.loop.stream import StreamStep
@@ -112,6 +113,8 @@ def main(options: argparse.Namespace) -> None:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected at least 1")
     if options.temperature is not None and options.temperature <= 0:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
+    if not is_first_rank():
+        options.trace = None  # the first one writes it
     console = _Console(markup=False)  # what models write may look like markup
     if options.protocol and not (options.model and options.prompt):
         raise InvalidInput(
@@ -150,7 +153,7 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
         raise InvalidInput("--prompt: missing; expected a text for --model")
     options.method = options.method or "majority_vote"
     options.temperature = options.temperature or 1.0
-    model, tokenizer = hf.load(options.model)
+    model, tokenizer = hf.load(options.model, ranks=num_ranks())
     with apr.Session(model, seed=options.seed) as session:
         show = LiveThreads(tokenizer, console, options.live)
         began = time.perf_counter()
@@ -178,7 +181,7 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
             f"--checkpoint: no model in {options.checkpoint}; make one with: python -m apr train "
             "guess"
         )
-    model, tokenizer = hf.load(str(options.checkpoint), dtype=torch.float32)
+    model, tokenizer = hf.load(str(options.checkpoint), torch.float32, num_ranks())
     options.max_new_tokens = 16
     options.method = options.method or "best_of_n"
     # Hot enough that a single sample is weak, which is when threads and a verifier matter.

@@ -18,6 +18,7 @@ from apr.hf.interface import OF_THE_MACHINE, Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
 from apr.hf.packed import PackedForward, out_of_table
 from apr.hf.probe import measure, measure_rows, refuse
+from apr.hf.ranks import RankGroup
 from apr.hf.row_forward import KeepsAll
 from apr.hf.self_test import self_test
 from apr.hf.spec import ModelSpec
@@ -51,6 +52,11 @@ class Attachment:
     def spec(self) -> ModelSpec:
         """What was measured of the model."""
         return self._known.spec
+
+    @property
+    def rank_group(self) -> RankGroup | None:
+        """The ranks that hold the model in parts; None where one process has it all."""
+        return self._known.ranks
 
     @property
     def tested(self) -> bool:

@@ -9,6 +9,7 @@ tables of the views when a view was changed.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.hf.attachment import Attachment
 from apr.hf.packed import Ran
+from apr.hf.ranks import Ranks
 from apr.ops import Rotation
 from apr.ops import device as gpu
 
@@ -180,9 +182,10 @@ class StepGraphs:
         attachment: Attachment,
         pools: Sequence[ops.Pool],
         invariant: bool,
+        ranks: Ranks,
     ) -> None:
         self._backend, self._attachment = backend, attachment
-        self._pools, self._invariant = pools, invariant
+        self._pools, self._invariant, self._ranks = pools, invariant, ranks
         self._views = _core.ViewTables()
         self._graphs: dict[Capacity, StepGraph | None] = {}  # None: would take too much memory
         self._current: StepGraph | None = None
@@ -216,7 +219,9 @@ class StepGraphs:
             if graph is None:
                 self._views.forget(table)
                 return None
-            logits = graph.run(torch.from_numpy(self._views.ids)).clone()
+            ids = torch.from_numpy(self._views.ids)
+            with self._ranks.together(zlib.crc32(self._views.ids.tobytes(), furthest)):
+                logits = graph.run(ids).clone()
             rows = {number: (logits, row) for row, number in enumerate(numbers)}
             ran = Ran(rows, num_rows=len(numbers), forwards=1)
             before_commit(ran)
@@ -252,7 +257,11 @@ class StepGraphs:
 
 
 def step_graphs(
-    wanted: bool | None, attachment: Attachment, pools: Sequence[ops.Pool], invariant: bool
+    wanted: bool | None,
+    attachment: Attachment,
+    pools: Sequence[ops.Pool],
+    invariant: bool,
+    ranks: Ranks,
 ) -> StepGraphs | None:
     """What replays a session's steps, where that is wanted; raises InvalidInput where there is no
     GPU.
@@ -268,4 +277,6 @@ def step_graphs(
             f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a "
             "GPU; leave it None"
         )
-    return StepGraphs(backend, attachment, pools, invariant) if wanted and backend else None
+    if not wanted or backend is None:
+        return None
+    return StepGraphs(backend, attachment, pools, invariant, ranks)

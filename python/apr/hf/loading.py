@@ -5,19 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 from apr.errors import InvalidInput
 
 
-def load(path: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a folder or hub id.
+def load(path: str, dtype: torch.dtype | str = "auto", ranks: int = 1) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a folder or hub id; with `ranks`, this process's part of a
+    model that so many hold (transformers' tensor parallelism, under torchrun). Where its KV heads
+    cannot be shared out evenly, each rank has all of the attention, and a part of the rest.
 
     Raises InvalidInput where it cannot be loaded, or brings code of its own: that is never run, nor
     asked about. Load such a model yourself, and give it to `apr.Session`.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        parts = _shared_out(path, ranks) if ranks > 1 else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, **parts
+        )
         return model.eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error
+
+
+def _shared_out(path: str, ranks: int) -> dict[str, Any]:
+    """Arguments that load one of so many parts of a model."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    text = config.get_text_config()
+    plan = getattr(text, "base_model_tp_plan", None)
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    if plan and heads % ranks:
+        text.base_model_tp_plan = {k: how for k, how in plan.items() if "attn" not in k}
+    return {"config": config, "distributed_config": DistributedConfig(tp_size=ranks)}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from apr.errors import InvalidInput
 from apr.hf.interface import Switch, configurations, members
+from apr.hf.ranks import RankGroup, group_of
 from apr.hf.spec import ModelSpec
 
 
@@ -138,6 +139,7 @@ class Known:
     owner: frozenset[int]  # ids of its modules and configurations
     # Parameters whose changes in place torch counts; held weakly, as all that leads to the model.
     weights: list[weakref.ref[nn.Parameter]]
+    ranks: RankGroup | None  # that share its weights out among them
     tested: bool = False
 
 
@@ -158,7 +160,9 @@ def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -
             switch = found.switch if found is not None and same else Switch(model)
             spec = measure(model, switch)
             weights = [weakref.ref(p) for p in model.parameters() if not p.is_inference()]
-            found = Known(structure(model), switch, spec, members(model), weights)
+            ranks = found.ranks if found is not None and same else group_of(model)
+            owner = members(model)
+            found = Known(structure(model), switch, spec, owner, weights, ranks)
             _KNOWN[model] = found
         return found
 

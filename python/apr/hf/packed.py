@@ -14,6 +14,7 @@ from torch import Tensor
 from apr import ops
 from apr.errors import InvalidInput, NonFiniteLogits, UnsupportedModel
 from apr.hf.cache_rows import CacheRows
+from apr.hf.ranks import Ranks
 from apr.hf.row_forward import forward_rows
 from apr.hf.spec import SINKS, LayerSpec, ModelSpec
 from apr.hf.vectors import PathVectors, RowVectors
@@ -170,14 +171,16 @@ def run_step(
     vectors: Mapping[int, PathVectors] | None = None,
     before_commit: Callable[[Ran], None] | None = None,
     held: CacheRows | None = None,
+    ranks: Ranks | None = None,
 ) -> Ran:
     """Run a step's forwards one after the other and commit it; on any exception, of `before_commit`
     too, it is rolled back.
     """
-    ran, began = Ran(), time.perf_counter()
+    ran, began, ranks = Ran(), time.perf_counter(), ranks or Ranks()
     try:
         while step.next():
-            _run_forward(step, attachment, pools, invariant, vectors, held, ran)
+            with ranks.together(step.plan.digest):
+                _run_forward(step, attachment, pools, invariant, vectors, held, ran)
         if before_commit is not None:
             before_commit(ran)
         step.commit()

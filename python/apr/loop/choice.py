@@ -13,6 +13,7 @@ from torch import Tensor
 
 from apr import ops
 from apr.errors import InvalidInput, NonFiniteLogits
+from apr.hf.ranks import Ranks
 from apr.loop.history import History
 from apr.loop.sampling import Rules
 from apr.threads.table import ThreadTable
@@ -31,8 +32,8 @@ class Choice(NamedTuple):
 class Chooser:
     """Chooses tokens for the threads of a run."""
 
-    def __init__(self, table: ThreadTable, history: History) -> None:
-        self._table, self._history = table, history
+    def __init__(self, table: ThreadTable, history: History, ranks: Ranks) -> None:
+        self._table, self._history, self._ranks = table, history, ranks
         self._rules: list[Rules] = []  # that `_draws` is for
         self._draws = ops.Draws(0)
 
@@ -45,6 +46,7 @@ class Chooser:
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         scores = self._processed(rules, logits)
         sampled = ops.sample(scores, self._draws_of(rules), logits=logits).cpu()
+        sampled = ops.Sampled.of(self._ranks.first(sampled.memory))
         tokens: list[int] = sampled.tokens.tolist()
         odd = (sampled.tokens < 0) | sampled.logprobs.isnan()
         if bool(odd.any()):

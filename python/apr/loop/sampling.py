@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from apr.errors import InvalidInput
+from apr.hf.ranks import Ranks
 
 DEFAULT_NEW_TOKENS = 256
 UNSET_LENGTH = GenerationConfig().max_length
@@ -276,11 +277,13 @@ class Rules:
         self,
         written: list[int],
         token: int,
+        late: bool,
         all_tokens: Callable[[], Tensor] | None = None,
         scores: Callable[[], Tensor] | None = None,
     ) -> str | None:
         """Why the thread ends with `token` after those `written`, or None; where it has criteria
         they read all_tokens() [1, length] and scores() [1, vocab] that the token was chosen by.
+        late: whether its time is over (`late_ones`).
         """
         if token in self.eos:
             return "eos"
@@ -293,9 +296,17 @@ class Rules:
                 return "stop"
         if len(written) + 1 >= self.limit:
             return "length"
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            return "time"
-        return None
+        return "time" if late else None
+
+
+def late_ones(every: Sequence[Rules], ranks: Ranks) -> list[bool]:
+    """Which are past their deadline; of several ranks the first one's clock tells."""
+    now = time.monotonic()
+    late = [rules.deadline is not None and now > rules.deadline for rules in every]
+    if all(rules.deadline is None for rules in every):
+        return late
+    told: list[bool] = ranks.first(torch.tensor(late)).tolist()
+    return told
 
 
 def make_rules(

@@ -20,6 +20,7 @@ from apr.loop.processors import Processors
 from apr.loop.sampling import (
     Rules,
     history_processors,
+    late_ones,
     make_rules,
     resolve,
     row_warpers,
@@ -79,7 +80,7 @@ class Stream:
         self._warpers: dict[str, Any] = {}
         self._shared: dict[tuple[str, int], list[LogitsProcessor]] = {}
         self._history = History(session.spec.device)
-        self._chooser = Chooser(session.table, self._history)
+        self._chooser = Chooser(session.table, self._history, session.ranks)
 
     def __enter__(self) -> Stream:
         return self
@@ -181,6 +182,7 @@ class Stream:
         if any(rules.criteria for rules in every):
             self._history.catch_up()
         finished: dict[Thread, str] = {}
+        late = late_ones(every, self.session.ranks)
         for row, (thread, rules) in enumerate(zip(threads, every, strict=True)):
             reads: tuple[Any, ...] = ()
             if rules.criteria:
@@ -188,7 +190,7 @@ class Stream:
                     partial(self._history.ids_with, thread, choice.tokens[row]),
                     partial(rules.warped, choice.scores[row : row + 1]),
                 )
-            reason = rules.finish_reason(rules.tokens, choice.tokens[row], *reads)
+            reason = rules.finish_reason(rules.tokens, choice.tokens[row], late[row], *reads)
             rules.ending = None if reason is None else len(rules.tokens) + 1
             if reason is not None:
                 finished[thread] = reason

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from apr.errors import InvalidInput
 from apr.threads.session import Session
 
@@ -95,4 +97,5 @@ def measure_width(
                     thread.release()
     finally:
         root.release()
-    return WidthCurve(possible, medians, context)
+    seconds = session.ranks.first(torch.tensor(medians, dtype=torch.float64))
+    return WidthCurve(possible, seconds.tolist(), context)

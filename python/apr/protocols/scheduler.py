@@ -138,7 +138,10 @@ class Scheduler:
         root = request.root
         if root is None or root.state == "ended":
             return
-        limit = request.over(self.session.spec.bytes_per_token)
+        seconds = 0.0
+        if request.budget.seconds is not None:
+            seconds = self.session.ranks.first_number(time.perf_counter() - request.began)
+        limit = request.over(self.session.spec.bytes_per_token, seconds)
         if not limit:
             return
         request.limit, request.seconds = limit, time.perf_counter() - request.began

@@ -126,12 +126,12 @@ class Request:
     seconds: float = 0.0  # from its beginning to its end; other requests of the run share them
     limit: str = ""
 
-    def over(self, bytes_per_token: int) -> str:
-        """The limit that is reached now, or nothing."""
+    def over(self, bytes_per_token: int, seconds: float) -> str:
+        """The limit that is reached after so many seconds, or nothing."""
         budget = self.budget
         if budget.tokens is not None and self.tokens >= budget.tokens:
             return "tokens"
-        if budget.seconds is not None and time.perf_counter() - self.began > budget.seconds:
+        if budget.seconds is not None and seconds > budget.seconds:
             return "seconds"
         if budget.bytes is not None:
             held: dict[int, int] = {}  # of each piece that a living thread sees, how much

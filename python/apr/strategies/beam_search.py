@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apr.errors import InvalidInput
 from apr.loop.decode import Decoded
-from apr.loop.sampling import Rules, make_rules, resolve
+from apr.loop.sampling import Rules, late_ones, make_rules, resolve
 from apr.loop.stream import StreamStep
 from apr.strategies._requests import Result, Writing, let_go, run_requests
 from apr.threads.session import Session
@@ -51,8 +51,10 @@ class _Search:
     sampled: int = 0
     steps: int = 0
 
-    def advance(self, logits: Tensor) -> None:
-        """Take one token further; logits [beams, vocab] of the threads as they are."""
+    def advance(self, logits: Tensor, late: bool) -> None:
+        """Take one token further; logits [beams, vocab] of the threads as they are. late: whether
+        the time is over.
+        """
         self.steps += 1
         self.sampled += len(self.threads)
         logprobs = self._processed(logits)
@@ -61,7 +63,7 @@ class _Search:
         keep = max(2, 1 + len(self.rules.eos)) * self.num_beams
         best, where = total.topk(min(keep, len(total)))
         reasons = [
-            self._reason(place // vocab, place % vocab, logprobs) for place in where.tolist()
+            self._reason(place // vocab, place % vocab, logprobs, late) for place in where.tolist()
         ]
         ends = [reason is not None for reason in reasons]
         self._collect(best, where, reasons, vocab, logits)
@@ -81,14 +83,14 @@ class _Search:
         renormalized: Tensor = self.rules.warpers(None, logprobs)
         return renormalized
 
-    def _reason(self, beam: int, token: int, processed: Tensor) -> str | None:
+    def _reason(self, beam: int, token: int, processed: Tensor, late: bool) -> str | None:
         """Why a beam would end with a token, or None."""
 
         def all_tokens() -> Tensor:
             return torch.tensor([[*self.threads[beam].tokens, token]])
 
         scores = processed[beam : beam + 1]
-        return self.rules.finish_reason(self.texts[beam], token, all_tokens, lambda: scores)
+        return self.rules.finish_reason(self.texts[beam], token, late, all_tokens, lambda: scores)
 
     def _collect(
         self, best: Tensor, where: Tensor, reasons: list[str | None], vocab: int, logits: Tensor
@@ -239,8 +241,9 @@ def beam_search(
         while open_ones := [s for s in searches if not s.done]:
             logits = session.step([t for s in open_ones for t in s.threads])
             parts = torch.split(logits, [len(s.threads) for s in open_ones])
-            for search, part in zip(open_ones, parts, strict=True):
-                search.advance(part)
+            late = late_ones([search.rules for search in open_ones], session.ranks)
+            for search, part, over in zip(open_ones, parts, late, strict=True):
+                search.advance(part, over)
             if on_step is not None:
                 on_step(_step_of([s for s in open_ones if not s.done]))
         stats = session.stats

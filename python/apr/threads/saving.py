@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
-from apr.hf.model_state import undisturbed
+from apr.hf.model_state import undisturbed, unwrap
+from apr.hf.ranks import own_file
 from apr.hf.spec import ModelSpec
 from apr.threads.thread import Segment, Thread
 
@@ -69,7 +71,7 @@ def save(session: Session, path: str | Path, named: Named) -> None:
     }
     text = json.dumps(told, sort_keys=True)
     header = {"format": FORMAT, "session": text, "digest": _digest(text, tensors)}
-    _write(Path(path), tensors, header)
+    _write(own_file(Path(path), session.attachment.model), tensors, header)
 
 
 def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, Segment]]:
@@ -119,7 +121,8 @@ def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """What must be the same where the keys and values are used again."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        weight = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta" and weight.numel():
             flat = weight.detach().reshape(-1)
@@ -150,7 +153,8 @@ def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[
     for name in ("page_size", "seed"):
         if name in options:
             raise InvalidInput(f"open: got {name}; it is the file's, leave it out")
-    told, tensors = _read(Path(path))
+    path = own_file(Path(path), unwrap(model))
+    told, tensors = _read(path)
     session = kind(model, page_size=told["page_size"], seed=told["seed"], **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)

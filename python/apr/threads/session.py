@@ -19,6 +19,7 @@ from apr.errors import Error, ForeignThread, InvalidInput
 from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
 from apr.hf.packed import Ran, check_numbers, run_step
+from apr.hf.ranks import Ranks
 from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
@@ -42,7 +43,8 @@ class Session:
     run tokens again from the nearest state that is kept: keep one every so many tokens too, each of
     `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. Their states lie outside of
     the pool. Raises UnsupportedModel with the reason where the model cannot be attached;
-    `self_test=False` skips the proof (a dozen tiny forwards, once a model).
+    `self_test=False` skips the proof (a dozen tiny forwards, once a model). rank_timeout: seconds
+    that a rank of a model in parts waits for the others at a step (docs/scale.md).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Session:
         *,
         checkpoint_tokens: int = 0,
         self_test: bool = True,
+        rank_timeout: float = 60.0,
     ) -> None:
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
@@ -72,7 +75,9 @@ class Session:
         self._check_states(spec)
         # A model that counts its rows as positions, far out, takes no more of them.
         self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
-        pages = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
+        self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
+        fitting = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
+        pages = self.ranks.least(fitting)
         self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
         self._cuda_graphs = cuda_graphs
         self.waiting: list[Any] = []  # runs of tasks, and who waits for them (loop/astream.py)
@@ -101,7 +106,9 @@ class Session:
         self._arena.keep_ahead(0, 0)
 
     def _make_graphs(self) -> None:
-        self._graphs = step_graphs(self._cuda_graphs, self.attachment, self.pools, self.invariant)
+        self._graphs = step_graphs(
+            self._cuda_graphs, self.attachment, self.pools, self.invariant, self.ranks
+        )
 
     @property
     def spec(self) -> ModelSpec:
@@ -243,7 +250,10 @@ class Session:
 
         It is called before anything is committed: what it raises takes the step back.
         """
-        numbers = self._numbers(threads)
+        with self.ranks.taking_part():
+            return self._advance(self._numbers(threads), choose)
+
+    def _advance(self, numbers: list[int], choose: Callable[[Tensor], Chosen]) -> Chosen:
         began = self.trace.clock()
         chosen: list[Chosen] = []
 
@@ -293,7 +303,14 @@ class Session:
         vectors = self.table.vectors
         states = self.table.states
         ran = run_step(
-            step, self.attachment, self.pools, self.invariant, vectors, before_commit, states
+            step,
+            self.attachment,
+            self.pools,
+            self.invariant,
+            vectors,
+            before_commit,
+            states,
+            self.ranks,
         )
         self._arena.keep_ahead(table.peak_pages, table.num_threads)
         return ran
@@ -321,9 +338,16 @@ class Session:
         whatever happens.
         """
         self.table.turn.take(who)
-        table = self._start_step()
-        numbers = [t._id for t in threads]
-        return _core.Step(table, numbers, [False] * len(threads), step_tokens, ragged=True)
+        with self.ranks.taking_part():
+            table = self._start_step()
+            numbers = [t._id for t in threads]
+            return _core.Step(table, numbers, [False] * len(threads), step_tokens, ragged=True)
+
+    def next_forward(self, step: _core.Step) -> None:
+        """Plan the one forward of such a step, which all ranks are about to run."""
+        with self.ranks.taking_part():
+            step.next()
+            self.ranks.agree(step.plan.digest)
 
     def end_step(self, step: _core.Step | None, who: object, commit: bool) -> None:
         """Close a step of `begin_step`; rolling back is safe to do twice."""

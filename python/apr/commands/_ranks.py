@@ -1,0 +1,38 @@
+"""Commands under torchrun: all ranks run one, and the first one tells."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+def num_ranks() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    return num_ranks() == 1 or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Join the processes that torchrun started; what others than the first one print is lost."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group()
+    try:
+        with contextlib.ExitStack() as quiet:
+            if not is_first_rank():
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""A model in parts: two ranks under torchrun do as one process does, or say that they do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import apr
+import scripted
+from apr.hf.ranks import Ranks
+from models import random_weights
+
+HERE = Path(__file__).parent
+
+
+def torchrun(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def saved(path: Path, kv_heads: int) -> str:
+    """A folder with a tiny model and its tokenizer."""
+    tok = scripted.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tok) + len(tok) % 2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+    )
+    random_weights(LlamaForCausalLM(config)).save_pretrained(path)
+    tok.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("parts"), 2)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_two_ranks_are_one_model(tmp_path, kv_heads):
+    """Ranks share KV heads out, or both have the only one: logits within 1e-5 standard deviations,
+    which are sums in another order, and equal tokens.
+    """
+    ran = torchrun("ranks_program.py", saved(tmp_path, kv_heads), "equal")
+    assert ran.returncode == 0 and ran.stdout.count("apart") == 2, ran.stdout + ran.stderr
+
+
+def test_ranks_that_differ_are_told(folder):
+    ran = torchrun("ranks_program.py", folder, "refused")
+    assert ran.returncode == 0 and ran.stdout.count("refused and well") == 2, ran.stderr
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_rank_ends_the_others(folder, how):
+    ran = torchrun("ranks_program.py", folder, how)
+    assert ran.returncode != 0 and ran.stdout.count("told after") == 1, ran.stdout + ran.stderr
+
+
+def test_commands_run_on_ranks():
+    ran = torchrun("-m", "--", "apr", "run", "--prompt", "24 : 8 6 4", "--n", "4")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("replayed by arithmetic") == 1  # the first rank prints
+
+
+def test_one_process_waits_for_nobody(net):
+    ranks = Ranks()
+    values = torch.tensor([1.5])
+    assert ranks.first(values) is values and ranks.least(3) == 3
+    with ranks.taking_part(), ranks.together(7):
+        pass
+    for wrong in (0, -1, "1", None, True, float("nan")):
+        with pytest.raises(apr.InvalidInput, match="rank_timeout"):
+            apr.Session(net, max_tokens=64, rank_timeout=wrong)
