@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from apr import ops, protocols, training
+from apr import ops, protocols, remote, training
 from apr.cache.cache import Cache
 from apr.errors import (
     BudgetExceeded,
+    EngineError,
     Error,
     ForeignThread,
     InvalidInput,
@@ -48,6 +49,7 @@ __all__ = [
     "BudgetExceeded",
     "Cache",
     "Decoded",
+    "EngineError",
     "Error",
     "ForeignThread",
     "Grammar",
@@ -84,6 +86,7 @@ __all__ = [
     "ops",
     "parathinker",
     "protocols",
+    "remote",
     "run",
     "skeleton",
     "stream",

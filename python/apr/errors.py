@@ -37,6 +37,10 @@ class BudgetExceeded(Error):
     """A hard limit of a run was reached."""
 
 
+class EngineError(Error):
+    """A served engine refused, or did not answer after all retries; what came is on its threads."""
+
+
 class RanksDiffer(Error):
     """A rank of a model in parts is gone, or about to do something else than the others."""
 

@@ -54,6 +54,22 @@ class ModelSpec:
         return "" if self.states is None else self.states.reason
 
     @property
+    def no_keys(self) -> str:
+        """Why no thread can see what others have stored; empty where it can."""
+        if self.states is None:
+            return ""
+        why = f" (it runs by rows of its own cache: {self.why})" if self.by_rows else ""
+        return (
+            "this model keeps a state of all that a thread has read, and it has not read the keys "
+            f"of others; expected forks, trims, and joins with reencode=True{why}"
+        )
+
+    @property
+    def no_logits(self) -> str:
+        """Nothing: a model that runs here tells its logits."""
+        return ""
+
+    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
         size = torch.empty((), dtype=self.dtype).element_size()

@@ -82,8 +82,13 @@ class Stream:
         self._history = History(session.spec.device)
         self._chooser = Chooser(session.table, self._history, session.ranks)
 
+    takes_processors = True
+
     def __enter__(self) -> Stream:
         return self
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Any word can be seen in what a thread of a session writes."""
 
     def __exit__(self, *_: object) -> None:
         self._rules.clear()
@@ -221,6 +226,20 @@ def stream(
     one. sample: what to do where neither options nor generation_config say; None: as the model's
     configuration says. Raises InvalidInput for a field that a loop over threads cannot honour.
     """
+    served = getattr(session, "stream", None)
+    if served is not None:  # an engine, which makes the tokens elsewhere
+        made: Stream = served(
+            threads,
+            generation_config,
+            tokenizer=tokenizer,
+            stop=stop,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            sample=sample,
+            **options,
+        )
+        return made
     run = Stream(
         session,
         resolve(session.model, generation_config, options, sample),

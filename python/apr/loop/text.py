@@ -27,6 +27,28 @@ def written_text(
     return text
 
 
+def continued(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that continues other text: without special tokens, and without the blank
+    that some tokenizers begin with.
+    """
+    if not text:
+        return []
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    before, both = ids_of("."), ids_of("." + text)
+    behind = both[len(before) :]
+    if both[: len(before)] == before:
+        spelled = tokenizer.decode(
+            behind, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if spelled.strip() == text.strip():
+            return behind
+    return ids_of(text)
+
+
 class GrowingText:
     """The same text while it is being written: each token costs what it adds, not all before it."""
 

@@ -73,6 +73,7 @@ def measure_width(
     """
     if not widths or min(widths) < 1 or context < 1 or repeats < 1:
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
+    session.table.need_logits("measure_width")
     vocab = session.spec.vocab_size
     pages = session.table.ask().num_pages - session.stats.used_pages
     room = pages - -(-context // session.page_size)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apr.errors import InvalidInput
+from apr.loop.text import continued
 
 _WINDOW = 48  # tokens; a control word that is spelled with more is not found
 
@@ -50,13 +51,7 @@ class Words:
         """Token ids of text that continues other text: without the blank that some tokenizers begin
         with.
         """
-        if not text:
-            return []
-        before, both = self._ids("."), self._ids("." + text)
-        behind = both[len(before) :]
-        if both[: len(before)] == before and self.decode(behind).strip() == text.strip():
-            return behind
-        return self._ids(text)
+        return continued(self.tokenizer, text)
 
     def spellings(self, word: str) -> list[list[int]]:
         """The ways in which a tokenizer spells a word by itself and behind other text."""

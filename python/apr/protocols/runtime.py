@@ -68,10 +68,15 @@ def run(
             grammar = dataclasses.replace(grammar, width=width)
         else:
             limits = dataclasses.replace(limits, threads=width)
+    if limits.bytes is not None and not session.spec.bytes_per_token:
+        raise InvalidInput("budget: got bytes, and no keys and values are kept here; leave it out")
     words = Words(tokenizer, [grammar.open, grammar.launch, grammar.sync, grammar.end])
     with stream(session, [], generation_config, tokenizer=tokenizer, **options) as writing:
         limits = _with_config(limits, writing.config, max(map(len, roots)))
-        writing.config.max_new_tokens, writing.config.max_time = _ENDLESS, None
+        writing.check_words(words.words)
+        # A stream begins to count anew at each join, so that the budget's own count comes first.
+        writing.config.max_new_tokens = limits.tokens_per_thread or _ENDLESS
+        writing.config.max_time = None
         scheduler = Scheduler(
             session, writing, grammar, words, logits_processor or (lambda worker: ())
         )

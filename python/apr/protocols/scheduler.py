@@ -64,7 +64,8 @@ class Scheduler:
             closed += self._open_spellings
         if worker.depth:
             closed += [ids for word in self.grammar.forbidden for ids in self.words.spellings(word)]
-        keep_closed = [forbid(closed)] if closed else []
+        # Where no processor can, a word that opens nothing is read as text.
+        keep_closed = [forbid(closed)] if closed and self.run.takes_processors else []
         if worker.processors is None:
             worker.processors = list(self.processors(worker))
         self.run.add(worker.thread, logits_processor=[*keep_closed, *worker.processors])

@@ -137,6 +137,7 @@ def run_crews(
 
     after(crew) is called when a crew has noted a step.
     """
+    session.table.need_keys("threads that read one another")
     crews: list[CrewT] = []
     with writing.stream(session) as run:
         for ids, request in zip(prompts, requests, strict=True):

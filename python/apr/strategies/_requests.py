@@ -14,6 +14,7 @@ from apr.loop.processors import Processors
 from apr.loop.stream import Stream, stream
 from apr.loop.text import written_text
 from apr.threads.session import Session
+from apr.threads.table import ThreadTable
 from apr.threads.thread import Thread
 from apr.threads.trace import Stats, Trace
 
@@ -190,8 +191,8 @@ def encode_plain(tokenizer: Any, text: Any) -> list[int]:
 @contextlib.contextmanager
 def as_session(model_or_session: Any, seed: int) -> Iterator[Session]:
     """The given session, or one on the given model for the duration."""
-    if isinstance(model_or_session, Session):
-        yield model_or_session
+    if isinstance(getattr(model_or_session, "table", None), ThreadTable):
+        yield model_or_session  # or a served engine
     else:
         with Session(model_or_session, seed=seed) as session:
             yield session

@@ -207,6 +207,7 @@ def beam_search(
     def run(
         session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
     ) -> list[Result]:
+        session.table.need_logits("beam_search")
         config = resolve(session.model, generation_config, settings, sample=False)
         penalty = _or(length_penalty, config.length_penalty, 1.0)
         ends_early = _or(early_stopping, config.early_stopping, False)

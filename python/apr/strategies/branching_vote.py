@@ -77,6 +77,7 @@ def branching_vote(
     def run(
         session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
     ) -> list[Result]:
+        session.table.need_logits("branching_vote")
         votes: list[_Vote] = []
         with write.stream(session) as writing:
             for ids, request in zip(prompts, requests, strict=True):

@@ -95,13 +95,13 @@ class ThreadTable:
 
     def need_keys(self, what: str) -> None:
         """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
-        if self.spec.states is not None:
-            by_rows = f" (it runs by rows of its own cache: {self.spec.why})"
-            why = by_rows if self.spec.by_rows else ""
-            raise UnsupportedModel(
-                f"{what}: this model keeps a state of all that a thread has read, and it has not "
-                f"read the keys of others; expected forks, trims, and joins with reencode=True{why}"
-            )
+        if self.spec.no_keys:
+            raise UnsupportedModel(f"{what}: {self.spec.no_keys}")
+
+    def need_logits(self, what: str) -> None:
+        """Raise UnsupportedModel for what looks at logits, where nobody tells them."""
+        if self.spec.no_logits:
+            raise UnsupportedModel(f"{what}: {self.spec.no_logits}")
 
     def ask_now(self) -> _core.ThreadTable:
         """The same for figures: up to date, where no step is running."""

@@ -1,0 +1,171 @@
+"""A served model in the place of a session: threads are kept here, tokens are made there."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace, TracebackType
+from typing import Any, TypeVar
+
+from transformers import GenerationConfig
+
+from apr.errors import InvalidInput
+from apr.hf.ranks import Ranks
+from apr.loop.sampling import resolve
+from apr.remote.dialect import Dialect, check_ends, listen
+from apr.remote.stream import ServedStream
+from apr.remote.usage import ServedSpec, Usage
+from apr.threads.table import ThreadTable
+from apr.threads.thread import Thread, TokenIds, check_integer
+from apr.threads.trace import Trace
+
+Answer = TypeVar("Answer")
+
+
+class Engine:
+    """An OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`).
+
+    It stands where a session would: `apr.majority_vote(engine, tokenizer, prompt)`. A fork is a
+    request that begins as its siblings do, which the server's prefix cache makes cheap; a join is
+    the text of the children, read again. Prompts are made with the tokenizer of the call, which is
+    the model's. Methods in which threads see one another's keys, or that look at logits, raise
+    UnsupportedModel by name.
+
+    model: its name on the server. concurrency: requests at once. retries: how often a request is
+    sent again that was refused for a while (429, 5xx), lost, or cut off in the middle: it then goes
+    on behind what has come. timeout: seconds without a word. seed: as in a session, and as far as
+    the server keeps to it. logprobs: ask for log-probabilities (some servers then split characters
+    of several tokens).
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str = "none",
+        concurrency: int = 16,
+        retries: int = 4,
+        timeout: float = 120.0,
+        seed: int = 0,
+        logprobs: bool = False,
+    ) -> None:
+        check_integer("concurrency", concurrency, 1)
+        check_integer("retries", retries, 0)
+        check_integer("seed", seed)
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise InvalidInput(f"timeout: got {timeout!r}; expected seconds above 0")
+        try:
+            from openai import AsyncOpenAI
+        except ImportError as error:
+            raise InvalidInput(
+                "remote.Engine needs the openai package: pip install 'apr[remote]'"
+            ) from error
+        self.name, self.retries, self.logprobs, self.seed = model, retries, logprobs, seed
+        self.spec: Any = ServedSpec()
+        self.ranks = Ranks()
+        self.table = ThreadTable(1, 64, self.spec, seed)  # its threads only queue, and take no page
+        self.usage = Usage()
+        self._dialect: Dialect | None = None
+        self._loop = asyncio.new_event_loop()
+        self._worker = threading.Thread(
+            target=self._loop.run_forever, name="apr-remote", daemon=True
+        )
+        self._worker.start()
+        self.client = AsyncOpenAI(
+            base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries
+        )
+        self.places = asyncio.Semaphore(concurrency)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the connections go; safe to call twice."""
+        if self.table.is_open:
+            self.table.close()
+            self.wait(self.client.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._worker.join()
+            self._loop.close()
+
+    # ---- what methods ask of a session ----------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace:
+        """What happened: a thread tree as text, a Chrome-trace file."""
+        return self.table.trace
+
+    @property
+    def stats(self) -> Usage:
+        """Counters so far."""
+        return Usage(**vars(self.usage))
+
+    def thread(self, ids: TokenIds = (), *, request: int | tuple[int, ...] | None = None) -> Thread:
+        """A new thread that begins with `ids`."""
+        return self.table.thread(ids, None, None, "previous", request)
+
+    def segment(self, *_: Any, **__: Any) -> Any:
+        """Raises UnsupportedModel, as `region` does: segments are keys and values."""
+        self.table.need_keys("segment")
+
+    region = segment
+
+    def step(self, threads: Sequence[Thread]) -> Any:
+        """Raises UnsupportedModel: logits are not told."""
+        self.table.need_logits("step")
+
+    def stream(
+        self,
+        threads: Sequence[Thread],
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        stop: Any = None,
+        logits_processor: Any = (),
+        stopping_criteria: Sequence[Any] = (),
+        prefix_allowed_tokens_fn: Any = None,
+        sample: bool | None = None,
+        **options: Any,
+    ) -> ServedStream:
+        """`apr.stream` on this engine; raises InvalidInput for what a server cannot honour."""
+        self.table.ask()
+        if tokenizer is None:
+            raise InvalidInput("tokenizer: got None; an engine sends and gets text: pass one")
+        if prefix_allowed_tokens_fn is not None:
+            raise InvalidInput("prefix_allowed_tokens_fn: a served engine takes no processors")
+        ends = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+        owner = SimpleNamespace(generation_config=ends)
+        config = resolve(owner, generation_config, options, sample)
+        check_ends(config, tokenizer)
+        run = ServedStream(self, config, tokenizer, self.dialect(tokenizer), stopping_criteria)
+        run.takes_none(logits_processor)
+        for thread in threads:
+            run.add(thread, stop=stop)
+        return run
+
+    # ---- the server -----------------------------------------------------------------------------
+
+    def dialect(self, tokenizer: Any) -> Dialect:
+        """What the server takes; asked once."""
+        if self._dialect is None:
+            ids = tokenizer("One").input_ids
+            self._dialect = self.wait(listen(self.client, self.name, ids, "One"))
+        return self._dialect
+
+    def wait(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Do something in the engine's own loop, whichever loop the caller has."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> Callable[[], Any]:
+        """Start something there; returns what cancels it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).cancel

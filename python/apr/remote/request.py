@@ -1,0 +1,119 @@
+"""One answer of a server, piece by piece, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from apr.errors import EngineError
+
+if TYPE_CHECKING:
+    from apr.remote.engine import Engine
+
+
+class Piece(NamedTuple):
+    """What came: text, and its token ids and log-probability where the server tells them."""
+
+    text: str
+    ids: list[int]
+    logprob: float
+
+
+@dataclass
+class Request:
+    """A prompt as text, or as token ids, and the fields that go with it."""
+
+    prompt: str | list[int]
+    fields: dict[str, Any]
+    most: int  # tokens
+    text: str = ""  # that has come
+    ids: list[int] = field(default_factory=list)  # the same where they are told
+    tokens: int = 0  # that have come, as far as can be told
+
+    @property
+    def rest(self) -> str | list[int]:
+        """The prompt of what is still to come."""
+        if isinstance(self.prompt, str):
+            return self.prompt + self.text
+        return [*self.prompt, *self.ids]
+
+
+async def answer(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
+    """Pieces as they come; the last item is the reason of the end, "stop" or "length".
+
+    An answer that is cut off goes on behind what has come: in a request of its own. Raises
+    EngineError where that does not help either.
+    """
+    import openai
+
+    said = "it ended in the middle"
+    for attempt in range(engine.retries + 1):
+        if attempt:
+            engine.usage.retries += 1
+            await asyncio.sleep(min(0.25 * 2**attempt, 8.0) * (0.5 + random.random() / 2))
+        try:
+            async for item in _once(engine, request):
+                yield item
+                if isinstance(item, str):
+                    return
+        except openai.APIStatusError as error:
+            # Those that may pass were sent again by the client already.
+            raise EngineError(
+                f"engine: the server answered {error.status_code}: {error}"
+            ) from error
+        except (openai.APIError, json.JSONDecodeError, ConnectionError) as error:
+            said = repr(getattr(error, "body", None) or error)
+        if request.tokens >= request.most:
+            yield "length"
+            return
+    raise EngineError(
+        f"engine: no whole answer in {engine.retries + 1} requests: {said}; what had come is on "
+        "its thread; see the server's own output, or open the Engine with more retries"
+    )
+
+
+async def _once(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
+    import openai
+
+    engine.usage.requests += 1
+    stream: Any = await engine.client.completions.create(
+        model=engine.name,
+        prompt=request.rest,
+        max_tokens=request.most - request.tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=1 if engine.logprobs else openai.omit,
+        **request.fields,
+    )
+    reason, counted, came = "", 0, 0
+    try:
+        async with stream:
+            async for chunk in stream:
+                if chunk.usage is not None:
+                    engine.usage.prompt_tokens += chunk.usage.prompt_tokens
+                    counted = chunk.usage.completion_tokens
+                if not chunk.choices:
+                    continue
+                choice = chunk.choices[0]
+                ids = list(getattr(choice, "token_ids", None) or ())
+                if choice.text or ids:
+                    request.text += choice.text
+                    request.ids += ids
+                    came += len(ids) or 1
+                    yield Piece(choice.text, ids, _logprob(choice.logprobs))
+                reason = choice.finish_reason or reason
+    finally:  # also where nobody wants the rest
+        request.tokens += came
+        engine.usage.completion_tokens += counted or came
+    if reason:
+        yield "length" if reason == "length" else "stop"
+
+
+def _logprob(told: Any) -> float:
+    values = [x for x in (told.token_logprobs or ()) if x is not None] if told else []
+    return sum(values) if values else math.nan

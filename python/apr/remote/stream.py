@@ -1,0 +1,248 @@
+"""A run over threads whose tokens a server makes: the same to its user as one on a session."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from apr.errors import EngineError, InvalidInput
+from apr.loop.sampling import Rules, make_rules, resolve
+from apr.loop.stream import StreamStep
+from apr.loop.text import continued
+from apr.remote.dialect import Dialect, request_fields
+from apr.remote.request import Piece, Request, answer
+from apr.threads.thread import Thread
+
+if TYPE_CHECKING:
+    from apr.remote.engine import Engine
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class _Line:
+    """A thread, what of its answer has come and was not taken yet, and how the answer ended."""
+
+    rules: Rules
+    cancel: Callable[[], Any]
+    came: deque[tuple[int, float]] = field(default_factory=deque)
+    end: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a token can be taken: of the last one it must be known that it is the last."""
+        return len(self.came) > 1 or bool(self.end)
+
+
+class ServedStream:
+    """Iterate it, a StreamStep at a time: each thread that has a token takes one.
+
+    Stops are looked for here, so that they mean what they mean on a session, whatever a server
+    makes of its own; a request that nobody needs any more is cancelled.
+    """
+
+    takes_processors = False
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: GenerationConfig,
+        tokenizer: Any,
+        dialect: Dialect,
+        stopping_criteria: Sequence[Any],
+    ) -> None:
+        self.session, self.config, self.tokenizer = engine, config, tokenizer
+        self._dialect, self._criteria = dialect, stopping_criteria
+        self._lines: dict[Thread, _Line] = {}
+        self._came: queue.SimpleQueue[tuple[_Line, Any]] = queue.SimpleQueue()
+        request_fields(config, dialect)  # refused before anything is sent
+
+    def __enter__(self) -> ServedStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in list(self._lines):
+            self.remove(thread)
+
+    def __contains__(self, thread: Thread) -> bool:
+        return thread in self._lines
+
+    @property
+    def threads(self) -> list[Thread]:
+        """The threads that are still writing."""
+        return list(self._lines)
+
+    def takes_none(self, processors: Any) -> None:
+        """Raise InvalidInput for processors, which look at scores that are not told."""
+        if callable(processors) or len(processors):
+            raise InvalidInput(
+                "logits_processor: a served engine takes none; use an apr.Session on a model of "
+                "your own"
+            )
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Raise InvalidInput where control words are special tokens, which this server hides."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        hidden = [word for word in words if word in special and not self._dialect.tells_ids]
+        if hidden:
+            raise InvalidInput(
+                f"run: {hidden} are special tokens, which this server leaves out of its texts; "
+                "use one that tells token ids (vLLM), or words that are plain text"
+            )
+
+    def add(
+        self,
+        thread: Thread,
+        config: GenerationConfig | None = None,
+        stop: Any = None,
+        *,
+        logits_processor: Any = (),
+        stopping_criteria: Sequence[Any] = (),
+        written: Sequence[int] = (),
+    ) -> None:
+        """Let `thread` write: its request is sent now."""
+        if thread in self:
+            raise InvalidInput(f"stream: {thread!r} is already in this run")
+        self.takes_none(logits_processor)
+        config = self.config if config is None else resolve(None, config, {})
+        rules = make_rules(
+            config,
+            len(thread) - len(written),
+            _CPU,
+            tokenizer=self.tokenizer,
+            stop=stop,
+            stopping_criteria=[*self._criteria, *stopping_criteria],
+        )
+        rules.tokens = list(written)
+        tokens = thread.tokens
+        request = Request(
+            tokens if self._dialect.takes_ids and self._dialect.tells_ids else self._text(tokens),
+            {**request_fields(config, self._dialect), "seed": (thread.key ^ thread.draws) % 2**31},
+            max(1, rules.limit - len(written)),
+        )
+        line = _Line(rules, lambda: None)
+        self._lines[thread] = line
+        line.cancel = self.session.begin(self._write(line, request))
+
+    def _text(self, tokens: list[int]) -> str:
+        """A prompt as text: without the first token that the server's tokenizer puts before it."""
+        first = self.tokenizer("").input_ids
+        ids = tokens[len(first) :] if first and tokens[: len(first)] == first else tokens
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    async def _write(self, line: _Line, request: Request) -> None:
+        """Ask for an answer, and hand on what comes of it."""
+        engine = self.session
+        try:
+            async with engine.places:
+                async for item in answer(engine, request):
+                    self._came.put((line, item))
+        except Exception as error:  # whatever it is, it is raised where it is waited for
+            self._came.put((line, error))
+
+    def remove(self, thread: Thread) -> None:
+        """Take a thread out of the run; it keeps what it wrote."""
+        if thread not in self:
+            raise InvalidInput(f"stream: {thread!r} is not in this run")
+        line = self._lines.pop(thread)
+        if not line.end:
+            line.cancel()
+            self.session.usage.cancelled += 1
+
+    # ---- tokens ---------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[StreamStep]:
+        while self._lines:
+            late = self._wait()
+            step = self._take()
+            for thread in late:
+                if thread in self._lines:
+                    step.finished[thread] = "time"
+                    self.remove(thread)
+            if step.tokens or step.finished:
+                yield step
+
+    def _wait(self) -> list[Thread]:
+        """Until some thread can take a token; those whose time is over."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._note(*self._came.get_nowait())
+            now = time.monotonic()
+            times = {t: x.rules.deadline for t, x in self._lines.items() if x.rules.deadline}
+            late = [thread for thread, deadline in times.items() if now > deadline]
+            if late or any(line.is_ready for line in self._lines.values()):
+                return late
+            left = min((deadline - now for deadline in times.values()), default=None)
+            with contextlib.suppress(queue.Empty):
+                self._note(*self._came.get(timeout=None if left is None else max(left, 0.001)))
+
+    def _note(self, line: _Line, item: Piece | str | Exception) -> None:
+        if line not in self._lines.values():
+            return  # it was taken out of the run meanwhile
+        if isinstance(item, Exception):
+            if isinstance(item, EngineError):
+                raise item
+            raise EngineError(f"engine: {type(item).__name__}: {item}") from item
+        if isinstance(item, Piece):
+            ids = item.ids or continued(self.tokenizer, item.text)
+            values = [item.logprob, *([math.nan if math.isnan(item.logprob) else 0.0] * len(ids))]
+            line.came.extend(zip(ids, values, strict=False))
+            return
+        line.end = item
+        ends = self.tokenizer.eos_token_id
+        ended = line.came and line.came[-1][0] in line.rules.eos
+        if (item == "stop" or not line.came) and ends is not None and not ended:
+            line.came.append((ends, 0.0 if self.session.logprobs else math.nan))
+
+    def _take(self) -> StreamStep:
+        """One token for each thread that has one."""
+        step = StreamStep({}, {}, {})
+        ready = {t: line for t, line in self._lines.items() if line.is_ready}
+        for thread, line in ready.items():
+            if not line.came:
+                step.finished[thread] = line.end
+                continue
+            token, logprob = line.came.popleft()
+            step.tokens[thread], step.logprobs[thread] = token, logprob
+            reason = line.rules.finish_reason(
+                line.rules.tokens, token, False, *_reads(thread, token)
+            )
+            if reason is None and line.end and not line.came:
+                reason = "length"
+            if reason is not None:
+                step.finished[thread] = reason
+        takers = list(step.tokens)
+        lines = [self._lines[thread] for thread in takers]
+        self.session.table.append(
+            takers,
+            list(step.tokens.values()),
+            [line.rules.samples for line in lines],
+            [line.rules.tokens for line in lines],
+        )
+        for thread in step.finished:
+            self.remove(thread)
+        return step
+
+
+def _reads(thread: Thread, token: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """What stopping criteria are given: the tokens; scores there are none."""
+
+    def scores() -> Tensor:
+        return torch.full((1, 1), math.nan)
+
+    return lambda: torch.tensor([[*thread.tokens, token]]), scores
