@@ -1,4 +1,4 @@
-"""The command line: apr (or python -m apr) info | run | bench | train | soak."""
+"""The command line: apr (or python -m apr) info | run | batch | bench | train | soak."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from apr.commands import bench, info, run, soak, train
+from apr.commands import batch, bench, info, run, soak, train
 from apr.commands._ranks import joined_ranks
 from apr.errors import Error
 
-COMMANDS = {"info": info, "run": run, "bench": bench, "train": train, "soak": soak}
+COMMANDS = {"info": info, "run": run, "batch": batch, "bench": bench, "train": train, "soak": soak}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

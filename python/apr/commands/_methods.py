@@ -12,7 +12,7 @@ import apr
 from apr import countdown
 from apr.countdown.problems import Problem
 from apr.errors import InvalidInput
-from apr.strategies import Board, ModelValue, Result
+from apr.strategies import Board, ModelValue
 
 METHODS = (
     "sequential",
@@ -36,8 +36,11 @@ def run_method(
     tokenizer: Any,
     problem: Problem | None,
     on_step: Callable[[Any], None],
-) -> Result:
-    """One prompt by `options.method`; with `problem` the Countdown model's settings."""
+    countdown_texts: bool = False,
+) -> Any:
+    """A prompt, or a list of them, by `options.method`; with `problem` the Countdown model's
+    settings. countdown_texts: whole texts are answers.
+    """
     name = options.method
     if problem is not None and name in TEXT_ONLY:
         raise InvalidInput(
@@ -46,19 +49,32 @@ def run_method(
         )
     prompt: Any = options.prompt
     if options.chat:
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = _as_chat(prompt)
     arguments: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
     if name in SHOWS_STEPS:
         arguments["on_step"] = on_step
     if name != "beam_search":
         arguments |= {"do_sample": True, "temperature": options.temperature}
     method, more = _settings(options, tokenizer, problem)
-    result: Result = method(session, tokenizer, prompt, **{**arguments, **more})
+    if countdown_texts and method is apr.majority_vote:
+        more["extract"] = _whole
+    result: Any = method(session, tokenizer, prompt, **{**arguments, **more})
     if problem is not None and name in ("group_think", "hogwild"):
         result.text = result.answer = next(
             (a for item in result.threads if (a := right_attempt(problem, item.text))), result.text
         )
     return result
+
+
+def _whole(text: str) -> str | None:
+    return text or None
+
+
+def _as_chat(prompt: Any) -> Any:
+    """A user's message of each text; messages stay."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [_as_chat(p) if isinstance(p, str) else p for p in prompt]
 
 
 def right_attempt(problem: Problem, text: str) -> str:
@@ -75,7 +91,7 @@ def _settings(
     if options.method in ("sequential", "majority_vote"):
         more: dict[str, Any] = {"n": 1 if options.method == "sequential" else n}
         if problem is not None:
-            more["extract"] = lambda text: text or None
+            more["extract"] = _whole
         return apr.majority_vote, more
     if options.method == "best_of_n":
         more = {"n": n}

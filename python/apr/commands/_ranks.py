@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,15 @@ def num_ranks() -> int:
 
 def is_first_rank() -> bool:
     return num_ranks() == 1 or dist.get_rank() == 0
+
+
+def same_everywhere(value: Any) -> Any:
+    """The first rank's value, on all of them; plain data."""
+    if num_ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def main(options: argparse.Namespace) -> None:
     if options.protocol:
         run_protocol(options, console)
     elif options.method == "adaptive":
-        problem = _parse(options.prompt) if options.prompt else None
+        problem = parse_problem(options.prompt) if options.prompt else None
         run_adaptive(options, problem, console)
     elif options.model:
         _run_prompt(options, console)
@@ -165,7 +165,8 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
 # ---- Countdown ---------------------------------------------------------------------------------
 
 
-def _parse(text: str) -> Problem:
+def parse_problem(text: str) -> Problem:
+    """The problem of a text, as `--prompt` takes it."""
     target, _, numbers = text.partition(":")
     try:
         return Problem(tuple(sorted(map(int, numbers.split()), reverse=True)), int(target))
@@ -187,7 +188,7 @@ def _run_countdown(options: argparse.Namespace, console: Console) -> None:
     # Hot enough that a single sample is weak, which is when threads and a verifier matter.
     options.temperature = options.temperature or 2.0
     if options.prompt:
-        problem = _parse(options.prompt)
+        problem = parse_problem(options.prompt)
     else:
         problem = _table(options, console, model, tokenizer)
     options.prompt = problem.prompt

@@ -64,10 +64,8 @@ class ModelSpec:
             f"of others; expected forks, trims, and joins with reencode=True{why}"
         )
 
-    @property
-    def no_logits(self) -> str:
-        """Nothing: a model that runs here tells its logits."""
-        return ""
+    # A model that runs here tells its logits.
+    no_logits = no_logprobs = ""
 
     @property
     def bytes_per_token(self) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace, TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transformers import GenerationConfig
 
@@ -63,7 +63,7 @@ class Engine:
                 "remote.Engine needs the openai package: pip install 'apr[remote]'"
             ) from error
         self.name, self.retries, self.logprobs, self.seed = model, retries, logprobs, seed
-        self.spec: Any = ServedSpec()
+        self.spec = cast(Any, ServedSpec(tells_logprobs=logprobs))
         self.ranks = Ranks()
         self.table = ThreadTable(1, 64, self.spec, seed)  # its threads only queue, and take no page
         self.usage = Usage()
@@ -147,7 +147,10 @@ class Engine:
         owner = SimpleNamespace(generation_config=ends)
         config = resolve(owner, generation_config, options, sample)
         check_ends(config, tokenizer)
-        run = ServedStream(self, config, tokenizer, self.dialect(tokenizer), stopping_criteria)
+        dialect = self.dialect(tokenizer)
+        if self.logprobs and not dialect.tells_logprobs:
+            raise InvalidInput("logprobs: got True, and this server tells none; leave it False")
+        run = ServedStream(self, config, tokenizer, dialect, stopping_criteria)
         run.takes_none(logits_processor)
         for thread in threads:
             run.add(thread, stop=stop)

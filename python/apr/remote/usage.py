@@ -27,6 +27,13 @@ class ServedSpec:
     states: None = None
     bytes_per_token: int = 0
 
+    tells_logprobs: bool = False
+
+    @property
+    def no_logprobs(self) -> str:
+        """Why texts have no log-probabilities; empty where they were asked for."""
+        return "" if self.tells_logprobs else "log-probabilities: open Engine(logprobs=True)"
+
     @property
     def no_keys(self) -> str:
         """Why no thread can see another's keys and values."""

@@ -103,6 +103,11 @@ class ThreadTable:
         if self.spec.no_logits:
             raise UnsupportedModel(f"{what}: {self.spec.no_logits}")
 
+    def need_logprobs(self, what: str) -> None:
+        """Raise InvalidInput for what needs log-probabilities of texts, where they are not told."""
+        if self.spec.no_logprobs:
+            raise InvalidInput(f"{what}: {self.spec.no_logprobs}")
+
     def ask_now(self) -> _core.ThreadTable:
         """The same for figures: up to date, where no step is running."""
         return self.ask() if self.turn.taken else self.settle()

@@ -1,0 +1,52 @@
+"""The model that a command runs: a folder or hub id, a part of it under torchrun, or a server's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import apr
+from apr import countdown, hf
+from apr.commands._ranks import num_ranks
+from apr.errors import InvalidInput
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder or hub id; without it, the Countdown model")
+    parser.add_argument("--engine", help="the URL of a server, e.g. http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--tokenizer", help="with --engine: a folder or hub id, where --model is none"
+    )
+
+
+def check_model_arguments(options: argparse.Namespace) -> None:
+    """Raise InvalidInput where they do not fit together."""
+    if options.engine and not options.model:
+        raise InvalidInput("--engine: needs --model, the name that the server has for it")
+    if options.tokenizer and not options.engine:
+        raise InvalidInput("--tokenizer: goes with --engine; a model of yours brings its own")
+
+
+@contextlib.contextmanager
+def opened(options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """(a session or an engine, its tokenizer)."""
+    if options.engine:
+        name = options.tokenizer or options.model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"--tokenizer: {name!r} cannot be loaded: {error}") from error
+        with apr.remote.Engine(options.engine, options.model, seed=options.seed) as engine:
+            yield engine, tokenizer
+        return
+    if options.model:
+        model, tokenizer = hf.load(options.model, ranks=num_ranks())
+    else:
+        model, tokenizer = hf.load(str(countdown.CHECKPOINT), torch.float32, num_ranks())
+    with apr.Session(model, seed=options.seed) as session:
+        yield session, tokenizer

@@ -1,0 +1,146 @@
+"""A file of prompts: each answered once, whatever ends the process in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from apr import countdown
+from apr.__main__ import main
+from served import Server
+from test_ranks import saved, torchrun
+
+PROMPTS = [
+    f"{p.target} : {' '.join(map(str, p.numbers))}" for p in countdown.sample_problems(24, seed=3)
+]
+OPTIONS = ["--n", "16", "--max-new-tokens", "16", "--temperature", "2"]
+
+
+def lines(path):
+    return [json.loads(row) for row in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": f"p{i}", "prompt": p}) + "\n" for i, p in enumerate(PROMPTS))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(prompts):
+    """The answers of a run that nothing disturbed."""
+    out = prompts.with_name("whole.jsonl")
+    assert main(["batch", "--in", str(prompts), "--out", str(out), *OPTIONS]) == 0
+    return lines(out)
+
+
+def test_each_prompt_is_answered_once(whole, prompts, capsys):
+    assert [told["id"] for told in whole] == [f"p{i}" for i in range(len(PROMPTS))]
+    out = str(prompts.with_name("whole.jsonl"))
+    assert main(["batch", "--in", str(prompts), "--out", out, *OPTIONS]) == 0
+    assert (
+        "24 answers" in capsys.readouterr().out and lines(prompts.with_name("whole.jsonl")) == whole
+    )
+
+
+def test_a_killed_run_goes_on(whole, prompts, tmp_path):
+    """Killed at any moment, with half a line in the file: the same answers as in one run."""
+    out = tmp_path / "out.jsonl"
+    command = ["batch", "--in", str(prompts), "--out", str(out), *OPTIONS]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = subprocess.Popen([sys.executable, "-m", "apr", *command], **quiet)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (out.exists() and out.stat().st_size):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    with open(out, "a") as file:
+        file.write('{"index": 23, "id": "p2')
+    assert main(command) == 0
+    assert sorted(lines(out), key=lambda told: told["index"]) == whole
+
+
+def test_bad_lines_are_reported_and_not_fatal(prompts, tmp_path, capsys):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    good = [json.dumps(PROMPTS[0]), json.dumps({"prompt": PROMPTS[1]})]
+    path.write_text("\n".join([good[0], "{", "", '{"prompt": 3}', '"x : y"', good[1], "[]"]))
+    assert main(["batch", "--in", str(path), "--out", str(out), *OPTIONS]) == 0
+    said = capsys.readouterr()
+    assert [told["index"] for told in lines(out)] == [0, 5]
+    assert "2 answers" in said.out and "4 lines without one" in said.out
+    for number in (2, 4, 5, 7):
+        assert f"line {number}:" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--n", "8"], "other options"),
+        (["--seed", "1"], "other options"),
+        (["--n", "0"], "--n"),
+        (["--temperature", "0"], "--temperature"),
+        (["--in", "/nowhere.jsonl"], "--in"),
+        (["--out", "/nowhere/out.jsonl"], "--out"),
+        (["--engine", "http://127.0.0.1:9/v1"], "--engine"),
+    ],
+)
+def test_what_does_not_fit_is_refused(whole, prompts, capsys, arguments, said):
+    out = prompts.with_name("whole.jsonl")
+    command = ["batch", "--in", str(prompts), "--out", str(out), *OPTIONS, *arguments]
+    assert main(command) == 2 and said in capsys.readouterr().err
+    assert lines(out) == whole
+
+
+def test_two_processes_do_not_share_a_file(prompts, tmp_path, capsys):
+    import fcntl
+
+    out = tmp_path / "out.jsonl"
+    with open(out, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["batch", "--in", str(prompts), "--out", str(out), *OPTIONS]) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_on_two_ranks(whole, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    ran = torchrun("-m", "--", "apr", "batch", "--in", str(prompts), "--out", str(out), *OPTIONS)
+    assert ran.returncode == 0 and ran.stdout.count("24 answers") == 1, ran.stderr
+    found = lines(out)
+    assert [told["index"] for told in found] == list(range(len(PROMPTS)))
+    assert sum(a["text"] == b["text"] for a, b in zip(found, whole, strict=True)) >= 22
+
+
+def test_on_an_engine(net, tok, tmp_path):
+    """Texts that fail by themselves are told; others are answered."""
+    folder = saved(tmp_path, 2)
+    server = Server(net, tok, "fields", [i for i in range(len(tok)) if not 35 < i < 90])
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    rows = ["How?", {"messages": [{"role": "user", "content": "hi"}]}, "Why?"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["batch", "--in", str(path), "--out", str(out), "--engine", server.url]
+    arguments += ["--model", "m", "--tokenizer", folder, "--method", "best_of_n", "--n", "2"]
+    assert main([*arguments, "--max-new-tokens", "5"]) == 2  # log-probabilities were not asked for
+    arguments[arguments.index("best_of_n")] = "majority_vote"
+    assert main([*arguments, "--max-new-tokens", "5"]) == 0
+    assert [told["index"] for told in lines(out)] == [0, 2]  # the tokenizer has no chat template
+    server.end()
+
+
+def test_on_ray(whole, prompts, tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "out.jsonl"
+    command = ["batch", "--in", str(prompts), "--out", str(out), *OPTIONS, "--ray", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "apr", *command], env=environment, check=True, timeout=300
+    )
+    assert sorted(lines(out), key=lambda told: told["index"]) == whole
