@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,15 @@ def test_each_prompt_is_answered_once(whole, prompts, capsys):
     assert (
         "24 answers" in capsys.readouterr().out and lines(prompts.with_name("whole.jsonl")) == whole
     )
+
+
+def test_the_command_of_the_page(prompts, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    command = re.findall(r"^python -m apr (batch .*)$", page, re.MULTILINE)
+    (tmp_path / "prompts.jsonl").write_text(prompts.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert len(command) == 1 and main(shlex.split(command[0])) == 0
+    assert "24 answers" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on(whole, prompts, tmp_path):

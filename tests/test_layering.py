@@ -85,7 +85,7 @@ ROOMS = [
     ["hf"],
     ["threads"],
     ["loop"],
-    ["cache", "strategies", "protocols"],
+    ["cache", "remote", "strategies", "protocols"],
     ["training"],
     ["countdown"],
     ["bench", "soak"],
@@ -126,7 +126,7 @@ def test_the_extension_and_transformers_stay_below_the_methods():
         if "apr._core" in names:
             assert room in ("ops", "hf", "threads"), file
         if any(name.split(".")[0] == "transformers" for name in names):
-            assert room in ("hf", "cache", "loop", "countdown", "bench", "soak", "commands"), file
+            assert room in ("hf", "cache", "remote", "loop", "countdown", "bench", "soak", "commands"), file
 
 
 def test_no_name_of_a_package_hides_a_module_of_it():

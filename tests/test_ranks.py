@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +21,16 @@ from models import random_weights
 HERE = Path(__file__).parent
 
 
-def torchrun(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [*command, *arguments],
-        cwd=HERE,
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=240,
         check=False,
     )
 
@@ -75,10 +77,28 @@ def test_a_lost_rank_ends_the_others(folder, how):
     assert ran.returncode != 0 and ran.stdout.count("told after") == 1, ran.stdout + ran.stderr
 
 
-def test_commands_run_on_ranks():
-    ran = torchrun("-m", "--", "apr", "run", "--prompt", "24 : 8 6 4", "--n", "4")
+PAGE = (HERE.parent / "docs" / "scale.md").read_text()
+
+
+def test_the_command_of_the_page():
+    command = re.findall(r"^torchrun --nproc-per-node 2 (.*run.*)$", PAGE, re.MULTILINE)
+    assert len(command) == 1
+    ran = torchrun(*shlex.split(command[0]))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("replayed by arithmetic") == 1  # the first rank prints
+
+
+def test_the_program_of_the_page(tmp_path):
+    block = re.findall(r"<!-- under torchrun -->\n```py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my-model").mkdir()
+    saved(tmp_path / "my-model", 2)
+    (tmp_path / "program.py").write_text(block[0])
+    ran = torchrun("program.py", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stdout.splitlines() if "[" in line]
+    assert len(told) == 16 and sorted(x[1:] for x in told if x[0] == "0") == sorted(
+        x[1:] for x in told if x[0] == "1"
+    )
 
 
 def test_one_process_waits_for_nobody(net):

@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ import scripted
 from apr import remote
 from apr.protocols import PRESETS
 from served import FaultProxy, Server
+from test_ranks import saved
 
 KINDS = ["fields", "generation_config", "none"]
 PROMPT = "How far is it?"
@@ -314,3 +316,14 @@ def test_inside_a_running_loop(serve, tok):
             return apr.majority_vote(engine, tok, PROMPT, n=2, extract=len, **GREEDY)
 
     assert len(asyncio.run(ask()).threads) == 2
+
+
+def test_the_program_of_the_page(serve, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    block = re.findall(r"<!-- needs a server -->\n```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my-model").mkdir()
+    saved(tmp_path / "my-model", 2)
+    monkeypatch.chdir(tmp_path)
+    server = serve()
+    exec(block[0].replace("http://127.0.0.1:8000/v1", server.url).replace("=200", "=20"), {})
+    assert sum(bool(asked.get("stream")) for asked in server.requests) == 16

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from apr.commands import batch, bench, info, run, soak, train
-from apr.commands._ranks import joined_ranks
 from apr.errors import Error
+from apr.hf.world import joined_ranks
 
 COMMANDS = {"info": info, "run": run, "batch": batch, "bench": bench, "train": train, "soak": soak}
 

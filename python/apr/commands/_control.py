@@ -18,11 +18,11 @@ from rich.tree import Tree
 import apr
 from apr import countdown, hf, protocols
 from apr.bench.adaptive import STRATA, held_out
-from apr.commands._ranks import num_ranks
 from apr.countdown.problems import Problem, Range
 from apr.countdown.search import solutions
 from apr.countdown.solve import Solved, solve
 from apr.errors import InvalidInput
+from apr.hf.world import num_ranks
 from apr.protocols import Branch, Outcome
 from apr.threads.trace import visible
 

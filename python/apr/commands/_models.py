@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 import apr
 from apr import countdown, hf
-from apr.commands._ranks import num_ranks
 from apr.errors import InvalidInput
+from apr.hf.world import num_ranks
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from apr.commands._lines import Answers, Line, read_prompts
 from apr.commands._methods import METHODS, run_method
 from apr.commands._models import add_model_arguments, check_model_arguments, opened
-from apr.commands._ranks import is_first_rank, same_everywhere
 from apr.commands.run import parse_problem
 from apr.errors import Error, InvalidInput
+from apr.hf.world import is_first_rank, same_everywhere
 
 _THREADS = 256  # that write side by side
 

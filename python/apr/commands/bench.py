@@ -5,8 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apr.bench import adaptive, gpu, harness, kernels, loop, methods, sampling, scaling, sessions
+from apr.bench import (
+    adaptive,
+    gpu,
+    harness,
+    kernels,
+    loop,
+    methods,
+    ranks,
+    sampling,
+    scaling,
+    sessions,
+)
 from apr.errors import InvalidInput
+from apr.hf.world import is_first_rank
 
 BENCHES = {
     "attention": kernels.bench_attention,
@@ -22,6 +34,7 @@ BENCHES = {
     "width": kernels.bench_width,
     "gpu": gpu.bench_gpu,
     "methods": methods.bench_methods,
+    "ranks": ranks.bench_ranks,
     "adaptive": adaptive.bench_adaptive,
 }
 
@@ -58,5 +71,7 @@ def main(options: argparse.Namespace) -> None:
     records = []
     for figure in BENCHES[options.what](options):
         records.append(figure.record())
-        if options.json:  # after each, so that a run that is stopped leaves what it has
+        if (
+            options.json and is_first_rank()
+        ):  # after each, so that a run that is stopped leaves what it has
             harness.write(options.json, machine, records)

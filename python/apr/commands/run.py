@@ -18,9 +18,9 @@ import apr
 from apr import countdown, hf
 from apr.commands._control import run_adaptive, run_protocol
 from apr.commands._methods import METHODS, run_method
-from apr.commands._ranks import is_first_rank, num_ranks
 from apr.countdown.problems import Problem
 from apr.errors import InvalidInput
+from apr.hf.world import is_first_rank, num_ranks
 from apr.loop.stream import StreamStep
 from apr.loop.text import GrowingText
 from apr.protocols import PRESETS

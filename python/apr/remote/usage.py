@@ -32,7 +32,7 @@ class ServedSpec:
     @property
     def no_logprobs(self) -> str:
         """Why texts have no log-probabilities; empty where they were asked for."""
-        return "" if self.tells_logprobs else "log-probabilities: open Engine(logprobs=True)"
+        return "" if self.tells_logprobs else "needs an Engine that was made with logprobs=True"
 
     @property
     def no_keys(self) -> str:

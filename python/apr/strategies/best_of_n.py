@@ -74,9 +74,7 @@ def best_of_n(
         session: Session, prompts: list[list[int]], requests: list[int], made: list[Any]
     ) -> list[Result]:
         if isinstance(verifier, str):
-            session.table.need_logprobs(
-                f"best_of_n: verifier={verifier!r} weighs log-probabilities"
-            )
+            session.table.need_logprobs(f"best_of_n: verifier={verifier!r}")
         groups, stats = sample(session, writing, prompts, requests, n, seed)
         results = []
         for group, ids in zip(groups, prompts, strict=True):

@@ -1,4 +1,4 @@
-"""Commands under torchrun: all ranks run one, and the first one tells."""
+"""The processes that torchrun started: all run one command, and the first one tells."""
 
 from __future__ import annotations
 
