@@ -126,7 +126,8 @@ def test_the_extension_and_transformers_stay_below_the_methods():
         if "apr._core" in names:
             assert room in ("ops", "hf", "threads"), file
         if any(name.split(".")[0] == "transformers" for name in names):
-            assert room in ("hf", "cache", "remote", "loop", "countdown", "bench", "soak", "commands"), file
+            above = ("hf", "cache", "remote", "loop", "countdown", "bench", "soak", "commands")
+            assert room in above, file
 
 
 def test_no_name_of_a_package_hides_a_module_of_it():
