@@ -143,8 +143,16 @@ def refused(parts, rank):
         kids[0].trim(3)
         assert torch.allclose(session.step(kids), first, atol=1e-5)
 
-        one = [other, session][rank]
-        assert raised(lambda: one.step([one.thread([1, 2, 3])])) == "RanksDiffer"
+        # Two threads that look alike, in another order; another session.
+        a, b = (session.thread(ids) for ids in ([5, 6, 7], [50, 60, 70]))
+        session.step([a, b])
+        a.extend([9])
+        b.extend([9])
+        assert raised(lambda: session.step([a, b] if rank else [b, a])) == "RanksDiffer"
+        session.step([a, b])
+        fresh = [one.thread([1, 2, 3]) for one in (session, other)]
+        both = [session, other]
+        assert raised(lambda: both[rank].step([fresh[rank]])) == "RanksDiffer"
 
         class Odd:
             def __call__(self, ids, scores):

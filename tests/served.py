@@ -63,6 +63,8 @@ class Server(_Local):
         self.model, self.tokenizer, self.kind = model, tokenizer, kind
         self.requests, self.cancelled, self.running, self.most = [], 0, 0, 0
         self.pause = 0.0  # seconds a token
+        self.endings = iter(())  # of the next answers: "garbage" behind the end, "abort"
+        self.busy = 0  # requests that are refused first, for a while
         self.script = None  # what it writes after a text, instead of the model
         self.hidden = list(hidden)  # tokens that it never samples
         self.lock = threading.Lock()
@@ -111,6 +113,9 @@ class _Completions(_Handler):
             extras |= {"generation_config"}
         if server.kind != "fields" and extras & set(asked):
             return self.refuse(422, f"unknown fields {sorted(extras & set(asked))}")
+        if server.busy:
+            server.busy -= 1
+            return self.refuse(503, "loading", Retry_After="0.01")
         with server.lock:
             server.running += 1
             server.most = max(server.most, server.running)
@@ -145,14 +150,17 @@ class _Completions(_Handler):
             self.wfile.write(text)
             return
         self.begin_stream()
-        count, end = 0, None
+        count, end, ending = 0, None, next(self.server.endings, "")
         for token, logprob, reason in self.server.pieces(asked):
             count, end = count + 1, reason
             self.send(self.envelope([self.choice([(token, logprob)], None)]))
+            if ending == "abort" and count == 3:
+                self.send(self.envelope([self.choice([], "abort")]))
+                return
         usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
         last = self.envelope([self.choice([], end or "length")])
         self.send({**last, "usage": usage} if self.server.kind != "none" else last)
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.write(b"data: {\n\n" if ending == "garbage" else b"data: [DONE]\n\n")
         self.close_connection = True
 
     def envelope(self, choices):

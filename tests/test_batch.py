@@ -26,7 +26,7 @@ OPTIONS = ["--n", "16", "--max-new-tokens", "16", "--temperature", "2"]
 
 
 def lines(path):
-    return [json.loads(row) for row in path.read_text().splitlines()]
+    return [json.loads(row) for row in path.read_text().split("\n") if row]
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,14 @@ def test_a_killed_run_goes_on(whole, prompts, tmp_path):
 def test_bad_lines_are_reported_and_not_fatal(prompts, tmp_path, capsys):
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     good = [json.dumps(PROMPTS[0]), json.dumps({"prompt": PROMPTS[1]})]
-    path.write_text("\n".join([good[0], "{", "", '{"prompt": 3}', '"x : y"', good[1], "[]"]))
+    rows = [good[0], "{", "", '{"prompt": 3}', '"x : y"', good[1], "[]", '"\\ud800"']
+    rows += [f'{{"prompt": {good[0]}, "id": "one\u2028two"}}']
+    path.write_text("\n".join(rows))
     assert main(["batch", "--in", str(path), "--out", str(out), *OPTIONS]) == 0
     said = capsys.readouterr()
-    assert [told["index"] for told in lines(out)] == [0, 5]
-    assert "2 answers" in said.out and "4 lines without one" in said.out
-    for number in (2, 4, 5, 7):
+    assert [told["index"] for told in lines(out)] == [0, 5, 8]
+    assert "3 answers" in said.out and "5 lines without one" in said.out
+    for number in (2, 4, 5, 7, 8):
         assert f"line {number}:" in said.err
 
 
@@ -112,6 +114,46 @@ def test_what_does_not_fit_is_refused(whole, prompts, capsys, arguments, said):
     assert lines(out) == whole
 
 
+def test_no_other_file_is_written_over(prompts, tmp_path, capsys):
+    """One that holds something else, the prompts, a folder."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no newline at the end")
+    for out in (notes, prompts, tmp_path):
+        before = out.read_text() if out.is_file() else ""
+        assert main(["batch", "--in", str(prompts), "--out", str(out), *OPTIONS]) == 2
+        assert "--out" in capsys.readouterr().err
+        assert not before or out.read_text() == before
+
+
+def test_a_prompt_that_the_template_refuses_is_one_line(net, tok, tmp_path, capsys):
+    """Whatever a template raises: the others are answered."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    saved(folder, 2)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.content.strip() }}{% endfor %}"
+    )
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    roles = [[("system", "x"), ("user", "y")], [("user", None)], [("user", "hi")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in row]} for row in roles]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "batch",
+        "--in",
+        str(path),
+        "--out",
+        str(out),
+        "--model",
+        str(folder),
+        "--n",
+        "200",
+    ]
+    assert main([*arguments, "--max-new-tokens", "3"]) == 0
+    assert [told["index"] for told in lines(out)] == [2]
+    assert "no system" in capsys.readouterr().err
+
+
 def test_two_processes_do_not_share_a_file(prompts, tmp_path, capsys):
     import fcntl
 
@@ -131,7 +173,7 @@ def test_on_two_ranks(whole, prompts, tmp_path):
     assert sum(a["text"] == b["text"] for a, b in zip(found, whole, strict=True)) >= 22
 
 
-def test_on_an_engine(net, tok, tmp_path):
+def test_on_an_engine(net, tok, tmp_path, capsys):
     """Texts that fail by themselves are told; others are answered."""
     folder = saved(tmp_path, 2)
     server = Server(net, tok, "fields", [i for i in range(len(tok)) if not 35 < i < 90])
@@ -140,10 +182,14 @@ def test_on_an_engine(net, tok, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["batch", "--in", str(path), "--out", str(out), "--engine", server.url]
     arguments += ["--model", "m", "--tokenizer", folder, "--method", "best_of_n", "--n", "2"]
-    assert main([*arguments, "--max-new-tokens", "5"]) == 2  # log-probabilities were not asked for
-    arguments[arguments.index("best_of_n")] = "majority_vote"
     assert main([*arguments, "--max-new-tokens", "5"]) == 0
     assert [told["index"] for told in lines(out)] == [0, 2]  # the tokenizer has no chat template
+    dumb = Server(net, tok, "none")  # tells no log-probabilities, which best_of_n weighs
+    arguments[arguments.index(server.url)] = dumb.url
+    arguments[arguments.index(str(out))] = str(tmp_path / "other.jsonl")
+    assert main([*arguments, "--max-new-tokens", "5"]) == 2
+    assert "tells none" in capsys.readouterr().err
+    dumb.end()
     server.end()
 
 

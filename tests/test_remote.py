@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -226,6 +227,73 @@ def test_what_is_not_wanted_is_cancelled(serve, tok):
                 break
             time.sleep(0.05)
         assert server.running == 0 and server.cancelled == 8
+
+
+@pytest.mark.parametrize("ending", ["garbage", "abort"])
+def test_what_ends_otherwise_is_taken_for_what_it_is(serve, local, tok, ending):
+    """Whole where only the last line is broken; a fragment where the server gave up."""
+    server = serve(endings=iter([ending]))
+    with remote.Engine(server.url, "m") as engine:
+        far = apr.majority_vote(engine, tok, PROMPT, n=1, extract=len, **GREEDY)
+        near = local(apr.majority_vote, tok, n=1, extract=len, **GREEDY)
+        assert far.threads[0].tokens == near.threads[0].tokens
+        assert engine.stats.retries == (ending == "abort")
+
+
+@pytest.mark.parametrize("busy", [1, 2, 4])
+def test_a_server_that_is_busy_at_first_is_understood(serve, tok, busy):
+    server = serve(busy=busy)
+    with remote.Engine(server.url, "m") as engine:
+        apr.majority_vote(engine, tok, PROMPT, n=1, extract=len, do_sample=True, top_k=3)
+        assert engine.dialect(tok).takes_ids and server.requests[-1]["top_k"] == 3
+
+
+def test_threads_may_be_changed_between_steps(serve, tok):
+    """What is put in is read by the next token, as on a session."""
+    server = serve(script=lambda text: "abcdef" if text.endswith("?") else "later")
+    with remote.Engine(server.url, "m") as engine:
+        thread = engine.thread(tok(PROMPT).input_ids)
+        with apr.stream(engine, [thread], tokenizer=tok, max_new_tokens=9) as run:
+            next(iter(run))
+            thread.extend(tok("!").input_ids)
+            for _ in run:
+                pass
+        assert tok.decode(thread.own_tokens) == PROMPT + "a!later<eos>"
+
+
+def test_nobody_waits_for_ever(serve, tok):
+    server = serve(pause=0.5)
+    engine = remote.Engine(server.url, "m")
+    said = []
+
+    def read():
+        try:
+            apr.majority_vote(engine, tok, PROMPT, n=1, extract=len, max_new_tokens=99)
+        except apr.Error as error:
+            said.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while not server.running:
+        time.sleep(0.01)
+    engine.close()
+    reader.join(10)
+    assert not reader.is_alive() and "closed" in str(said[0])
+    server = serve(pause=3.0, script=None)
+    with remote.Engine(server.url, "m") as engine:  # a budget of time, while nothing comes
+        begun = time.monotonic()
+        outcome = apr.run(
+            engine,
+            engine.thread(tok(PROMPT).input_ids),
+            PRESETS["recursive"],
+            tokenizer=scripted.tokenizer(whole=()),
+            budget=apr.Budget(seconds=1, tokens_per_thread=9),
+        )
+        assert outcome.finish == "seconds" and time.monotonic() - begun < 6
+        with pytest.raises(apr.InvalidInput, match="already"):
+            apr.stream(engine, [outcome.thread] * 2, tokenizer=tok)
+        with pytest.raises(apr.InvalidInput, match="astream"):
+            asyncio.run(anext(apr.astream(engine, [outcome.thread], tokenizer=tok)))
 
 
 def test_errors_leave_threads_and_engine_usable(serve, tok):

@@ -345,6 +345,7 @@ void bind_view_tables(py::module_& module) {
       .def_property_readonly("changed", &ViewTables::changed)
       .def_property_readonly("ids", [](const ViewTables& v) { return array_of(v.ids()); })
       .def_property_readonly("max_position", &ViewTables::max_position)
+      .def_property_readonly("digest", &ViewTables::digest)
       .def_property_readonly("sizes", [](const ViewTables& v) {
         return std::make_tuple(v.rows().size(), v.entries().size(), v.segments().size(),
                                v.page_table().size());

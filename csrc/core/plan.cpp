@@ -2,6 +2,8 @@
 // row sets.
 #include "core/plan.h"
 
+#include "core/digest.h"
+
 namespace apr {
 
 void Plan::clear(int64_t page_size_in_tokens) {
@@ -10,6 +12,7 @@ void Plan::clear(int64_t page_size_in_tokens) {
   pairs.clear();
   segment_pairs.clear();
   segment_pages.assign(1, 0);
+  segment_numbers.clear();
   page_table.clear();
   slots.clear();
   ids.clear();
@@ -65,26 +68,23 @@ void Plan::finish() {
 }
 
 uint64_t Plan::digest() const {
-  uint64_t state = 0xcbf29ce484222325u;
-  const auto mix = [&](int64_t value) {  // splitmix64's finalizer, chained
-    state = (state ^ static_cast<uint64_t>(value)) * 0xbf58476d1ce4e5b9u;
-    state = (state ^ (state >> 27)) * 0x94d049bb133111ebu;
-    state ^= state >> 31;
-  };
-  mix(num_rows());
+  Digest digest;
+  digest.mix(num_rows());
   for (int64_t row = 0; row < num_rows(); ++row) {
-    mix(ids[row]);
-    mix(positions[row]);
+    digest.mix(ids[row]);
+    digest.mix(positions[row]);
+    digest.mix(row < static_cast<int64_t>(writers.size()) ? writers[row] : kNone);
   }
+  for (const int64_t number : segment_numbers) digest.mix(number);
   for (const PlanPair& pair : pairs) {
-    mix(pair.run);
-    mix(pair.segment);
-    mix(pair.lo);
-    mix(pair.hi);
-    mix(pair.view_offset);
-    mix(pair.rotation);
+    digest.mix(pair.run);
+    digest.mix(pair.segment);
+    digest.mix(pair.lo);
+    digest.mix(pair.hi);
+    digest.mix(pair.view_offset);
+    digest.mix(pair.rotation);
   }
-  return state;
+  return digest.value();
 }
 
 }  // namespace apr

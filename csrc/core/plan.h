@@ -26,9 +26,10 @@ inline int64_t slot_of(const std::vector<PageId>& pages, int64_t slot, int64_t p
 struct Plan {
   int64_t page_size = 0;
   std::vector<PlanRun> runs;
-  std::vector<PlanPair> pairs;         // after finish(): sorted by segment
-  std::vector<int32_t> segment_pairs;  // [segments + 1] first pair of each segment
-  std::vector<int32_t> segment_pages;  // [segments + 1] first entry of each in page_table
+  std::vector<PlanPair> pairs;           // after finish(): sorted by segment
+  std::vector<int32_t> segment_pairs;    // [segments + 1] first pair of each segment
+  std::vector<int32_t> segment_pages;    // [segments + 1] first entry of each in page_table
+  std::vector<int64_t> segment_numbers;  // [segments] in the table; of a step
   std::vector<int32_t> page_table;
   std::vector<int64_t> slots;      // [rows] page * page_size + slot, or -1: nothing to append
   std::vector<int64_t> ids;        // [rows]
@@ -52,7 +53,7 @@ struct Plan {
   void end_view(int32_t run, std::size_t first_pair, const SeenSlots& own);
   void finish();  // sorts pairs by segment and numbers the rotations
 
-  // Of what the rows are and see, whichever pages hold it: equal where two processes do the same.
+  // Of who runs what and sees what, whichever pages hold it.
   uint64_t digest() const;
 
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }

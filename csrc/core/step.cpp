@@ -224,6 +224,7 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
     if (segment.chunk_stamp != chunk_) {
       segment.chunk_stamp = chunk_;
       segment.local = plan_.add_segment(segment.pages);
+      plan_.segment_numbers.push_back(entry.segment);
     }
     const int64_t copied = segment.copied, behind = segment.stride * copied;
     SeenSlots seen{segment.local,         copied + entry.lo, copied + end, offset - behind,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/digest.h"
 #include "core/step.h"
 #include "core/view.h"
 
@@ -169,6 +170,21 @@ bool ViewTables::turns(const ThreadTable& table, const Thread& thread) const {
               first = false;
             });
   return found;
+}
+
+uint64_t ViewTables::digest() const {
+  Digest digest;
+  for (const ThreadId id : threads_) digest.mix(id);
+  for (const int64_t id : ids_) digest.mix(id);
+  for (const SegmentId id : segment_ids_) digest.mix(id);
+  for (const DeviceSegment& segment : segments_) digest.mix(segment.length);
+  for (const DeviceEntry& entry : entries_) {
+    digest.mix(entry.segment);
+    digest.mix(entry.offset);
+    digest.mix(entry.lo);
+    digest.mix(entry.hi);
+  }
+  return digest.value();
 }
 
 }  // namespace apr

@@ -30,6 +30,7 @@ class ViewTables {
   const std::vector<int64_t>& ids() const { return ids_; }  // of the queued tokens
   int64_t max_position() const { return max_position_; }    // as written
   int64_t page_size() const { return page_size_; }
+  uint64_t digest() const;  // of who runs what and sees what, whichever pages hold it
 
  private:
   static constexpr uint64_t kNever = ~uint64_t{0};

@@ -14,6 +14,8 @@ from typing import Any
 
 from apr.errors import InvalidInput
 
+_BEGINNING = b'{"index": '  # of each answer
+
 
 @dataclass(frozen=True)
 class Line:
@@ -27,7 +29,7 @@ class Line:
 def read_prompts(path: Path) -> tuple[list[Line], list[str]]:
     """The prompts of a file of JSON lines, and what is wrong with the other lines."""
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--in: {path} cannot be read: {error}") from error
     lines, bad = [], []
@@ -36,7 +38,8 @@ def read_prompts(path: Path) -> tuple[list[Line], list[str]]:
             continue
         try:
             found = json.loads(row)
-        except ValueError as error:
+            json.dumps(found, ensure_ascii=False).encode()
+        except ValueError as error:  # of half a character too
             bad.append(f"line {index + 1}: no JSON: {error}")
             continue
         told = found if isinstance(found, dict) else {"prompt": found}
@@ -59,9 +62,10 @@ class Answers:
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self._settings = path, settings
         self.done: dict[int, str] = {}
-        if not path.parent.is_dir():
-            raise InvalidInput(f"--out: {path.parent} is not a folder; make it first")
-        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise InvalidInput(f"--out: {path} cannot be written: {error}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -85,7 +89,7 @@ class Answers:
         self._file.seek(0)
         whole = 0
         for row in self._file:
-            if not row.endswith(b"\n"):
+            if not row.endswith(b"\n") and row.startswith(_BEGINNING[: len(row)]):
                 break
             try:
                 told = json.loads(row)

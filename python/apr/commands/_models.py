@@ -28,6 +28,8 @@ def check_model_arguments(options: argparse.Namespace) -> None:
     """Raise InvalidInput where they do not fit together."""
     if options.engine and not options.model:
         raise InvalidInput("--engine: needs --model, the name that the server has for it")
+    if num_ranks() > 1 and (options.engine or getattr(options, "ray", None)):
+        raise InvalidInput("--engine and --ray: each rank would ask for all; run without torchrun")
     if options.tokenizer and not options.engine:
         raise InvalidInput("--tokenizer: goes with --engine; a model of yours brings its own")
 
@@ -41,7 +43,13 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InvalidInput(f"--tokenizer: {name!r} cannot be loaded: {error}") from error
-        with apr.remote.Engine(options.engine, options.model, seed=options.seed) as engine:
+        with apr.remote.Engine(
+            options.engine,
+            options.model,
+            seed=options.seed,
+            concurrency=64,
+            logprobs=options.method == "best_of_n",
+        ) as engine:
             yield engine, tokenizer
         return
     if options.model:

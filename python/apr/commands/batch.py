@@ -16,7 +16,7 @@ from apr.commands._methods import METHODS, run_method
 from apr.commands._models import add_model_arguments, check_model_arguments, opened
 from apr.commands.run import parse_problem
 from apr.errors import Error, InvalidInput
-from apr.hf.world import is_first_rank, same_everywhere
+from apr.hf.world import is_first_rank, num_ranks, same_everywhere
 
 _THREADS = 256  # that write side by side
 
@@ -46,6 +46,8 @@ def main(options: argparse.Namespace) -> None:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
     check_model_arguments(options)
     lines, bad = read_prompts(options.prompts)
+    if options.out.exists() and options.out.samefile(options.prompts):
+        raise InvalidInput("--out: got the file of --in; expected another one")
     if not options.model and not options.engine:
         lines, bad = _as_problems(lines, bad)
     if not is_first_rank():
@@ -66,8 +68,9 @@ def main(options: argparse.Namespace) -> None:
                 bad += failed
                 written = answers.write((x, t) for x, t in told if "error" not in t)
                 progress.advance(bar, written + len(failed))
-                if failed and not answers.done and len({t["error"] for _, t in told}) == 1:
-                    break  # the first chunk, all of it, for one reason
+                same = len({t.get("error") for _, t in told}) == 1 < len(failed)
+                if same and not answers.done and num_ranks() == 1:
+                    break  # the first prompts, all for one reason
     for why in bad:
         print(f"apr: {why}", file=sys.stderr)
     if bad and not answers.done:
@@ -80,8 +83,10 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> str:
-    names = ("model", "method", "n", "workers", "max_new_tokens", "temperature", "chat", "seed")
-    return repr([(name, getattr(options, name)) for name in names])
+    names = ("model", "tokenizer", "method", "n", "workers", "max_new_tokens", "temperature")
+    told = {name: getattr(options, name) for name in (*names, "chat", "seed")}
+    told["engine"] = bool(options.engine)  # it may stand elsewhere tomorrow
+    return repr(told)
 
 
 def _as_problems(lines: list[Line], bad: list[str]) -> tuple[list[Line], list[str]]:

@@ -9,7 +9,6 @@ tables of the views when a view was changed.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -220,7 +219,7 @@ class StepGraphs:
                 self._views.forget(table)
                 return None
             ids = torch.from_numpy(self._views.ids)
-            with self._ranks.together(zlib.crc32(self._views.ids.tobytes(), furthest)):
+            with self._ranks.together(lambda: self._views.digest):
                 logits = graph.run(ids).clone()
             rows = {number: (logits, row) for row, number in enumerate(numbers)}
             ran = Ran(rows, num_rows=len(numbers), forwards=1)

@@ -179,7 +179,7 @@ def run_step(
     ran, began, ranks = Ran(), time.perf_counter(), ranks or Ranks()
     try:
         while step.next():
-            with ranks.together(step.plan.digest):
+            with ranks.together(lambda: step.plan.digest):
                 _run_forward(step, attachment, pools, invariant, vectors, held, ran)
         if before_commit is not None:
             before_commit(ran)

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from apr.errors import InvalidInput, RanksDiffer
 
-_RUNS, _FAILED = 0, 1
+# What a rank tells the others that it is about.
+_RUNS, _CHOSE, _COUNTS, _FAILED = range(4)
 
 
 class RankGroup:
@@ -34,10 +35,14 @@ class RankGroup:
 
     def exchange(self, told: Sequence[int], timeout: float) -> list[list[int]]:
         """What each rank tells, and before it how many exchanges it has made."""
-        self._count += 1
-        mine = torch.from_numpy(np.array([self._count, *told], np.uint64).view(np.int64))
-        rows = [torch.empty_like(mine) for _ in self.members]
-        self._wait(lambda: dist.all_gather(rows, mine, self._group, True), timeout)
+        rows = [torch.zeros(1 + len(told), dtype=torch.int64) for _ in self.members]
+
+        def begin() -> Any:
+            self._count += 1
+            mine = np.array([self._count, *told], np.uint64).view(np.int64)
+            return dist.all_gather(rows, torch.from_numpy(mine), self._group, True)
+
+        self._wait(begin, timeout)
         return [row.tolist() for row in rows]
 
     def from_first(self, values: Tensor, timeout: float) -> None:
@@ -94,9 +99,9 @@ class Ranks:
         """The values, in host memory, that the first rank has: those of all, as a rule."""
         if self._group is not None:
             values = values.contiguous()
-            rows = self._exchange(_RUNS, zlib.crc32(values.view(torch.uint8).numpy().tobytes()))
-            self._check_failed(rows)
-            if any(row != rows[0] for row in rows):
+            digest = zlib.crc32(values.view(torch.uint8).numpy().tobytes())
+            rows = self._exchange(_CHOSE, digest)
+            if any(row[3] != rows[0][3] for row in self._same_kind(rows)):
                 self._group.from_first(values, self._timeout)
         return values
 
@@ -106,10 +111,12 @@ class Ranks:
 
     def least(self, value: int) -> int:
         """The least number that any rank has."""
-        return value if self.size == 1 else min(row[2] for row in self._exchange(value, 0))
+        if self.size == 1:
+            return value
+        return min(row[3] for row in self._same_kind(self._exchange(_COUNTS, value)))
 
     @contextlib.contextmanager
-    def together(self, digest: int) -> Iterator[None]:
+    def together(self, digest: Callable[[], int]) -> Iterator[None]:
         """Enter a forward of which this is the digest, if all ranks are about to run it.
 
         Raises RanksDiffer, on all of them, where one is not, or is not there in time.
@@ -125,29 +132,35 @@ class Ranks:
                 f"forward ({str(error)[:120]}); its own output says why. Start all ranks again"
             ) from error
 
-    def agree(self, digest: int) -> None:
+    def agree(self, digest: Callable[[], int]) -> None:
         """The same for a caller whose forward is elsewhere."""
         if self.size == 1:
             return
-        rows = self._exchange(_RUNS, digest)
-        self._check_failed(rows)
+        rows = self._same_kind(self._exchange(_RUNS, digest()))
         if any(row != rows[0] for row in rows):
-            other = next(rank for rank, row in enumerate(rows) if row != rows[self.number])
-            raise RanksDiffer(
-                f"rank {self.number} of {self.size}: rank {other} is about to run another step "
-                f"({rows[other]}, here {rows[self.number]}: exchanges so far, session, 0, and a "
-                "digest of tokens, positions and views), so this one was taken back. Ranks make "
-                "the same calls, with the same tokens and seeds, in one Python thread; release "
-                "the threads that differ, or start again"
-            )
+            self._differ(rows)
 
-    def _check_failed(self, rows: list[list[int]]) -> None:
+    def _same_kind(self, rows: list[list[int]]) -> list[list[int]]:
+        """The rows, where all ranks are about the same thing, in the same session, as often."""
         failed = [rank for rank, row in enumerate(rows) if row[2] == _FAILED]
         if failed:
             raise RanksDiffer(
                 f"rank {self.number} of {self.size}: rank {failed[0]} raised in this step, which "
                 "was taken back here; its own output says why"
             )
+        if any(row[:3] != rows[0][:3] for row in rows):
+            self._differ(rows)
+        return rows
+
+    def _differ(self, rows: list[list[int]]) -> NoReturn:
+        other = next(rank for rank, row in enumerate(rows) if row != rows[self.number])
+        raise RanksDiffer(
+            f"rank {self.number} of {self.size}: rank {other} is about to do something else "
+            f"({rows[other]}, here {rows[self.number]}: exchanges so far, session, kind, and a "
+            "digest of threads, tokens, positions and views), so this step was taken back. Ranks "
+            "make the same calls, with the same tokens and seeds, in one Python thread; take back "
+            "what differs, or open other sessions"
+        )
 
     @contextlib.contextmanager
     def taking_part(self) -> Iterator[None]:
@@ -158,14 +171,15 @@ class Ranks:
             raise
         except BaseException:
             if self.size > 1:
-                with contextlib.suppress(RanksDiffer):  # the error that is on its way says more
+                # The error that is on its way says more.
+                with contextlib.suppress(RanksDiffer, InvalidInput):
                     self._exchange(_FAILED, 0)
             raise
 
-    def _exchange(self, value: int, digest: int) -> list[list[int]]:
-        """Of each rank: how many exchanges it has made, in which session, the value, the digest."""
+    def _exchange(self, kind: int, digest: int) -> list[list[int]]:
+        """Of each rank: how many exchanges it has made, in which session, kind, digest."""
         assert self._group is not None
-        return self._group.exchange([self._session, value, digest], self._timeout)
+        return self._group.exchange([self._session, kind, digest], self._timeout)
 
 
 def _is_of_others(error: RuntimeError) -> bool:

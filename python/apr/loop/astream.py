@@ -35,6 +35,11 @@ async def astream(
 
     Raises what `stream` raises, and InvalidInput where tasks of several event loops meet.
     """
+    if not isinstance(session, Session):
+        raise InvalidInput(
+            f"astream: got {type(session).__name__}; expected a Session: on a served engine run "
+            "apr.stream or apr.decode in a thread, with asyncio.to_thread"
+        )
     with stream(session, threads, generation_config, **options) as run:
         while run.threads:
             yield await _next(run)

@@ -66,10 +66,10 @@ def decode(
     results = {thread: Decoded(thread) for thread in threads}
     if len(results) != len(threads):
         raise InvalidInput("decode: got a thread twice; list each once")
-    run = stream(session, threads, generation_config, tokenizer=tokenizer, stop=stop, **options)
     streamers: dict[Thread, Any] = {}
     if streamer is not None:
         streamers = {thread: streamer(thread) for thread in threads}
+    run = stream(session, threads, generation_config, tokenizer=tokenizer, stop=stop, **options)
     for thread, its in streamers.items():
         its.put(torch.tensor([thread.tokens]))
 

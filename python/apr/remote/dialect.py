@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from apr.errors import EngineError, InvalidInput
 from apr.loop.sampling import eos_tokens
+from apr.remote.request import passes, pause
 
 # More than any vocabulary: no top-k. Servers differ in the number that switches it off.
 _ALL = 1 << 20
@@ -58,44 +59,52 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 }
 
 
-async def listen(client: Any, model: str, ids: list[int], text: str) -> Dialect:
+async def listen(client: Any, model: str, ids: list[int], text: str, retries: int) -> Dialect:
     """Ask a server for one token in one way after the other, until it answers.
 
     Raises EngineError with its last words where it never does.
     """
-    from openai import APIError, APIStatusError
-
     said: Exception | None = None
-    plain = client.with_options(max_retries=0)  # servers answer 500 to what they do not take
     for extras, fields in _NEUTRAL.items():
         for prompt in (ids, text):
-            try:
-                answer = await plain.completions.create(
-                    model=model,
-                    prompt=prompt,
-                    max_tokens=1,
-                    temperature=0,
-                    logprobs=1,
-                    extra_body=fields,
-                )
-            except APIStatusError as error:
-                said = error
-                if error.status_code in (401, 403, 404):
-                    break
-                continue
-            except APIError as error:
-                raise EngineError(
-                    f"engine: no server answers at {client.base_url}: {error!r}"
-                ) from error
-            choice = answer.choices[0]
-            told = choice.logprobs is not None and bool(choice.logprobs.token_logprobs)
-            tells_ids = bool(getattr(choice, "token_ids", None))
-            return Dialect(extras, prompt is ids, tells_ids, told)
+            asked = {"model": model, "prompt": prompt, "extra_body": fields}
+            answer, said = await _ask(client, retries, asked)
+            if answer is not None:
+                choice = answer.choices[0]
+                told = choice.logprobs is not None and bool(choice.logprobs.token_logprobs)
+                tells_ids = bool(getattr(choice, "token_ids", None))
+                return Dialect(extras, prompt is ids, tells_ids, told)
     raise EngineError(
         f"engine: {client.base_url} takes no request of /completions for the model {model!r}: "
         f"{said}; expected a server with the completions of OpenAI (vLLM, SGLang, llama.cpp, "
         "transformers serve) and the name that it has for the model"
     ) from said
+
+
+async def _ask(client: Any, retries: int, asked: dict[str, Any]) -> tuple[Any, Exception | None]:
+    """An answer, or why the server does not take this; raises EngineError where there is no
+    server.
+    """
+    from openai import APIStatusError
+
+    failed: Exception | None = None
+    for attempt in range(retries + 1):
+        if attempt:
+            await pause(attempt, failed)
+        try:
+            return await client.completions.create(
+                max_tokens=1, temperature=0, logprobs=1, **asked
+            ), None
+        except Exception as error:
+            # Some servers say 500 to what they do not take.
+            if isinstance(error, APIStatusError) and error.status_code in (400, 422, 500, 501):
+                return None, error
+            if not passes(error):
+                raise EngineError(f"engine: {client.base_url}: {error}") from error
+            failed = error
+    raise EngineError(
+        f"engine: no server answers at {client.base_url}: {failed!r}; start it, or look at the URL"
+    ) from failed
 
 
 def request_fields(config: GenerationConfig, dialect: Dialect) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from types import SimpleNamespace, TracebackType
 from typing import Any, TypeVar, cast
 
 from transformers import GenerationConfig
 
-from apr.errors import InvalidInput
+from apr.errors import EngineError, InvalidInput
 from apr.hf.ranks import Ranks
 from apr.loop.sampling import resolve
 from apr.remote.dialect import Dialect, check_ends, listen
@@ -74,7 +75,7 @@ class Engine:
         )
         self._worker.start()
         self.client = AsyncOpenAI(
-            base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries
+            base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0
         )
         self.places = asyncio.Semaphore(concurrency)
 
@@ -93,7 +94,7 @@ class Engine:
         """Let the connections go; safe to call twice."""
         if self.table.is_open:
             self.table.close()
-            self.wait(self.client.close())
+            self.wait(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._worker.join()
             self._loop.close()
@@ -152,8 +153,12 @@ class Engine:
             raise InvalidInput("logprobs: got True, and this server tells none; leave it False")
         run = ServedStream(self, config, tokenizer, dialect, stopping_criteria)
         run.takes_none(logits_processor)
-        for thread in threads:
-            run.add(thread, stop=stop)
+        try:
+            for thread in threads:
+                run.add(thread, stop=stop)
+        except BaseException:
+            run.__exit__()
+            raise
         return run
 
     # ---- the server -----------------------------------------------------------------------------
@@ -162,13 +167,24 @@ class Engine:
         """What the server takes; asked once."""
         if self._dialect is None:
             ids = tokenizer("One").input_ids
-            self._dialect = self.wait(listen(self.client, self.name, ids, "One"))
+            self._dialect = self.wait(listen(self.client, self.name, ids, "One", self.retries))
         return self._dialect
 
     def wait(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """Do something in the engine's own loop, whichever loop the caller has."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError as error:
+            raise EngineError("engine: it was closed; open another one") from error
 
     def begin(self, work: Coroutine[Any, Any, None]) -> Callable[[], Any]:
         """Start something there; returns what cancels it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).cancel
+
+    async def _end(self) -> None:
+        """Cancel what still runs; those who wait for it are told."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.client.close()

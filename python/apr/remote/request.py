@@ -15,6 +15,8 @@ from apr.errors import EngineError
 if TYPE_CHECKING:
     from apr.remote.engine import Engine
 
+_PASSING = (408, 409, 425, 429)  # refused for a while; and all that are the server's own, from 500
+
 
 class Piece(NamedTuple):
     """What came: text, and its token ids and log-probability where the server tells them."""
@@ -43,38 +45,55 @@ class Request:
         return [*self.prompt, *self.ids]
 
 
+async def pause(attempt: int, error: Exception | None) -> None:
+    """Wait before another attempt: longer each time, never as long as others, or as long as the
+    server says.
+    """
+    said = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+    try:
+        seconds = min(float(said), 60.0)
+    except ValueError:  # none, or a date
+        seconds = min(0.25 * 2**attempt, 8.0)
+    await asyncio.sleep(seconds * random.uniform(0.5, 1.0) if seconds > 0 else 0.0)
+
+
+def passes(error: Exception) -> bool:
+    """Whether a request that failed so may be answered when it is sent again."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in _PASSING or error.status_code >= 500
+    return isinstance(error, (openai.APIError, json.JSONDecodeError, ConnectionError))
+
+
 async def answer(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
     """Pieces as they come; the last item is the reason of the end, "stop" or "length".
 
-    An answer that is cut off goes on behind what has come: in a request of its own. Raises
+    An answer that is cut off goes on behind what has come, in a request of its own. Raises
     EngineError where that does not help either.
     """
-    import openai
-
-    said = "it ended in the middle"
+    failed: Exception | None = None
     for attempt in range(engine.retries + 1):
         if attempt:
             engine.usage.retries += 1
-            await asyncio.sleep(min(0.25 * 2**attempt, 8.0) * (0.5 + random.random() / 2))
+            await pause(attempt, failed)
         try:
             async for item in _once(engine, request):
                 yield item
                 if isinstance(item, str):
                     return
-        except openai.APIStatusError as error:
-            # Those that may pass were sent again by the client already.
-            raise EngineError(
-                f"engine: the server answered {error.status_code}: {error}"
-            ) from error
-        except (openai.APIError, json.JSONDecodeError, ConnectionError) as error:
-            said = repr(getattr(error, "body", None) or error)
+        except Exception as error:
+            if not passes(error):
+                raise
+            failed = error
         if request.tokens >= request.most:
             yield "length"
             return
+    said = repr(getattr(failed, "body", None) or failed or "it ended in the middle")
     raise EngineError(
-        f"engine: no whole answer in {engine.retries + 1} requests: {said}; what had come is on "
-        "its thread; see the server's own output, or open the Engine with more retries"
-    )
+        f"engine: no whole answer in {engine.retries + 1} requests: {said}; see the server's own "
+        "output, or open the Engine with more retries"
+    ) from failed
 
 
 async def _once(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
@@ -107,11 +126,16 @@ async def _once(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
                     came += len(ids) or 1
                     yield Piece(choice.text, ids, _logprob(choice.logprobs))
                 reason = choice.finish_reason or reason
+    except Exception:
+        if reason not in ("stop", "length"):  # else it was whole, and only its last line is lost
+            raise
     finally:  # also where nobody wants the rest
         request.tokens += came
         engine.usage.completion_tokens += counted or came
-    if reason:
-        yield "length" if reason == "length" else "stop"
+    if reason in ("stop", "length"):
+        yield reason
+    elif reason:  # "abort", "error": what came is no answer
+        raise ConnectionError(f"the server ended the answer: {reason}")
 
 
 def _logprob(told: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import queue
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from apr.remote.engine import Engine
 
 _CPU = torch.device("cpu")
+_SILENCE = 1.0  # seconds
 
 
 @dataclass(eq=False)
@@ -34,7 +36,10 @@ class _Line:
     """A thread, what of its answer has come and was not taken yet, and how the answer ended."""
 
     rules: Rules
-    cancel: Callable[[], Any]
+    config: GenerationConfig
+    cancel: Callable[[], Any] = lambda: None
+    length: int = -1  # of the thread, when its request was sent, and with what it took since
+    sent: int = 0  # requests: what comes of others than the last one is not looked at
     came: deque[tuple[int, float]] = field(default_factory=deque)
     end: str = ""
 
@@ -45,7 +50,9 @@ class _Line:
 
 
 class ServedStream:
-    """Iterate it, a StreamStep at a time: each thread that has a token takes one.
+    """Iterate it, a StreamStep at a time: each thread that has a token takes one; of a server that
+    is silent, a step without any each second. A thread that was changed between steps is asked
+    for anew.
 
     Stops are looked for here, so that they mean what they mean on a session, whatever a server
     makes of its own; a request that nobody needs any more is cancelled.
@@ -64,7 +71,7 @@ class ServedStream:
         self.session, self.config, self.tokenizer = engine, config, tokenizer
         self._dialect, self._criteria = dialect, stopping_criteria
         self._lines: dict[Thread, _Line] = {}
-        self._came: queue.SimpleQueue[tuple[_Line, Any]] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[tuple[_Line, int, Any]] = queue.SimpleQueue()
         request_fields(config, dialect)  # refused before anything is sent
 
     def __enter__(self) -> ServedStream:
@@ -125,15 +132,22 @@ class ServedStream:
             stopping_criteria=[*self._criteria, *stopping_criteria],
         )
         rules.tokens = list(written)
-        tokens = thread.tokens
+        self._lines[thread] = _Line(rules, config)
+        self._send(thread)
+
+    def _send(self, thread: Thread) -> None:
+        """Ask for what follows the thread as it is now."""
+        line, tokens = self._lines[thread], thread.tokens
+        line.cancel()
+        line.came.clear()
+        line.sent, line.length, line.end = line.sent + 1, len(tokens), ""
+        seed = (thread.key ^ thread.draws) % 2**31
         request = Request(
             tokens if self._dialect.takes_ids and self._dialect.tells_ids else self._text(tokens),
-            {**request_fields(config, self._dialect), "seed": (thread.key ^ thread.draws) % 2**31},
-            max(1, rules.limit - len(written)),
+            {**request_fields(line.config, self._dialect), "seed": seed},
+            max(1, line.rules.limit - len(line.rules.tokens)),
         )
-        line = _Line(rules, lambda: None)
-        self._lines[thread] = line
-        line.cancel = self.session.begin(self._write(line, request))
+        line.cancel = self.session.begin(self._write(line, line.sent, request))
 
     def _text(self, tokens: list[int]) -> str:
         """A prompt as text: without the first token that the server's tokenizer puts before it."""
@@ -144,15 +158,18 @@ class ServedStream:
         )
         return text
 
-    async def _write(self, line: _Line, request: Request) -> None:
+    async def _write(self, line: _Line, sent: int, request: Request) -> None:
         """Ask for an answer, and hand on what comes of it."""
         engine = self.session
         try:
             async with engine.places:
                 async for item in answer(engine, request):
-                    self._came.put((line, item))
+                    self._came.put((line, sent, item))
+        except asyncio.CancelledError:
+            self._came.put((line, sent, EngineError("engine: it was closed; open another one")))
+            raise
         except Exception as error:  # whatever it is, it is raised where it is waited for
-            self._came.put((line, error))
+            self._came.put((line, sent, error))
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""
@@ -167,17 +184,22 @@ class ServedStream:
 
     def __iter__(self) -> Iterator[StreamStep]:
         while self._lines:
+            for thread, line in self._lines.items():
+                if len(thread) != line.length:  # it failed, or was changed since
+                    self._send(thread)
             late = self._wait()
             step = self._take()
             for thread in late:
                 if thread in self._lines:
                     step.finished[thread] = "time"
                     self.remove(thread)
-            if step.tokens or step.finished:
-                yield step
+            yield step
 
     def _wait(self) -> list[Thread]:
-        """Until some thread can take a token; those whose time is over."""
+        """Until some thread can take a token, or for a second, so that limits can be looked at;
+        those whose time is over.
+        """
+        silent = time.monotonic() + _SILENCE
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
@@ -185,16 +207,17 @@ class ServedStream:
             now = time.monotonic()
             times = {t: x.rules.deadline for t, x in self._lines.items() if x.rules.deadline}
             late = [thread for thread, deadline in times.items() if now > deadline]
-            if late or any(line.is_ready for line in self._lines.values()):
+            if late or now > silent or any(line.is_ready for line in self._lines.values()):
                 return late
-            left = min((deadline - now for deadline in times.values()), default=None)
+            left = min(deadline - now for deadline in (*times.values(), silent))
             with contextlib.suppress(queue.Empty):
-                self._note(*self._came.get(timeout=None if left is None else max(left, 0.001)))
+                self._note(*self._came.get(timeout=max(left, 0.001)))
 
-    def _note(self, line: _Line, item: Piece | str | Exception) -> None:
-        if line not in self._lines.values():
-            return  # it was taken out of the run meanwhile
+    def _note(self, line: _Line, sent: int, item: Piece | str | Exception) -> None:
+        if line not in self._lines.values() or line.sent != sent:
+            return  # it was taken out of the run meanwhile, or asked anew
         if isinstance(item, Exception):
+            line.length = -1  # whoever goes on asks again
             if isinstance(item, EngineError):
                 raise item
             raise EngineError(f"engine: {type(item).__name__}: {item}") from item
@@ -234,6 +257,8 @@ class ServedStream:
             [line.rules.samples for line in lines],
             [line.rules.tokens for line in lines],
         )
+        for line in lines:
+            line.length += 1
         for thread in step.finished:
             self.remove(thread)
         return step

@@ -158,14 +158,25 @@ def encode(tokenizer: Any, prompt: Any, template: dict[str, Any] | None = None) 
         begun = prompt[-1]["role"] == "assistant"
         options = {"add_generation_prompt": not begun, "continue_final_message": begun}
         options |= {"tokenize": True, "return_dict": False} | (template or {})
-        ids: list[int] = tokenizer.apply_chat_template(list(prompt), **options)
+        ids = _made(lambda: tokenizer.apply_chat_template(list(prompt), **options))
     elif isinstance(prompt, str):
-        ids = need(tokenizer, "a prompt of text")(prompt).input_ids
+        needed = need(tokenizer, "a prompt of text")
+        ids = _made(lambda: needed(prompt).input_ids)
     else:
         ids = list(prompt)
     if not ids:
         raise InvalidInput("prompt: got no tokens; expected at least one")
     return ids
+
+
+def _made(encode: Callable[[], list[int]]) -> list[int]:
+    """The token ids that a tokenizer, or its template, makes; raises InvalidInput."""
+    try:
+        return encode()
+    except Exception as error:  # of a template's own, or of a tokenizer that got no text
+        raise InvalidInput(
+            f"prompt: the tokenizer does not take it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def need(tokenizer: Any, what: str) -> Any:

@@ -347,7 +347,7 @@ class Session:
         """Plan the one forward of such a step, which all ranks are about to run."""
         with self.ranks.taking_part():
             step.next()
-            self.ranks.agree(step.plan.digest)
+            self.ranks.agree(lambda: step.plan.digest)
 
     def end_step(self, step: _core.Step | None, who: object, commit: bool) -> None:
         """Close a step of `begin_step`; rolling back is safe to do twice."""
