@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import apr
 import scripted
-from apr import hf
+from apr import _core, hf
 from apr.protocols import PRESETS
 from apr.strategies import Board
+from kernel_cases import emulate
 
 TOKENIZER = scripted.tokenizer()
 PROMPT = "How far is it?"
@@ -93,6 +94,31 @@ def texts(session):
     ]
 
 
+def replayed(parts):
+    """Steps that a GPU replays, which is emulated here: equal to planned ones, and compared too."""
+    if _core.gpu(True) is None:
+        return
+    emulate(90)
+    try:
+        found = []
+        for graphs in (None, True):
+            with apr.Session(parts, 1024, 64, cuda_graphs=graphs, self_test=False) as session:
+                kids = session.thread(TOKENIZER(PROMPT).input_ids).fork(2)
+                items = apr.decode(session, kids, max_new_tokens=6, **SAMPLED)
+                found.append([item.tokens for item in items])
+                assert graphs is None or session._graphs.uploads > 0
+                kids[0].extend([5 + dist.get_rank()])
+                kids[1].extend([7])
+                try:
+                    session.step(kids)
+                    raise AssertionError("nobody was told")
+                except apr.RanksDiffer:
+                    pass
+        assert found[0] == found[1]
+    finally:
+        _core.force_instruction_set("")
+
+
 def equal(parts, folder):
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     with apr.Session(parts, 4096, 16) as ours, apr.Session(whole, 4096, 16) as theirs:
@@ -121,7 +147,8 @@ def equal(parts, folder):
         seen = [None, None]
         dist.all_gather_object(seen, [len(item.tokens) for item in late])
         assert seen[0] == seen[1] and {item.finish for item in late} == {"time"}
-    print(f"apart {apart:.1e}")
+    replayed(parts)
+    print(f"apart {apart:.1e}", flush=True)
 
 
 def refused(parts, rank):
@@ -168,7 +195,7 @@ def refused(parts, rank):
         assert raised(lambda: session.step([])) == "InvalidInput"
         session.check()
         assert session.step([session.thread([7, 8])]).isfinite().all()
-    print("refused and well")
+    print("refused and well", flush=True)
 
 
 def lost(parts, rank, how):
@@ -194,15 +221,16 @@ def lost(parts, rank, how):
 
 
 def main():
-    folder, what = sys.argv[1:3]
+    folder = sys.argv[1]
     dist.init_process_group("gloo")
     parts, _ = hf.load(folder, ranks=2)
-    if what == "equal":
-        equal(parts, folder)
-    elif what == "refused":
-        refused(parts, dist.get_rank())
-    else:
-        lost(parts, dist.get_rank(), what)
+    for what in sys.argv[2:]:
+        if what == "equal":
+            equal(parts, folder)
+        elif what == "refused":
+            refused(parts, dist.get_rank())
+        else:
+            lost(parts, dist.get_rank(), what)
     dist.destroy_process_group()
 
 

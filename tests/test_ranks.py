@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apr
 import scripted
+from apr.hf.probe import _check_devices
 from apr.hf.ranks import Ranks
 from models import random_weights
 
@@ -52,11 +53,6 @@ def saved(path: Path, kv_heads: int) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("parts"), 2)
-
-
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_two_ranks_are_one_model(tmp_path, kv_heads):
     """Ranks share KV heads out, or both have the only one: logits within 1e-5 standard deviations,
@@ -66,14 +62,11 @@ def test_two_ranks_are_one_model(tmp_path, kv_heads):
     assert ran.returncode == 0 and ran.stdout.count("apart") == 2, ran.stdout + ran.stderr
 
 
-def test_ranks_that_differ_are_told(folder):
-    ran = torchrun("ranks_program.py", folder, "refused")
-    assert ran.returncode == 0 and ran.stdout.count("refused and well") == 2, ran.stderr
-
-
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_rank_ends_the_others(folder, how):
-    ran = torchrun("ranks_program.py", folder, how)
+def test_ranks_that_differ_or_are_lost_are_told_of(tmp_path, how):
+    before = ["refused"] if how == "SIGSTOP" else []
+    ran = torchrun("ranks_program.py", saved(tmp_path, 2), *before, how)
+    assert ran.stdout.count("refused and well") == 2 * len(before), ran.stdout + ran.stderr
     assert ran.returncode != 0 and ran.stdout.count("told after") == 1, ran.stdout + ran.stderr
 
 
@@ -98,6 +91,11 @@ def test_the_program_of_the_page(tmp_path):
     told = [next(tmp_path.rglob(f"attempt_0/{rank}/stdout.log")).read_text() for rank in "01"]
     first, second = ([x[2:] for x in text.splitlines() if "[" in x] for text in told)
     assert len(first) == 8 and first == second
+
+
+def test_layers_on_several_devices_have_no_pools(net):
+    with pytest.raises(apr.UnsupportedModel, match="several devices \\(cpu, meta\\)"):
+        _check_devices(net, [torch.device("cpu"), torch.device("meta"), torch.device("cpu")])
 
 
 def test_one_process_waits_for_nobody(net):

@@ -145,6 +145,17 @@ def _probe_forward(
     return probe, getattr(out, "logits", None)
 
 
+def _check_devices(model: Any, devices: list[torch.device]) -> None:
+    """Keys and values lie in one place."""
+    if len(set(devices)) > 1:
+        names = ", ".join(sorted({str(device) for device in devices}))
+        raise refuse(
+            model,
+            f"its layers lie on several devices ({names}), and keys are kept on one: load it on "
+            "one, or share it out with DistributedConfig(tp_size=...) under torchrun",
+        )
+
+
 def _check_logits(model: Any, logits: Any, ids: Tensor, vocab_size: int) -> None:
     """A model of language gives a score for each token of its vocabulary at each place."""
     if logits is None:
@@ -289,6 +300,7 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     line = torch.arange(3, device=device)[None]
     masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
     _check_logits(model, logits, line, vocab_size)
+    _check_devices(model, [call.q.device for call in turning.calls])
     if len(masking.calls) != len(turning.calls):
         raise refuse(model, "the number of attention calls changes from forward to forward")
 

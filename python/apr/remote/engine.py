@@ -153,6 +153,8 @@ class Engine:
             raise InvalidInput("logprobs: got True, and this server tells none; leave it False")
         run = ServedStream(self, config, tokenizer, dialect, stopping_criteria)
         run.takes_none(logits_processor)
+        if len(set(threads)) != len(threads):
+            raise InvalidInput("stream: got a thread twice; list each once")
         try:
             for thread in threads:
                 run.add(thread, stop=stop)
