@@ -117,12 +117,22 @@ def _median(action: Callable[[], Any], rounds: int) -> float:
     return median(times)
 
 
-def _measured_link(rounds: int) -> Link:
+def _measured_link(shape: Shape, rounds: int) -> Link:
+    """Exchanges as a step has them: each waits for the slower of the ranks' products."""
     ranks = num_ranks()
     if ranks == 1:
         return Link(0.0, 1.0)
-    small, large = torch.zeros(16), torch.randn(1 << 20)
-    least = _median(lambda: dist.all_reduce(small), 4 * rounds)
+    weights = [torch.randn(shape.ffn, shape.hidden) for _ in range(3 * shape.layers)]
+    x, small, large = torch.randn(1, shape.hidden), torch.zeros(16), torch.randn(1 << 20)
+
+    def products(exchanged: bool) -> None:
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+            if exchanged:
+                dist.all_reduce(small)
+
+    apart = _median(lambda: products(False), rounds)
+    least = max(_median(lambda: products(True), rounds) - apart, 1e-9) / len(weights)
     whole = _median(lambda: dist.all_reduce(large), rounds)
     sent = 2 * (ranks - 1) / ranks * large.numel() * large.element_size()
     return Link(least, sent / max(whole - least, 1e-9))
@@ -182,7 +192,7 @@ def bench_ranks(options: argparse.Namespace) -> Iterator[Figure]:
         config.vocab_size,
         4,
     )
-    link, ranks = _measured_link(rounds), num_ranks()
+    link, ranks = _measured_link(shape, rounds), num_ranks()
     most = 2 * options.prefix + 4096
     with tempfile.TemporaryDirectory() as own, apr.Session(whole, most) as session:
         machine = _measured_machine(shape, session, widths, prefixes, rounds)

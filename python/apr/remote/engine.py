@@ -179,9 +179,14 @@ class Engine:
         except CancelledError as error:
             raise EngineError("engine: it was closed; open another one") from error
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> Callable[[], Any]:
-        """Start something there; returns what cancels it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).cancel
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start something there, and do not wait for it."""
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Do something at once there, where it is alone."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action)
 
     async def _end(self) -> None:
         """Cancel what still runs; those who wait for it are told."""

@@ -36,6 +36,15 @@ class Request:
     text: str = ""  # that has come
     ids: list[int] = field(default_factory=list)  # the same where they are told
     tokens: int = 0  # that have come, as far as can be told
+    task: asyncio.Task[Any] | None = None  # that runs it
+    is_connecting: bool = False
+    is_unwanted: bool = False
+
+    def stop(self) -> None:
+        """End it; not while a connection is made, which its library does not leave in order."""
+        self.is_unwanted = True
+        if self.task is not None and not self.is_connecting:
+            self.task.cancel()
 
     @property
     def rest(self) -> str | list[int]:
@@ -86,6 +95,9 @@ async def answer(engine: Engine, request: Request) -> AsyncIterator[Piece | str]
             if not passes(error):
                 raise
             failed = error
+        request.is_connecting = False
+        if request.is_unwanted:
+            raise asyncio.CancelledError
         if request.tokens >= request.most:
             yield "length"
             return
@@ -100,6 +112,7 @@ async def _once(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
     import openai
 
     engine.usage.requests += 1
+    request.is_connecting = True
     stream: Any = await engine.client.completions.create(
         model=engine.name,
         prompt=request.rest,
@@ -110,8 +123,11 @@ async def _once(engine: Engine, request: Request) -> AsyncIterator[Piece | str]:
         **request.fields,
     )
     reason, counted, came = "", 0, 0
+    request.is_connecting = False
     try:
         async with stream:
+            if request.is_unwanted:
+                raise asyncio.CancelledError
             async for chunk in stream:
                 if chunk.usage is not None:
                     engine.usage.prompt_tokens += chunk.usage.prompt_tokens

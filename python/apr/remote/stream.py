@@ -37,7 +37,7 @@ class _Line:
 
     rules: Rules
     config: GenerationConfig
-    cancel: Callable[[], Any] = lambda: None
+    request: Request | None = None
     length: int = -1  # of the thread, when its request was sent, and with what it took since
     sent: int = 0  # requests: what comes of others than the last one is not looked at
     came: deque[tuple[int, float]] = field(default_factory=deque)
@@ -138,16 +138,20 @@ class ServedStream:
     def _send(self, thread: Thread) -> None:
         """Ask for what follows the thread as it is now."""
         line, tokens = self._lines[thread], thread.tokens
-        line.cancel()
+        self._stop(line)
         line.came.clear()
         line.sent, line.length, line.end = line.sent + 1, len(tokens), ""
         seed = (thread.key ^ thread.draws) % 2**31
-        request = Request(
+        line.request = request = Request(
             tokens if self._dialect.takes_ids and self._dialect.tells_ids else self._text(tokens),
             {**request_fields(line.config, self._dialect), "seed": seed},
             max(1, line.rules.limit - len(line.rules.tokens)),
         )
-        line.cancel = self.session.begin(self._write(line, line.sent, request))
+        self.session.begin(self._write(line, line.sent, request))
+
+    def _stop(self, line: _Line) -> None:
+        if line.request is not None:
+            self.session.call(line.request.stop)
 
     def _text(self, tokens: list[int]) -> str:
         """A prompt as text: without the first token that the server's tokenizer puts before it."""
@@ -160,7 +164,9 @@ class ServedStream:
 
     async def _write(self, line: _Line, sent: int, request: Request) -> None:
         """Ask for an answer, and hand on what comes of it."""
-        engine = self.session
+        engine, request.task = self.session, asyncio.current_task()
+        if request.is_unwanted:
+            return
         try:
             async with engine.places:
                 async for item in answer(engine, request):
@@ -177,7 +183,7 @@ class ServedStream:
             raise InvalidInput(f"stream: {thread!r} is not in this run")
         line = self._lines.pop(thread)
         if not line.end:
-            line.cancel()
+            self._stop(line)
             self.session.usage.cancelled += 1
 
     # ---- tokens ---------------------------------------------------------------------------------
