@@ -138,7 +138,10 @@ class Engine:
         sample: bool | None = None,
         **options: Any,
     ) -> ServedStream:
-        """`apr.stream` on this engine; raises InvalidInput for what a server cannot honour."""
+        """`apr.stream` on this engine; raises InvalidInput for what a server cannot honour.
+
+        Stopping criteria are given token ids, and NaN for the scores that no server tells.
+        """
         self.table.ask()
         if tokenizer is None:
             raise InvalidInput("tokenizer: got None; an engine sends and gets text: pass one")
