@@ -107,6 +107,14 @@ def replayed(parts):
                 items = apr.decode(session, kids, max_new_tokens=6, **SAMPLED)
                 found.append([item.tokens for item in items])
                 assert graphs is None or session._graphs.uploads > 0
+                spare = session.thread([1, 2])
+                session.step([spare])
+                for turn in range(6):  # one rank lets go what the other still holds
+                    if turn == 3 and dist.get_rank():
+                        del spare
+                    for i, kid in enumerate(kids):
+                        kid.extend([7 + i])
+                    session.step(kids)
                 kids[0].extend([5 + dist.get_rank()])
                 kids[1].extend([7])
                 try:

@@ -164,6 +164,17 @@ def test_two_processes_do_not_share_a_file(prompts, tmp_path, capsys):
     assert "another process" in capsys.readouterr().err
 
 
+def test_a_server_that_is_gone_is_not_asked_for_each_prompt(prompts, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    saved(folder, 2)
+    arguments = ["batch", "--in", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--n", "200"]
+    arguments += ["--engine", "http://127.0.0.1:9/v1", "--model", "m", "--tokenizer", str(folder)]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "0 answers" in said.out and said.err.count("no server answers") == 4
+
+
 def test_on_two_ranks(whole, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     ran = torchrun("-m", "--", "apr", "batch", "--in", str(prompts), "--out", str(out), *OPTIONS)

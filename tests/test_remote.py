@@ -95,7 +95,7 @@ def test_methods_write_what_they_write_on_a_session(serve, local, tok, kind):
 
 def _asked(kind):
     """Requests that find out how a server is spoken to."""
-    return {"fields": 1, "generation_config": 4, "none": 6}[kind]
+    return {"fields": 1, "generation_config": 4, "none": 9}[kind]
 
 
 def test_log_probabilities_and_samples(serve, local, tok):
@@ -259,6 +259,34 @@ def test_threads_may_be_changed_between_steps(serve, tok):
             for _ in run:
                 pass
         assert tok.decode(thread.own_tokens) == PROMPT + "a!later<eos>"
+        kid = engine.thread(tok(PROMPT).input_ids)
+        with apr.stream(engine, [kid], tokenizer=tok, max_new_tokens=9) as run:
+            next(iter(run))
+            kid.trim(len(kid) - 1)
+            kid.extend(tok("z").input_ids)  # another token in place of the first
+            for _ in run:
+                pass
+        assert tok.decode(kid.own_tokens) == PROMPT + "zlater<eos>"
+
+
+def test_a_stop_rule_that_raises_loses_no_token(serve, tok):
+    server, calls = serve(script=lambda text: "abcdef"), []
+
+    def stop(tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyError("once")
+        return False
+
+    with remote.Engine(server.url, "m") as engine:
+        threads = engine.thread(tok(PROMPT).input_ids).fork(2)
+        with apr.stream(engine, threads, tokenizer=tok, stop=stop, max_new_tokens=9) as run:
+            with pytest.raises(KeyError, match="once"):
+                for _ in run:
+                    pass
+            for _ in run:
+                pass
+        assert [tok.decode(t.own_tokens) for t in threads] == ["abcdef<eos>"] * 2
 
 
 def test_nobody_waits_for_ever(serve, tok):
@@ -361,6 +389,7 @@ def test_methods_that_need_keys_or_logits_say_so(serve, tok, method, options):
 def test_threads_of_an_engine(serve, tok):
     with remote.Engine(serve().url, "m") as engine:
         root = engine.thread(tok(PROMPT).input_ids)
+        assert len(root.fork(5000)) == 5000  # there are no pages that they could fill
         kids = root.fork(2)
         kids[0].extend([7, 8])
         root.join([kids[0]], reencode=True)

@@ -172,17 +172,25 @@ bool ViewTables::turns(const ThreadTable& table, const Thread& thread) const {
   return found;
 }
 
+// Tables are made anew when something else was let go, at other moments in other processes: a
+// digest is of what they mean by now, not of when they were made.
 uint64_t ViewTables::digest() const {
   Digest digest;
   for (const ThreadId id : threads_) digest.mix(id);
   for (const int64_t id : ids_) digest.mix(id);
-  for (const SegmentId id : segment_ids_) digest.mix(id);
-  for (const DeviceSegment& segment : segments_) digest.mix(segment.length);
+  digest.mix(max_position_);
+  for (const DeviceRow& row : rows_) {
+    digest.mix(row.num_entries);
+    digest.mix(row.current);
+  }
   for (const DeviceEntry& entry : entries_) {
-    digest.mix(entry.segment);
+    const DeviceSegment& segment = segments_[entry.segment];
+    const bool grows = segment.writer >= 0;
+    const int64_t length = grows ? tails_[segment.writer]->encoded : segment.length;
+    digest.mix(segment_ids_[entry.segment]);
     digest.mix(entry.offset);
     digest.mix(entry.lo);
-    digest.mix(entry.hi);
+    digest.mix(entry.hi == kLiveEnd ? length : entry.hi);
   }
   return digest.value();
 }

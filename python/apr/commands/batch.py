@@ -19,6 +19,7 @@ from apr.errors import Error, InvalidInput
 from apr.hf.world import is_first_rank, num_ranks, same_everywhere
 
 _THREADS = 256  # that write side by side
+_HOPELESS = 4  # prompts that fail alike before any is answered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,27 +60,33 @@ def main(options: argparse.Namespace) -> None:
     with Answers(options.out, _settings(options)) as answers:
         chunks = _chunks(lines, {x.index for x in answers.missing(lines)}, options.n)
         same_everywhere(chunks)
-        counted = len(lines) - len(answers.done)
+        failed: dict[int, str] = {}
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        new = 0
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("prompts", total=len(lines), completed=len(answers.done))
             for told in _made(options, chunks):
-                failed = [f"line {x.index + 1}: {t['error']}" for x, t in told if "error" in t]
-                bad += failed
-                written = answers.write((x, t) for x, t in told if "error" not in t)
-                progress.advance(bar, written + len(failed))
-                same = len({t.get("error") for _, t in told}) == 1 < len(failed)
-                if same and not answers.done and num_ranks() == 1:
-                    break  # the first prompts, all for one reason
+                new += answers.write((line, t) for line, t in told if "error" not in t)
+                lost = {line.index: t["error"] for line, t in told if "error" in t}
+                failed |= {i: why for i, why in lost.items() if i not in answers.done}
+                progress.update(bar, completed=len(answers.done) + len(failed))
+                same = len(set(failed.values())) == 1 and len(failed) >= _HOPELESS
+                if same and not new and num_ranks() == 1:
+                    break  # all for one reason, as where nobody serves
+    _report(options, bad, failed, len(answers.done), new)
+
+
+def _report(
+    options: argparse.Namespace, bad: list[str], failed: dict[int, str], answered: int, new: int
+) -> None:
+    """Say what was done; raises Error where starting again may help, or nothing was answered."""
+    bad = bad + [f"line {index + 1}: {why}" for index, why in failed.items()]
     for why in bad:
         print(f"apr: {why}", file=sys.stderr)
-    if bad and not answers.done:
-        raise InvalidInput("no prompt was answered; see above")
-    done = len(answers.done)
-    print(
-        f"{done} answers in {options.out}, {done - len(lines) + counted} of them new; "
-        f"{len(bad)} lines without one"
-    )
+    print(f"{answered} answers in {options.out}, {new} of them new; {len(bad)} lines without one")
+    may_pass = any(not why.startswith(InvalidInput.__name__) for why in failed.values())
+    if may_pass or (failed and not answered):
+        raise Error(f"{len(failed)} prompts were not answered, for the reasons above; start again")
 
 
 def _settings(options: argparse.Namespace) -> str:

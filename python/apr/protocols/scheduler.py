@@ -108,7 +108,7 @@ class Scheduler:
         self._fill()
         while self.run.threads:
             step = next(iter(self.run))
-            self._clock += 1
+            self._clock += bool(step.tokens)  # an engine may have none yet
             writers = [(self._workers[thread], token) for thread, token in step.tokens.items()]
             for worker, token in writers:
                 worker.note(token)

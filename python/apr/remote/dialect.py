@@ -88,7 +88,7 @@ async def _ask(client: Any, retries: int, asked: dict[str, Any]) -> tuple[Any, E
     from openai import APIStatusError
 
     failed: Exception | None = None
-    for attempt in range(retries + 1):
+    for attempt in range(max(retries, 1) + 1):
         if attempt:
             await pause(attempt, failed)
         try:
@@ -96,8 +96,9 @@ async def _ask(client: Any, retries: int, asked: dict[str, Any]) -> tuple[Any, E
                 max_tokens=1, temperature=0, logprobs=1, **asked
             ), None
         except Exception as error:
-            # Some servers say 500 to what they do not take.
-            if isinstance(error, APIStatusError) and error.status_code in (400, 422, 500, 501):
+            # Some servers say 500 to what they do not take, and to it again.
+            status = error.status_code if isinstance(error, APIStatusError) else 0
+            if status in (400, 422, 501) or (status == 500 and attempt):
                 return None, error
             if not passes(error):
                 raise EngineError(f"engine: {client.base_url}: {error}") from error

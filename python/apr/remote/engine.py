@@ -66,7 +66,8 @@ class Engine:
         self.name, self.retries, self.logprobs, self.seed = model, retries, logprobs, seed
         self.spec = cast(Any, ServedSpec(tells_logprobs=logprobs))
         self.ranks = Ranks()
-        self.table = ThreadTable(1, 64, self.spec, seed)  # its threads only queue, and take no page
+        # Its threads only queue, and take none of the pages; so many threads there may be.
+        self.table = ThreadTable(1 << 20, 64, self.spec, seed)
         self.usage = Usage()
         self._dialect: Dialect | None = None
         self._loop = asyncio.new_event_loop()

@@ -55,15 +55,16 @@ class Request:
 
 
 async def pause(attempt: int, error: Exception | None) -> None:
-    """Wait before another attempt: longer each time, never as long as others, or as long as the
-    server says.
+    """Wait before another attempt: longer each time, never as long as others; no less than the
+    server says, up to a minute.
     """
     said = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
     try:
-        seconds = min(float(said), 60.0)
-    except ValueError:  # none, or a date
-        seconds = min(0.25 * 2**attempt, 8.0)
-    await asyncio.sleep(seconds * random.uniform(0.5, 1.0) if seconds > 0 else 0.0)
+        told = min(max(float(said), 0.0), 60.0)
+    except ValueError:  # nothing, or a date
+        told = 0.0
+    own = min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+    await asyncio.sleep(max(own, told * random.uniform(1.0, 1.25)))
 
 
 def passes(error: Exception) -> bool:

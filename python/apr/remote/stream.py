@@ -38,7 +38,8 @@ class _Line:
     rules: Rules
     config: GenerationConfig
     request: Request | None = None
-    length: int = -1  # of the thread, when its request was sent, and with what it took since
+    # The thread's length and trims, when its request was sent, and with what it took since.
+    stood: tuple[int, int] = (-1, 0)
     sent: int = 0  # requests: what comes of others than the last one is not looked at
     came: deque[tuple[int, float]] = field(default_factory=deque)
     end: str = ""
@@ -140,7 +141,7 @@ class ServedStream:
         line, tokens = self._lines[thread], thread.tokens
         self._stop(line)
         line.came.clear()
-        line.sent, line.length, line.end = line.sent + 1, len(tokens), ""
+        line.sent, line.stood, line.end = line.sent + 1, (len(tokens), thread.trims), ""
         seed = (thread.key ^ thread.draws) % 2**31
         line.request = request = Request(
             tokens if self._dialect.takes_ids and self._dialect.tells_ids else self._text(tokens),
@@ -191,7 +192,7 @@ class ServedStream:
     def __iter__(self) -> Iterator[StreamStep]:
         while self._lines:
             for thread, line in self._lines.items():
-                if len(thread) != line.length:  # it failed, or was changed since
+                if (len(thread), thread.trims) != line.stood:  # it failed, or was changed since
                     self._send(thread)
             late = self._wait()
             step = self._take()
@@ -223,7 +224,7 @@ class ServedStream:
         if line not in self._lines.values() or line.sent != sent:
             return  # it was taken out of the run meanwhile, or asked anew
         if isinstance(item, Exception):
-            line.length = -1  # whoever goes on asks again
+            line.stood = (-1, 0)  # whoever goes on asks again
             if isinstance(item, EngineError):
                 raise item
             raise EngineError(f"engine: {type(item).__name__}: {item}") from item
@@ -246,12 +247,12 @@ class ServedStream:
             if not line.came:
                 step.finished[thread] = line.end
                 continue
-            token, logprob = line.came.popleft()
+            token, logprob = line.came[0]
             step.tokens[thread], step.logprobs[thread] = token, logprob
             reason = line.rules.finish_reason(
                 line.rules.tokens, token, False, *_reads(thread, token)
             )
-            if reason is None and line.end and not line.came:
+            if reason is None and line.end and len(line.came) == 1:
                 reason = "length"
             if reason is not None:
                 step.finished[thread] = reason
@@ -264,7 +265,8 @@ class ServedStream:
             [line.rules.tokens for line in lines],
         )
         for line in lines:
-            line.length += 1
+            line.came.popleft()
+            line.stood = (line.stood[0] + 1, line.stood[1])
         for thread in step.finished:
             self.remove(thread)
         return step
