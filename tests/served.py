@@ -63,6 +63,7 @@ class Server(_Local):
         self.model, self.tokenizer, self.kind = model, tokenizer, kind
         self.requests, self.cancelled, self.running, self.most = [], 0, 0, 0
         self.pause = 0.0  # seconds a token
+        self.end_token = tokenizer.eos_token_id  # of scripts
         self.endings = iter(())  # of the next answers: "garbage" behind the end, "abort"
         self.busy = 0  # requests that are refused first, for a while
         self.script = None  # what it writes after a text, instead of the model
@@ -83,7 +84,7 @@ class Server(_Local):
             written = self.tokenizer(self.script(self.tokenizer.decode(ids))).input_ids
             yield from ((token, 0.0, None) for token in written[: asked["max_tokens"]])
             if len(written) < asked["max_tokens"]:
-                yield self.tokenizer.eos_token_id, 0.0, "stop"
+                yield self.end_token, 0.0, "stop"
             return
         for _ in range(asked["max_tokens"]):
             with self.lock, torch.no_grad():

@@ -269,6 +269,15 @@ def test_threads_may_be_changed_between_steps(serve, tok):
         assert tok.decode(kid.own_tokens) == PROMPT + "zlater<eos>"
 
 
+def test_an_end_token_that_the_tokenizer_does_not_name(serve, tok):
+    """As of chat models, whose turns end with another special token."""
+    end = next(i for i, t in tok.added_tokens_decoder.items() if t.content == "</think3>")
+    server = serve(script=lambda text: "abc", end_token=end)
+    with remote.Engine(server.url, "m") as engine:
+        item = apr.majority_vote(engine, tok, PROMPT, n=1, extract=len, max_new_tokens=9).threads[0]
+        assert (item.text, item.finish, item.tokens[-1]) == ("abc", "eos", end)
+
+
 def test_a_stop_rule_that_raises_loses_no_token(serve, tok):
     server, calls = serve(script=lambda text: "abcdef"), []
 

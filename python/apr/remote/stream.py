@@ -73,6 +73,8 @@ class ServedStream:
         self._dialect, self._criteria = dialect, stopping_criteria
         self._lines: dict[Thread, _Line] = {}
         self._came: queue.SimpleQueue[tuple[_Line, int, Any]] = queue.SimpleQueue()
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {number: token.content for number, token in added if token.special}
         request_fields(config, dialect)  # refused before anything is sent
 
     def __enter__(self) -> ServedStream:
@@ -100,9 +102,8 @@ class ServedStream:
 
     def check_words(self, words: Sequence[str]) -> None:
         """Raise InvalidInput where control words are special tokens, which this server hides."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        hidden = [word for word in words if word in special and not self._dialect.tells_ids]
+        special = [] if self._dialect.tells_ids else self._special.values()
+        hidden = [word for word in words if word in special]
         if hidden:
             raise InvalidInput(
                 f"run: {hidden} are special tokens, which this server leaves out of its texts; "
@@ -235,7 +236,9 @@ class ServedStream:
             return
         line.end = item
         ends = self.tokenizer.eos_token_id
-        ended = line.came and line.came[-1][0] in line.rules.eos
+        # A chat model ends with tokens that its tokenizer may not name as the end.
+        last = line.came[-1][0] if line.came else None
+        ended = last in line.rules.eos or (self._dialect.tells_ids and last in self._special)
         if (item == "stop" or not line.came) and ends is not None and not ended:
             line.came.append((ends, 0.0 if self.session.logprobs else math.nan))
 
@@ -253,7 +256,7 @@ class ServedStream:
                 line.rules.tokens, token, False, *_reads(thread, token)
             )
             if reason is None and line.end and len(line.came) == 1:
-                reason = "length"
+                reason = "eos" if line.end == "stop" else "length"
             if reason is not None:
                 step.finished[thread] = reason
         takers = list(step.tokens)
