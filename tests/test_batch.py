@@ -195,6 +195,10 @@ def test_on_an_engine(net, tok, tmp_path, capsys):
     arguments += ["--model", "m", "--tokenizer", folder, "--method", "best_of_n", "--n", "2"]
     assert main([*arguments, "--max-new-tokens", "5"]) == 0
     assert [told["index"] for told in lines(out)] == [0, 2]  # the tokenizer has no chat template
+    command = ["run", "--engine", server.url, "--model", "m", "--tokenizer", folder, "--n", "2"]
+    assert main([*command, "--prompt", "How?", "--max-new-tokens", "4"]) == 0
+    assert "2 requests" in capsys.readouterr().out
+    assert main([*command, "--prompt", "How?", "--protocol", "recursive"]) == 0
     dumb = Server(net, tok, "none")  # tells no log-probabilities, which best_of_n weighs
     arguments[arguments.index(server.url)] = dumb.url
     arguments[arguments.index(str(out))] = str(tmp_path / "other.jsonl")

@@ -18,12 +18,13 @@ from rich.tree import Tree
 import apr
 from apr import countdown, hf, protocols
 from apr.bench.adaptive import STRATA, held_out
+from apr.commands._models import opened
 from apr.countdown.problems import Problem, Range
 from apr.countdown.search import solutions
 from apr.countdown.solve import Solved, solve
 from apr.errors import InvalidInput
 from apr.hf.world import num_ranks
-from apr.protocols import Branch, Outcome
+from apr.protocols import Branch, Grammar, Outcome
 from apr.threads.trace import visible
 
 _WIDEST = 240  # characters of a thread's text in the tree
@@ -60,7 +61,13 @@ def run_protocol(options: argparse.Namespace, console: Console) -> None:
     grammar = protocols.PRESETS[options.protocol]
     if grammar.width:
         grammar = dataclasses.replace(grammar, width=options.n)
-    model, tokenizer = hf.load(options.model, ranks=num_ranks())
+    with opened(options) as (session, tokenizer):
+        _run_protocol(options, console, grammar, session, tokenizer)
+
+
+def _run_protocol(
+    options: argparse.Namespace, console: Console, grammar: Grammar, session: Any, tokenizer: Any
+) -> None:
     if options.chat:
         message = [{"role": "user", "content": options.prompt}]
         if getattr(tokenizer, "chat_template", None) is None:
@@ -70,20 +77,18 @@ def run_protocol(options: argparse.Namespace, console: Console) -> None:
         )
     else:
         ids = tokenizer(options.prompt).input_ids
-    with apr.Session(model, seed=options.seed) as session:
-        budget = apr.Budget(tokens_per_thread=options.max_new_tokens)
-        outcome = apr.run(
-            session,
-            session.thread(ids),
-            grammar,
-            tokenizer=tokenizer,
-            budget=budget,
-            do_sample=True,
-            temperature=options.temperature or 1.0,
-        )
-        show(console, outcome)
-        if options.trace:
-            session.trace.save(options.trace)
+    outcome = apr.run(
+        session,
+        session.thread(ids),
+        grammar,
+        tokenizer=tokenizer,
+        budget=apr.Budget(tokens_per_thread=options.max_new_tokens),
+        do_sample=True,
+        temperature=options.temperature or 1.0,
+    )
+    show(console, outcome)
+    if options.trace:
+        session.trace.save(options.trace)
 
 
 def run_adaptive(options: argparse.Namespace, problem: Problem | None, console: Console) -> None:

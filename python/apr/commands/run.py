@@ -18,6 +18,7 @@ import apr
 from apr import countdown, hf
 from apr.commands._control import run_adaptive, run_protocol
 from apr.commands._methods import METHODS, run_method
+from apr.commands._models import add_model_arguments, check_model_arguments, opened
 from apr.countdown.problems import Problem
 from apr.errors import InvalidInput
 from apr.hf.world import is_first_rank, num_ranks
@@ -29,7 +30,7 @@ from apr.threads.trace import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a folder or hub id; without it, the Countdown model")
+    add_model_arguments(parser)
     parser.add_argument(
         "--prompt", help='a text; for Countdown "TARGET : NUMBERS", e.g. "24 : 8 6 4"'
     )
@@ -115,6 +116,7 @@ def main(options: argparse.Namespace) -> None:
         raise InvalidInput(f"--temperature: got {options.temperature}; expected above 0")
     if not is_first_rank():
         options.trace = None  # the first one writes it
+    check_model_arguments(options)
     console = _Console(markup=False)  # what models write may look like markup
     if options.protocol and not (options.model and options.prompt):
         raise InvalidInput(
@@ -136,10 +138,15 @@ def _report(console: Console, result: Result, seconds: float, options: argparse.
     console.print(f"\nanswer: {result.answer}", style="bold", highlight=False)
     if result.votes:
         console.print("votes: " + ", ".join(f"{a} x{v:g}" for a, v in result.votes.items()))
+    stored = (
+        f"{stats.requests} requests, {stats.cancelled} of them cancelled"
+        if isinstance(stats, apr.remote.Usage)
+        else f"KV tokens stored {stats.stored_tokens}, with a copy a thread {stats.seen_tokens}; "
+        f"pages read by several threads: {stats.shared_pages}"
+    )
     console.print(
         f"{written} tokens, {result.critical_path_tokens} one after the other, in {seconds:.2f} s "
-        f"({written / seconds:.0f} tokens/s); KV tokens stored {stats.stored_tokens}, with a copy "
-        f"a thread {stats.seen_tokens}; pages read by several threads: {stats.shared_pages}",
+        f"({written / seconds:.0f} tokens/s); {stored}",
         highlight=False,
     )
     console.print(result.trace.tree(), highlight=False, markup=False)
@@ -153,8 +160,7 @@ def _run_prompt(options: argparse.Namespace, console: Console) -> None:
         raise InvalidInput("--prompt: missing; expected a text for --model")
     options.method = options.method or "majority_vote"
     options.temperature = options.temperature or 1.0
-    model, tokenizer = hf.load(options.model, ranks=num_ranks())
-    with apr.Session(model, seed=options.seed) as session:
+    with opened(options) as (session, tokenizer):
         show = LiveThreads(tokenizer, console, options.live)
         began = time.perf_counter()
         with show.live:
