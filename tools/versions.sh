@@ -12,26 +12,16 @@ if [ -z "${WHEEL:-}" ]; then
   "$work/build/bin/pip" wheel -q --no-deps --config-settings=cmake.define.APR_CUDA=OFF -w "$work" .
   WHEEL=$(ls "$work"/apr-*.whl)
 fi
-run() { # a version, the folder of its environment
-  "$python" -m venv "$2"
-  "$2/bin/pip" install -q "$(grep '^torch==' constraints.txt)"
-  "$2/bin/pip" install -q "$WHEEL[test]" "$1"
-  printf '\n-- %s: ' "$1"
-  "$2/bin/pip" list 2> /dev/null | grep -E '^(torch|transformers) ' | tr -s ' \n' ' '
+for version in "transformers==$oldest.*" transformers; do
+  name=${version//[^a-z0-9.]/}
+  "$python" -m venv "$work/$name"
+  "$work/$name/bin/pip" install -q "$(grep '^torch==' constraints.txt)"
+  "$work/$name/bin/pip" install -q "$WHEEL[test]" "$version"
+  printf '\n-- %s: ' "$version"
+  "$work/$name/bin/pip" list 2> /dev/null | grep -E '^(torch|transformers) ' | tr -s ' \n' ' '
   echo
-  "$2/bin/python" -m pytest -q --disable-warnings -p no:cacheprovider \
+  "$work/$name/bin/python" -m pytest -q -n 2 --disable-warnings -p no:cacheprovider \
     tests/test_session.py tests/test_cache.py tests/test_cache_contract.py tests/test_beside.py \
     tests/test_decode.py tests/test_text.py tests/test_strategies.py tests/test_oracles.py \
     tests/test_states.py tests/test_states_cache.py
-}
-# Side by side: one installs while the other tests.
-mkdir -p "$work"
-run "transformers==$oldest.*" "$work/oldest" > "$work/oldest.log" 2>&1 &
-first=$!
-run transformers "$work/newest" > "$work/newest.log" 2>&1 &
-second=$!
-failed=0
-wait $first || failed=1
-wait $second || failed=1
-cat "$work/oldest.log" "$work/newest.log"
-exit $failed
+done
