@@ -30,6 +30,8 @@ def check_model_arguments(options: argparse.Namespace) -> None:
         raise InvalidInput("--engine: needs --model, the name that the server has for it")
     if num_ranks() > 1 and (options.engine or getattr(options, "ray", None)):
         raise InvalidInput("--engine and --ray: each rank would ask for all; run without torchrun")
+    if options.engine and options.method == "adaptive":
+        raise InvalidInput("--engine: the adaptive model is its own, and runs here; leave it out")
     if options.tokenizer and not options.engine:
         raise InvalidInput("--tokenizer: goes with --engine; a model of yours brings its own")
 

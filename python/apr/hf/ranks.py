@@ -78,7 +78,7 @@ class Ranks:
 
     Each forward of a model in parts waits for the others in the middle of its layers: one that
     runs something else makes wrong numbers, or waits for ever. So before each forward the ranks
-    compare a digest of what they are about to run, and before each choice of tokens what they have
+    compare a digest of what they are about to run, and after each choice of tokens what they have
     chosen. One process alone has nothing to compare.
     """
 
@@ -215,6 +215,13 @@ def group_of(model: nn.Module) -> RankGroup | None:
     """The ranks of a model, connected; None where one process has it all."""
     members = members_of(model)
     return None if members is None else RankGroup(members)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank has of a weight: all of it, unless torch shards it."""
+    to_local = getattr(weight, "to_local", None)
+    part: Tensor = weight if to_local is None else to_local()
+    return part
 
 
 def own_file(path: Path, model: nn.Module) -> Path:

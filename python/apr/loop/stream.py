@@ -63,6 +63,9 @@ class Stream:
     sampled token of a thread is queued on it, so a later join or step does not lose it.
     """
 
+    # What a run on a served engine (remote/stream.py) does not: it gives no scores to change.
+    takes_processors = True
+
     def __init__(
         self,
         session: Session,
@@ -82,13 +85,8 @@ class Stream:
         self._history = History(session.spec.device)
         self._chooser = Chooser(session.table, self._history, session.ranks)
 
-    takes_processors = True
-
     def __enter__(self) -> Stream:
         return self
-
-    def check_words(self, words: Sequence[str]) -> None:
-        """Any word can be seen in what a thread of a session writes."""
 
     def __exit__(self, *_: object) -> None:
         self._rules.clear()
@@ -142,6 +140,9 @@ class Stream:
         if rules.reads_history:
             self._history.enter(thread)
         self._rules[thread] = rules
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Any word can be seen in what a thread of a session writes."""
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""

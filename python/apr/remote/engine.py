@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from types import SimpleNamespace, TracebackType
 from typing import Any, TypeVar, cast
 
@@ -110,7 +111,7 @@ class Engine:
     @property
     def stats(self) -> Usage:
         """Counters so far."""
-        return Usage(**vars(self.usage))
+        return replace(self.usage)
 
     def thread(self, ids: TokenIds = (), *, request: int | tuple[int, ...] | None = None) -> Thread:
         """A new thread that begins with `ids`."""

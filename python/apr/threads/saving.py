@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
 from apr.hf.model_state import undisturbed, unwrap
-from apr.hf.ranks import own_file
+from apr.hf.ranks import local_part, own_file
 from apr.hf.spec import ModelSpec
 from apr.threads.thread import Segment, Thread
 
@@ -122,7 +121,7 @@ def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """What must be the same where the keys and values are used again."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        weight = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        weight = local_part(tensor)
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta" and weight.numel():
             flat = weight.detach().reshape(-1)
