@@ -43,7 +43,9 @@ class Model:
 
 
 class Machine(RuleBasedStateMachine):
-    """fork, extend, step, join, trim, release in any order; every thread is compared after each."""
+    """fork, extend, step, join, trim, drop, release in any order; every thread is compared after
+    each.
+    """
 
     def __init__(self):
         super().__init__()
@@ -201,6 +203,61 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())
+    def drop(self, data):
+        number = self.pick(data)
+        model = self.models[number]
+        total = len(model.tokens)
+        start = data.draw(st.integers(0, total))
+        stop = data.draw(st.integers(start, total))
+        if stop == total:
+            return  # a trim
+        self.table.drop(number, start, stop)
+        if start == stop:
+            return
+        pieces = [*model.pieces, (model.tail, model.tail_at)]
+        before, behind, gone, n = [], [], [], 0
+        inherited = [0, 0]
+        for i, (piece, at) in enumerate(pieces):
+            first = min(max(start - n, 0), len(piece))
+            last = min(max(stop - n, 0), len(piece))
+            n += len(piece)
+            is_tail = i == len(model.pieces)
+            gone += [at + j for j in range(first, last)]
+            if first > 0 and not (is_tail and first == last):
+                before.append((piece[:first], at))
+                inherited[0] += i < model.inherited
+            if last < len(piece) and not is_tail and last >= first and n > stop:
+                behind.append((piece[last:], at + last))
+                inherited[1] += i < model.inherited
+        tail, at = pieces[-1]
+        uncut = total - len(tail) >= stop
+        rest = tail if uncut else tail[len(tail) - (total - stop) :]
+        rest_at = at + len(tail) - len(rest)
+        end = max((at + len(p) for p, at in before), default=0)
+        gap_end = max(gone) + 1
+        firsts = [at for _, at in behind] + ([rest_at] if rest else [])
+        closed = max(0, min(gap_end, *firsts) - end)
+
+        def moved(position):
+            return position - closed if position >= gap_end else min(position, end)
+
+        model.pieces = before + [(p, at - closed) for p, at in behind]
+        after = max((at + len(p) for p, at in model.pieces), default=0)
+        model.tail, model.tail_at = list(rest), rest_at - closed if rest else after
+        model.inherited = sum(inherited)
+        model.own = [t for t in model.own if t in set(model.tokens)]
+        fork_position = model.fork_position
+        model.fork_position = moved(fork_position)
+        model.fork_shift += fork_position - model.fork_position
+        for child in self.models.values():
+            if child.parent == number:
+                position = child.fork_position + child.fork_shift
+                child.fork_shift += moved(position) - position
+                if child.fork_token not in (None, *model.tokens):
+                    child.joinable = False
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
     def release(self, data):
         number = self.pick(data)
         self.table.release(number)
@@ -217,6 +274,7 @@ class Machine(RuleBasedStateMachine):
             assert self.table.length(number) == len(model.tokens)
             assert self.table.position(number) == model.position
         assert self.table.num_threads == len(self.models)
+        assert self.table.check(0) == []
 
     @invariant()
     def pages_hold_what_is_stored(self):

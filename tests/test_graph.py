@@ -81,6 +81,8 @@ def test_edits_between_replays_never_capture_again(model):
         for t in range(30):
             if t == 8:
                 kids[0].trim(len(kids[0]) - 3)
+            if t == 10:
+                kids[1].drop(7, 29)
             if t == 12:
                 kids.extend(kids[1].fork(1))
             if t == 18:
@@ -169,7 +171,9 @@ def test_a_thousand_steps_without_the_host(half):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.lists(st.sampled_from(["step", "fork", "trim", "release", "join", "reverse"]), max_size=12)
+    st.lists(
+        st.sampled_from(["step", "fork", "trim", "drop", "release", "join", "reverse"]), max_size=12
+    )
 )
 def test_any_edits(model, actions):
     def script(s):
@@ -181,6 +185,8 @@ def test_any_edits(model, actions):
             elif action == "trim" and len(threads[0]) > 5:
                 with contextlib.suppress(InvalidInput):
                     threads[0].trim(len(threads[0]) - 2)
+            elif action == "drop" and len(threads[-1]) > 9:
+                threads[-1].drop(2, 8)
             elif action == "release" and len(threads) > 1:
                 threads.pop(0).release()
             elif action == "join" and len(threads) > 1:

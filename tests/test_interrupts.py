@@ -148,6 +148,7 @@ OPERATIONS = {
     "join text": lambda w: w.root.join(w.kids[:2], reencode=True),
     "trim": lambda w: w.kids[0].trim(10),
     "trim with logits": lambda w: w.root.trim(5),
+    "drop": lambda w: w.root.drop(3, 6),
     "release": lambda w: w.kids[0].release(),
     "step": lambda w: w.s.step(w.kids),
     "step of writers": lambda w: w.s.step([w.a, w.b]),

@@ -240,6 +240,7 @@ void bind_table(py::module_& module) {
       .def("join", &ThreadTable::join, py::arg("parent"), py::arg("children"), py::arg("positions"),
            py::arg("reencode"))
       .def("trim", &ThreadTable::trim)
+      .def("drop", &ThreadTable::drop, py::arg("thread"), py::arg("start"), py::arg("stop"))
       .def("release", &ThreadTable::release)
       .def("release_dropped", &ThreadTable::release_dropped)
       .def("clear", &ThreadTable::clear)

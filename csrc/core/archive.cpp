@@ -11,7 +11,7 @@
 namespace apr {
 namespace {
 
-constexpr int64_t kFormat = 1;
+constexpr int64_t kFormat = 2;
 
 [[noreturn]] void damaged() {
   invalid("open: the file's threads and segments do not fit together; it was not written by save");
@@ -94,6 +94,7 @@ void segment_fields(Direction& archive, Segment& segment) {
   archive.number(segment.origin);
   archive.number(segment.sealed);
   archive.number(segment.forked_tail);
+  archive.number(segment.is_region);
   entries(archive, segment.context);
   visibility(archive, segment.context_visibility);
 }
@@ -152,6 +153,21 @@ Segment without_writer(const ThreadTable& table, const Segment& segment) {
   return copy;
 }
 
+// Pages for the first slots of a segment, but those that were dropped.
+void take_pages(ThreadTable& table, Segment& segment, int64_t slots,
+                const std::vector<int64_t>& dropped) {
+  const int64_t page_size = table.pool().page_size();
+  const int64_t pages = (slots + page_size - 1) / page_size;
+  for (const int64_t page : dropped) {
+    const auto next = static_cast<int64_t>(segment.pages.size());
+    if (page < next || page >= pages) damaged();
+    table.segments().grow_pages(segment, page * page_size);
+    segment.pages.push_back(kNoPage);
+    ++segment.dropped_pages;
+  }
+  table.segments().grow_pages(segment, slots);
+}
+
 }  // namespace
 
 Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
@@ -176,11 +192,17 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
     const bool orphaned = segment.writer != kNone && chosen.count(segment.writer) == 0;
     if (orphaned) segment = without_writer(table, segment);
     segment_fields(writer, segment);
-    out.pages.insert(out.pages.end(), segment.pages.begin(), segment.pages.end());
+    std::vector<int64_t> dropped;
     for (size_t i = 0; i < segment.pages.size(); ++i) {
       const int64_t before = static_cast<int64_t>(i) * page_size;
+      if (segment.pages[i] == kNoPage) {
+        dropped.push_back(static_cast<int64_t>(i));
+        continue;
+      }
+      out.pages.push_back(segment.pages[i]);
       out.filled.push_back(std::min(page_size, segment.copied + segment.encoded - before));
     }
+    writer.list(dropped, [&](int64_t& page) { writer.number(page); });
   });
   writer.list(thread_ids, [&](ThreadId& id) {
     writer.number(id);
@@ -213,6 +235,8 @@ Archive load(ThreadTable& table, const std::vector<int64_t>& numbers) {
       reader.number(id);
       Segment segment;
       segment_fields(reader, segment);
+      std::vector<int64_t> dropped;
+      reader.list(dropped, [&](int64_t& page) { reader.number(page); });
       const int64_t slots = segment.copied + segment.encoded;
       if (segment.stride < 1 || segment.copied < 0 || slots < 0 ||
           segment.encoded > segment.length()) {
@@ -222,8 +246,10 @@ Archive load(ThreadTable& table, const std::vector<int64_t>& numbers) {
       context.swap(segment.context);
       Segment& placed = table.segments().place(id, std::move(segment));
       placed.context = std::move(context);  // who holds whom is known when all are there
-      table.segments().grow_pages(placed, slots);
-      out.pages.insert(out.pages.end(), placed.pages.begin(), placed.pages.end());
+      take_pages(table, placed, slots, dropped);
+      for (const PageId page : placed.pages) {
+        if (page != kNoPage) out.pages.push_back(page);
+      }
     });
     std::vector<ThreadId> thread_ids;
     reader.list(thread_ids, [&](ThreadId& id) {

@@ -4,6 +4,7 @@
 #include <unordered_map>
 
 #include "core/error.h"
+#include "core/shown.h"
 #include "core/thread_table.h"
 #include "core/view.h"
 
@@ -27,6 +28,11 @@ void check_segment(SegmentId id, const Segment& segment, int64_t page_size, bool
     found.push_back(segment_name(id) + " has " + std::to_string(held) + " pages for " +
                     std::to_string(slots) + " tokens");
   }
+  const auto dropped = std::count(segment.pages.begin(), segment.pages.end(), kNoPage);
+  if (dropped != segment.dropped_pages) {
+    found.push_back(segment_name(id) + " lacks " + std::to_string(dropped) + " pages, and counts " +
+                    std::to_string(segment.dropped_pages));
+  }
 }
 
 }  // namespace
@@ -38,8 +44,18 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
   std::unordered_map<SegmentId, int64_t> references;
   std::unordered_map<SegmentId, std::unordered_map<SegmentId, int32_t>> holders;
 
+  const auto see = [&](const std::string& reader, const Entry& entry) {
+    if (!segments_.contains(entry.segment)) return;
+    if (lacks_pages(entry, segments_.at(entry.segment), pool_.page_size())) {
+      found.push_back(reader + " sees tokens whose pages were dropped");
+    }
+  };
+
   for (const auto& [id, thread] : threads_) {
-    for (const Entry& entry : thread.view) ++references[entry.segment];
+    for (const Entry& entry : thread.view) {
+      ++references[entry.segment];
+      see(thread_name(id), entry);
+    }
     if (!segments_.contains(thread.tail)) {
       found.push_back(thread_name(id) + " writes a segment that is not there");
       continue;
@@ -60,9 +76,12 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
   }
   segments_.for_each([&](SegmentId id, const Segment& segment) {
     check_segment(id, segment, pool_.page_size(), granted_, found);
-    for (const PageId page : segment.pages) ++owners.at(static_cast<size_t>(page));
+    for (const PageId page : segment.pages) {
+      if (page != kNoPage) ++owners.at(static_cast<size_t>(page));
+    }
     for (const Entry& entry : segment.context) {
       if (entry.segment != id) ++holders[entry.segment][id];
+      see(segment_name(id), entry);
     }
     if (segment.writer != kNone && (!alive(segment.writer) || at(segment.writer).tail != id)) {
       found.push_back(segment_name(id) + " is written by a thread that writes another, or none");

@@ -2,6 +2,8 @@
 // row sets.
 #include "core/plan.h"
 
+#include <algorithm>
+
 #include "core/digest.h"
 
 namespace apr {
@@ -23,7 +25,7 @@ void Plan::clear(int64_t page_size_in_tokens) {
 }
 
 int32_t Plan::add_segment(const std::vector<PageId>& pages) {
-  page_table.insert(page_table.end(), pages.begin(), pages.end());
+  for (const PageId page : pages) page_table.push_back(std::max(page, 0));  // no row sees kNoPage
   segment_pages.push_back(static_cast<int32_t>(page_table.size()));
   return static_cast<int32_t>(segment_pages.size()) - 2;
 }

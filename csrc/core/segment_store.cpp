@@ -50,8 +50,8 @@ void SegmentStore::release(SegmentId id) {
 }
 
 void SegmentStore::clear() {
-  for (const auto& [id, segment] : segments_) {
-    for (const PageId page : segment.pages) pool_.release(page);
+  for (auto& [id, segment] : segments_) {
+    for (PageId& page : segment.pages) drop_page(page);
     states_.release_all(segment.states);
   }
   segments_.clear();
@@ -64,9 +64,9 @@ void SegmentStore::collect(std::vector<SegmentId> suspects) {
     suspects.pop_back();
     if (!contains(suspect)) continue;
     for (const SegmentId id : lost_with(suspect)) {
-      const Segment segment = std::move(at(id));
+      Segment segment = std::move(at(id));
       segments_.erase(id);
-      for (const PageId page : segment.pages) pool_.release(page);
+      for (PageId& page : segment.pages) drop_page(page);
       states_.release_all(segment.states);
       let_go(id, segment.context, suspects);
     }
@@ -137,9 +137,14 @@ void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   const int64_t size = pool_.page_size();
   const size_t keep = static_cast<size_t>((slots + size - 1) / size);
   while (segment.pages.size() > keep) {
-    pool_.release(segment.pages.back());
+    drop_page(segment.pages.back());
     segment.pages.pop_back();
   }
+}
+
+void SegmentStore::drop_page(PageId& page) {
+  if (page != kNoPage) pool_.release(page);
+  page = kNoPage;
 }
 
 void SegmentStore::drop_states_after(Segment& segment, int64_t count) {

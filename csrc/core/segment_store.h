@@ -26,12 +26,14 @@ struct Segment {
   std::vector<TokenRange> copied_from;  // where they were written, in order
   int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
-  std::vector<PageId> pages;
-  SegmentStates states;  // of recurrent layers, where the model has some
+  std::vector<PageId> pages;    // kNoPage where none of its tokens is in a view
+  int64_t dropped_pages = 0;    // how many
+  SegmentStates states;         // of recurrent layers, where the model has some
   ThreadId writer = kNone;
   ThreadId origin = kNone;  // the last thread that wrote it
   bool sealed = false;
   bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
+  bool is_region = false;    // made by a user, for others to follow
   int64_t references = 0;    // views and Python handles that hold it
   std::unordered_map<SegmentId, int32_t> holders;  // whose contexts hold it, and how often
 
@@ -45,7 +47,8 @@ struct Segment {
   int64_t required = 0;        // tokens that the step must leave encoded
   std::vector<int64_t> stops;  // where a line goes on from, or ends
   uint64_t chunk_stamp = 0;
-  int32_t local = -1;  // index in the plan of the chunk
+  int32_t local = -1;                    // index in the plan of the chunk
+  int32_t seen_by = -1, times_seen = 0;  // run that saw it last, and in how many ranges before
   uint64_t run_stamp = 0;
   int64_t run_from = 0, run_to = 0;  // tokens that the chunk encodes
   int32_t run = -1;                  // and its run that does
@@ -83,6 +86,7 @@ class SegmentStore {
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
+  void drop_page(PageId& page);  // frees it, where it is one; the segment does without
   LayerStates& states() { return states_; }
   void drop_states_after(Segment& segment, int64_t count);
   void set_context(SegmentId id, std::vector<Entry> context, Visibility visibility);

@@ -162,6 +162,7 @@ bool Step::next() {
   plan_.copies.swap(copies_);
   if (table_.keeps_states()) forget_used();
   chunk_runs_.clear();
+  further_ranges_.clear();
   if (table_.keeps_states()) {
     next_pieces();
   } else {
@@ -198,7 +199,7 @@ void Step::add_rows(const Run& run) {
   Segment& segment = table_.segments().at(run.segment);
   const int64_t page_size = plan_.page_size;
   if (run.appends) {
-    table_.segments().grow_pages(segment, segment.copied + run.to);
+    table_.grow_pages(segment, segment.copied + run.to);
     segment.encoded = run.to;
     segment.run_stamp = chunk_;
     segment.run_from = run.from;
@@ -215,21 +216,42 @@ void Step::add_rows(const Run& run) {
   }
 }
 
+// The number in the plan of a segment that a run sees: kernels know a segment at most once in a
+// run, so each further range of it counts as a segment of its own, the same one for all runs.
+int32_t Step::planned_segment(SegmentId id, int32_t run) {
+  Segment& segment = table_.segments().at(id);
+  const auto add = [&] {
+    plan_.segment_numbers.push_back(id);
+    return plan_.add_segment(segment.pages);
+  };
+  if (segment.chunk_stamp != chunk_) {
+    segment.chunk_stamp = chunk_;
+    segment.local = add();
+    segment.seen_by = -1;
+  }
+  segment.times_seen = segment.seen_by == run ? segment.times_seen + 1 : 0;
+  segment.seen_by = run;
+  if (segment.times_seen == 0) return segment.local;
+  const auto [found, fresh] = further_ranges_.try_emplace({id, segment.times_seen}, 0);
+  if (fresh) found->second = add();
+  return found->second;
+}
+
 void Step::add_pairs(const Run& run, int32_t run_index) {
   const size_t first_pair = plan_.pairs.size();
   SeenSlots own{};
   own.first_own = kNone;
   const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
     if (end <= entry.lo) return;
-    if (segment.chunk_stamp != chunk_) {
-      segment.chunk_stamp = chunk_;
-      segment.local = plan_.add_segment(segment.pages);
-      plan_.segment_numbers.push_back(entry.segment);
-    }
     const int64_t copied = segment.copied, behind = segment.stride * copied;
-    SeenSlots seen{segment.local,         copied + entry.lo, copied + end, offset - behind,
-                   segment.base - behind, segment.stride,    kNone};
-    if (entry.segment == run.segment) {
+    SeenSlots seen{planned_segment(entry.segment, run_index),
+                   copied + entry.lo,
+                   copied + end,
+                   offset - behind,
+                   segment.base - behind,
+                   segment.stride,
+                   kNone};
+    if (shows(entry, run.segment, run.from)) {
       seen.first_own = copied + run.from;
       own = seen;
     }

@@ -84,6 +84,7 @@ class Step {
   void copy_short_inheritance(ThreadId id);
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);
+  int32_t planned_segment(SegmentId id, int32_t run);
   void collect_logits_rows();
   // The view and visibility under which a segment's queued tokens run.
   std::pair<const std::vector<Entry>*, Visibility> encoder_of(const Segment& segment) const;
@@ -112,6 +113,7 @@ class Step {
   size_t next_run_ = 0;
   int64_t next_from_ = 0;
   std::vector<Run> chunk_runs_;
+  std::map<std::pair<SegmentId, int32_t>, int32_t> further_ranges_;  // by how many before
   std::vector<SegmentId> touched_;
   std::vector<InheritedCopy> inherited_copies_;
   std::vector<PlanCopy> copies_;

@@ -36,7 +36,9 @@ void Step::collect(const StepThread& request) {
   }
   std::vector<Entry> view;
   for (Entry entry : thread.view) {
-    if (entry.segment == thread.logits_segment) entry.hi = thread.logits_index + 1;
+    if (shows(entry, thread.logits_segment, thread.logits_index)) {
+      entry.hi = thread.logits_index + 1;
+    }
     view.push_back(entry);
   }
   replay_views_.push_back(std::move(view));
@@ -79,7 +81,7 @@ bool Step::sees_as(const Thread& thread, const std::vector<Entry>& view,
         entry.offset != mine->offset || entry.lo != mine->lo) {
       return false;
     }
-    const bool is_last = entry.segment == thread.logits_segment;
+    const bool is_last = shows(entry, thread.logits_segment, thread.logits_index);
     if (!is_last && entry.hi != mine->hi) return false;
     found |= is_last;
     ++mine;

@@ -45,6 +45,10 @@ void ThreadTable::check_writable(SegmentId id, ThreadId writer) const {
             thread_name(segment.writer) +
             "; one writer at a time: release it or give it another region");
   }
+  if (segment.dropped_pages > 0) {
+    invalid("writes: tokens of segment " + std::to_string(id) +
+            " that no view showed any more were dropped; write to another region");
+  }
   if (segment.queued() > 0 && !segment.context.empty()) {
     invalid("writes: segment " + std::to_string(id) + " still has " +
             std::to_string(segment.queued()) +
@@ -64,7 +68,7 @@ void ThreadTable::touch() {
 
 void ThreadTable::grant_pages(Segment& segment, int64_t slots) {
   granted_ = true;
-  segments_.grow_pages(segment, slots);
+  grow_pages(segment, slots);
 }
 
 // The writer leaves its tail: tokens still queued keep the view that they must be encoded under.
@@ -208,6 +212,7 @@ SegmentId ThreadTable::create_region(const std::vector<int32_t>& tokens, int64_t
   Segment& segment = segments_.at(id);
   segment.tokens = tokens;
   segment.references = 1;
+  segment.is_region = true;
   return id;
 }
 

@@ -1,5 +1,5 @@
-// Owns threads and their views: fork, join, trim, release, live regions. docs/semantics.md has the
-// rules.
+// Owns threads and their views: fork, join, trim, drop, release, live regions. docs/semantics.md
+// has the rules.
 #pragma once
 
 #include <string>
@@ -82,6 +82,7 @@ class ThreadTable {
   void join(ThreadId parent, const std::vector<ThreadId>& children, JoinPositions positions,
             bool reencode);
   void trim(ThreadId id, int64_t length);
+  void drop(ThreadId id, int64_t start, int64_t stop);
   void release(ThreadId id);
   void set_view(ThreadId id, std::vector<Entry> view);
   void set_writes(ThreadId id, SegmentId segment);
@@ -113,7 +114,7 @@ class ThreadTable {
   int64_t length(ThreadId id) const;
   int64_t position(ThreadId id) const;
   std::vector<int32_t> tokens(ThreadId id) const;
-  Sharing sharing();
+  Sharing sharing() const;
   const Thread& at(ThreadId id) const;
   Thread& at(ThreadId id);
   std::unordered_map<ThreadId, Thread>& threads() { return threads_; }
@@ -125,6 +126,8 @@ class ThreadTable {
   // Gives a segment pages for `slots` of its slots until the next touch(), though fewer are
   // encoded.
   void grant_pages(Segment& segment, int64_t slots);
+  // Gives a segment pages for its first slots, where it must with those that nobody sees any more.
+  void grow_pages(Segment& segment, int64_t slots);
 
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }
@@ -150,13 +153,25 @@ class ThreadTable {
   void regraft(ThreadId child, ThreadId parent, int64_t shift);
   int64_t fork_position(const Thread& child) const;
   bool sees(const Thread& thread, SegmentId segment, int64_t index) const;
-  int64_t pinned_length(SegmentId id, ThreadId except) const;
+  // Of a segment: up to which token other views and contexts pin it, and whether one follows it
+  // live.
+  struct Readers {
+    int64_t pinned = 0;
+    bool follow = false;
+  };
+  Readers readers_besides(SegmentId id, ThreadId except) const;
   void orphan_children(ThreadId id);
   ThreadId fork_once(ThreadId id, int64_t at_position);
   void check_joinable(ThreadId parent, const std::vector<ThreadId>& children) const;
   std::vector<Entry> own_part(const Thread& child) const;
   struct Cut;
   Cut plan_cut(const Thread& thread, ThreadId id, int64_t length_kept) const;
+  struct Gap;
+  Gap plan_gap(const Thread& thread, ThreadId id, int64_t start, int64_t stop) const;
+  void check_closed(const Thread& thread, const std::vector<Entry>& view) const;
+  void reopen_tail(Thread& thread, ThreadId id, const Gap& gap, std::vector<Entry> view);
+  void free_hidden();                      // pages that nobody sees
+  void free_hidden(const Thread& thread);  // the same, of segments that only this thread lists
 
   PagePool pool_;
   SegmentStore segments_;

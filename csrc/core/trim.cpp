@@ -60,21 +60,22 @@ ThreadTable::Cut ThreadTable::plan_cut(const Thread& thread, ThreadId id,
   return cut;
 }
 
-// The furthest token of a segment that another view or a context pins.
-int64_t ThreadTable::pinned_length(SegmentId id, ThreadId except) const {
+ThreadTable::Readers ThreadTable::readers_besides(SegmentId id, ThreadId except) const {
   const Segment& segment = segments_.at(id);
-  if (segment.references == 1 && segment.holders.empty()) return 0;
-  int64_t pinned = 0;
+  Readers found;
+  if (segment.references == 1 && segment.holders.empty()) return found;
   const auto scan = [&](const std::vector<Entry>& view) {
     for (const Entry& entry : view) {
-      if (entry.segment == id && entry.hi != kLive) pinned = std::max(pinned, entry.hi);
+      if (entry.segment != id) continue;
+      found.follow |= entry.hi == kLive;
+      if (entry.hi != kLive) found.pinned = std::max(found.pinned, entry.hi);
     }
   };
   for (const auto& [thread_id, thread] : threads_) {
     if (thread_id != except) scan(thread.view);
   }
   segments_.for_each([&](SegmentId, const Segment& s) { scan(s.context); });
-  return pinned;
+  return found;
 }
 
 bool ThreadTable::sees(const Thread& thread, SegmentId segment, int64_t index) const {
@@ -102,7 +103,7 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   const int64_t difference = tail_offset(thread) - tail.base;
   const bool forked = tail.forked_tail;
   const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && cut.elsewhere) ||
-                        pinned_length(thread.tail, id) > cut.own_kept;
+                        readers_besides(thread.tail, id).pinned > cut.own_kept;
   if (new_tail) {
     detach_writer(id);
     tail.sealed = true;

@@ -8,11 +8,13 @@
 namespace apr {
 
 using PageId = int32_t;
+inline constexpr PageId kNoPage = -1;  // nobody sees what stood there
 using SegmentId = int64_t;
 using ThreadId = int64_t;
 
 inline constexpr int64_t kNone = -1;
-// Offset of an entry that starts at the running maximum of the ends of the entries before it.
+// Offset of an entry whose tokens start at the running maximum of the ends of the entries before
+// it.
 inline constexpr int64_t kMoving = std::numeric_limits<int64_t>::min();
 // Upper bound of an entry that follows the growth of its segment.
 inline constexpr int64_t kLive = std::numeric_limits<int64_t>::max();
@@ -24,7 +26,8 @@ enum class JoinPositions : uint8_t { kMax, kSum, kKeep };
 struct Entry {
   SegmentId segment = kNone;
   int64_t offset = kMoving;
-  int64_t lo = 0;  // negative where the segment begins with copied tokens of its owner's ancestor
+  // Negative where the segment begins with copied tokens of its owner's ancestor.
+  int64_t lo = 0;
   int64_t hi = kLive;
   bool inherited = false;  // came with the fork, so it is no part of what a join returns
 };

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 
 #include "core/error.h"
+#include "core/shown.h"
 #include "core/thread_table.h"
 
 namespace apr {
@@ -24,21 +24,31 @@ void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) cons
   if (keeps_states_ && !view.empty()) {
     invalid("view: this table keeps layer states, which have read no keys of others; fork instead");
   }
-  std::unordered_set<SegmentId> seen;
+  std::unordered_map<SegmentId, int64_t> seen;  // up to which token
   for (const Entry& entry : view) {
     const Segment& segment = segments_.at(entry.segment);
-    if (!seen.insert(entry.segment).second) {
-      invalid("view: segment " + std::to_string(entry.segment) +
-              " stands twice; a segment may stand once in a view");
+    const auto [found, fresh] = seen.try_emplace(entry.segment, entry.hi);
+    if (!fresh) {
+      if (entry.lo < found->second || entry.segment == own || entry.hi == kLive) {
+        invalid("view: segment " + std::to_string(entry.segment) +
+                " stands twice; expected ranges [lo, hi) that follow one another, each with its "
+                "hi, of a segment that the thread does not write");
+      }
+      found->second = entry.hi;
+    }
+    if (lacks_pages(entry, segment, pool_.page_size())) {
+      invalid("view: tokens of segment " + std::to_string(entry.segment) +
+              " that no view showed any more were dropped; list what thread.view shows of it");
     }
     if (entry.hi != kLive && (entry.hi < entry.lo || entry.hi > segment.length())) {
       invalid("view: got hi " + std::to_string(entry.hi) + " for segment " +
               std::to_string(entry.segment) + "; expected 0 to its length " +
               std::to_string(segment.length()));
     }
-    if (entry.lo != 0 && entry.lo != -segment.copied) {
-      invalid("view: got lo " + std::to_string(entry.lo) + "; expected 0 or " +
-              std::to_string(-segment.copied));
+    if (entry.lo < -segment.copied || entry.lo > (entry.segment == own ? 0 : segment.length())) {
+      invalid("view: got lo " + std::to_string(entry.lo) + " for segment " +
+              std::to_string(entry.segment) + "; expected " + std::to_string(-segment.copied) +
+              " to its length, or 0 where the thread writes it");
     }
     if (entry.segment == own && entry.hi != kLive) {
       invalid("view: the segment that the thread writes takes no hi; leave it out");
@@ -88,37 +98,6 @@ int64_t ThreadTable::position(ThreadId id) const {
   const Thread& thread = at(id);
   const Segment& tail = segments_.at(thread.tail);
   return tail_offset(thread) + tail.stride * tail.length();
-}
-
-Sharing ThreadTable::sharing() {
-  Sharing result;
-  std::unordered_map<SegmentId, std::pair<int64_t, int64_t>> readers;  // count, furthest token
-  const int64_t page_size = pool_.page_size();
-  for (const auto& [id, thread] : threads_) {
-    int64_t seen = 0;
-    for (const Entry& entry : thread.view) {
-      const Segment& segment = segments_.at(entry.segment);
-      const int64_t hi =
-          std::min(visible_end(entry, segment, IdleReader{thread.tail}), segment.encoded);
-      if (hi <= entry.lo) continue;
-      seen += hi - entry.lo;
-      auto& [count, furthest] = readers[entry.segment];
-      furthest = count == 0 ? hi : std::min(furthest, hi);
-      ++count;
-    }
-    result.seen_tokens += seen;
-    result.replicated_pages += (seen + page_size - 1) / page_size;
-  }
-  for (const auto& [id, reader] : readers) {
-    const Segment& segment = segments_.at(id);
-    if (reader.first > 1) {
-      result.shared_pages += (segment.copied + reader.second + page_size - 1) / page_size;
-    }
-  }
-  segments_.for_each([&](SegmentId, const Segment& segment) {
-    result.stored_tokens += segment.copied + segment.encoded;
-  });
-  return result;
 }
 
 std::vector<int32_t> ThreadTable::tokens(ThreadId id) const {

@@ -32,8 +32,8 @@ inline int64_t visible_end(const Entry& entry, const Segment& segment, IdleReade
 }
 
 inline int64_t visible_end(const Entry& entry, const Segment& segment, const StepReader& reader) {
-  if (entry.segment == reader.own) return reader.own_end;
   if (entry.hi != kLive) return std::min(entry.hi, segment.encoded);
+  if (entry.segment == reader.own) return reader.own_end;
   const bool now = segment.settled() || reader.visibility == Visibility::kCurrent;
   return now || segment.stamp != reader.step ? segment.encoded : segment.encoded_before;
 }
@@ -48,6 +48,11 @@ inline int64_t placed_end(const Entry& entry, const Segment& segment, const Step
   return grows && segment.stamp == reader.step ? std::max(end, segment.required) : end;
 }
 
+// Whether an entry shows token `index` of its segment, once that is there.
+inline bool shows(const Entry& entry, SegmentId segment, int64_t index) {
+  return entry.segment == segment && entry.lo <= index && (entry.hi == kLive || index < entry.hi);
+}
+
 // Calls each(entry, segment, offset, end): token 0 stands at view position `offset`, the reader
 // sees tokens [entry.lo, end). Returns the position after all.
 template <typename Store, typename Reader, typename Each>
@@ -57,7 +62,8 @@ int64_t walk_view(Store& segments, const std::vector<Entry>& view, const Reader&
   for (const Entry& entry : view) {
     auto& segment = segments.at(entry.segment);
     const int64_t end = visible_end(entry, segment, reader);
-    const int64_t offset = entry.offset == kMoving ? after : entry.offset;
+    const int64_t first = segment.stride * std::max<int64_t>(entry.lo, 0);
+    const int64_t offset = entry.offset == kMoving ? after - first : entry.offset;
     after = std::max(after, offset + segment.stride * placed_end(entry, segment, reader, end));
     each(entry, segment, offset, end);
   }

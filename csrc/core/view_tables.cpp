@@ -66,6 +66,7 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   segments_.clear();
   segment_ids_.clear();
   local_.clear();
+  further_ranges_.clear();
   page_table_.clear();
   for (const ThreadId id : threads) {
     if (!add_row(table, table.at(id)) || awaited(table, id)) return false;
@@ -81,7 +82,7 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   for (size_t s = 0; s < segments_.size(); ++s) {
     segments_[s].first_page = static_cast<int32_t>(page_table_.size());
     const Segment& segment = table.segments().at(segment_ids_[s]);
-    page_table_.insert(page_table_.end(), segment.pages.begin(), segment.pages.end());
+    for (const PageId page : segment.pages) page_table_.push_back(std::max(page, 0));
   }
   version_ = table.version();
   return true;
@@ -130,7 +131,7 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
   for (const Entry& entry : thread.view) {
     const Segment& segment = store.at(entry.segment);
     DeviceEntry line{};
-    line.segment = local_segment(store, entry.segment);
+    line.segment = local_segment(store, entry.segment, row);
     line.offset = entry.offset == kMoving ? kMovingOffset : static_cast<int32_t>(entry.offset);
     line.lo = static_cast<int32_t>(entry.lo);
     line.hi = kLiveEnd;
@@ -149,15 +150,25 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
   return true;
 }
 
-int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id) {
-  const auto [found, fresh] = local_.try_emplace(id, static_cast<int32_t>(segments_.size()));
-  if (!fresh) return found->second;
+// As in a plan, a further range of a segment in one view counts as a segment of its own. Nobody
+// writes it: such ranges are pinned.
+int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id, int32_t row) {
+  const auto next = static_cast<int32_t>(segments_.size());
+  auto [listed, fresh] = local_.try_emplace(id, Listed{next, row, 0});
+  Listed& last = listed->second;
+  if (!fresh) {
+    last.times = last.row == row ? last.times + 1 : 0;
+    last.row = row;
+    if (last.times == 0) return last.number;
+    const auto [further, is_new] = further_ranges_.try_emplace({id, last.times}, next);
+    if (!is_new) return further->second;
+  }
   const Segment& segment = store.at(id);
   segments_.push_back({static_cast<int32_t>(segment.base), static_cast<int32_t>(segment.stride),
                        static_cast<int32_t>(segment.copied), static_cast<int32_t>(segment.encoded),
                        0, -1});
   segment_ids_.push_back(id);
-  return found->second;
+  return next;
 }
 
 // Whether some entry would be read elsewhere than where it was written, now or as lengths grow.

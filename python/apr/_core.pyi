@@ -353,6 +353,12 @@ class ThreadTable:
     def draws(
         self, arg0: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
     ) -> list[int]: ...
+    def drop(
+        self,
+        thread: typing.SupportsInt | typing.SupportsIndex,
+        start: typing.SupportsInt | typing.SupportsIndex,
+        stop: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
     def edits(
         self, arg0: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
     ) -> list[int]: ...

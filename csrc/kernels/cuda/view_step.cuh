@@ -42,13 +42,14 @@ APR_DEVICE void see(const ViewWork& work, int row, int lane) {
     DeviceEntry entry{};
     DeviceSegment segment{};
     EndMap map{0, kNoLeast};
-    int hi = 0;
+    int hi = 0, first_shown = 0;
     const bool moving = exists && work.entries[view.first_entry + i].offset == kMovingOffset;
     if (exists) {
       entry = work.entries[view.first_entry + i];
       segment = work.segments[entry.segment];
       hi = visible_end(entry, segment, own, view.current != 0);
-      const int length = segment.stride * hi;
+      first_shown = segment.stride * (entry.lo > 0 ? entry.lo : 0);
+      const int length = segment.stride * hi - (moving ? first_shown : 0);
       map = moving ? EndMap{length > 0 ? length : 0, kNoLeast} : EndMap{0, entry.offset + length};
     }
     EndMap before{0, kNoLeast}, all = map;  // of the entries before this one, and with it
@@ -58,7 +59,7 @@ APR_DEVICE void see(const ViewWork& work, int row, int lane) {
     }
     const EndMap below{shuffle_up(all.add, 1), shuffle_up(all.least, 1)};
     if (lane > 0) before = below;
-    const int offset = moving ? apply(before, end) : entry.offset;
+    const int offset = moving ? apply(before, end) - first_shown : entry.offset;
     end = apply({shuffle_from(all.add, 31), shuffle_from(all.least, 31)}, end);
     if (exists) {
       PlanPair pair{};

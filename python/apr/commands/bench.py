@@ -7,6 +7,7 @@ from pathlib import Path
 
 from apr.bench import (
     adaptive,
+    drop,
     gpu,
     harness,
     kernels,
@@ -25,6 +26,7 @@ BENCHES = {
     "prefill": kernels.bench_prefill,
     "workers": kernels.bench_workers,
     "fork": sessions.bench_fork,
+    "drop": drop.bench_drop,
     "plan": sessions.bench_plan,
     "threads": sessions.bench_threads,
     "pages": sessions.bench_pages,
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=64, help="threads of the planned step")
     parser.add_argument("--prefix", type=int, default=4096, help="shared tokens of `threads`")
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--model", help="of `loop`: a folder, instead of random weights")
+    parser.add_argument("--model", help="of `loop` and `drop`: a folder, instead of random weights")
     parser.add_argument(
         "--problem",
         action="append",

@@ -185,6 +185,19 @@ class Edits:
         after.trim(number, length)
         self.attempt(lambda: thread.trim(length), after, kind, c)
 
+    def do_drop(self, a: int, b: int, c: int, kind: str) -> None:
+        number = self.line(a)
+        if number is None or any(e.offset is None for e in self.threads[number].view):
+            return
+        thread, held = self.threads[number], len(self.world.lines[number].items)
+        if b % 16 == 0:
+            return self.refused(lambda: thread.drop(1, held + 1), apr.InvalidInput)
+        start = b % (held + 1)
+        stop = start + c % (held - start + 1)
+        after = self.world.copy()
+        after.drop(number, start, stop, thread.queued, self.cells)
+        self.attempt(lambda: thread.drop(start, stop), after, kind, c)
+
     def do_release(self, a: int, b: int, c: int, kind: str) -> None:
         number = self.line(a)
         if number is None:

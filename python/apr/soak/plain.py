@@ -127,6 +127,44 @@ class World:
             if child.fork_last is not None and child.fork_last.number not in seen:
                 child.joinable = False
 
+    def drop(self, number: int, start: int, stop: int, queued: int, cells: Cells) -> None:
+        """Items [start, stop) go, of a line that has `queued` tokens at its end yet to run."""
+        line = self.lines[number]
+        if start == stop:
+            return
+        if stop == len(line.items):
+            return self.trim(number, start)
+        kept, gone, behind = line.items[:start], line.items[start:stop], line.items[stop:]
+        kept_end, gap_end = end_of(kept), end_of(gone)
+        closed = max(0, min(gap_end, *(at for _, at in behind)) - kept_end)
+
+        def moved(at: int) -> int:
+            return at - closed if at >= gap_end else min(at, kept_end)
+
+        first = len(line.items) - queued
+        while first < len(line.items) and self._shows_elsewhere(number, line.items[first:]):
+            first += 1  # what another shows runs as it would have
+        line.items = kept + [(cell, at - closed) for cell, at in behind]
+        first -= sum(start <= i < stop for i in range(first))
+        for i in range(first, len(line.items)):
+            cell, at = line.items[i]
+            line.items[i] = (cells.new(cell.token, at, line.items[:i], number), at)
+        line.inherited -= max(0, min(stop, line.inherited) - start)
+        line.fork_at, before = moved(line.fork_at), line.fork_at
+        line.shift += before - line.fork_at
+        seen = {cell.number for cell, _ in line.items}
+        for child in (self.lines[c] for c in line.children):
+            at = child.fork_at + child.shift
+            child.shift += moved(at) - at
+            if child.fork_last is not None and child.fork_last.number not in seen:
+                child.joinable = False
+
+    def _shows_elsewhere(self, number: int, items: Sequence[Item]) -> bool:
+        """Whether another line shows one of the items, or what has seen one."""
+        others = [cell for n, line in self.lines.items() if n != number for cell, _ in line.items]
+        shown = {seen.number for cell in others for seen, _ in cell.sees}
+        return any(cell.number in shown for cell, _ in items)
+
     def can_join(self, number: int, children: Sequence[int]) -> bool:
         lines = [self.lines[child] for child in children]
         return len(set(children)) == len(children) and all(

@@ -13,8 +13,8 @@ from apr.soak.steps import Operation, Player
 
 # How often each comes.
 OPERATIONS = {
-    "thread": 2, "extend": 6, "fork": 3, "join": 3, "trim": 3, "release": 2, "let go": 1, "step": 8,
-    "stream": 2, "segment": 1, "reader": 1, "crew": 1, "crew writes": 3,
+    "thread": 2, "extend": 6, "fork": 3, "join": 3, "trim": 3, "drop": 3, "release": 2, "let go": 1,
+    "step": 8, "stream": 2, "segment": 1, "reader": 1, "crew": 1, "crew writes": 3,
     "save": 0.5,
 }  # fmt: skip
 

@@ -76,9 +76,9 @@ class ViewEntry(NamedTuple):
     """One line of a view: the segment, the view position of its token 0, and how much of it is
     seen.
 
-    offset None: it starts where everything before it ends, and moves as that grows. hi None: all of
-    it, growing if it is still being written. `lo` is negative where a thread's own tail begins with
-    a copy of a short inherited part.
+    Tokens [lo, hi) are seen. offset None: they start where everything before them ends, and move as
+    that grows. hi None: all of it, growing if it is still being written. `lo` is negative where a
+    thread's own tail begins with a copy of a short inherited part.
     """
 
     segment: Segment
@@ -91,6 +91,7 @@ EntryTuple = tuple[int, int | None, int | None, int, bool]  # as the core takes 
 
 ViewLike = Sequence[
     "Segment | ViewEntry | tuple[Segment, int | None] | tuple[Segment, int | None, int | None]"
+    " | tuple[Segment, int | None, int | None, int]"
 ]
 
 
@@ -101,8 +102,8 @@ def view_entries(view: ViewLike) -> list[ViewEntry]:
         parts: tuple[Any, ...] = item if isinstance(item, tuple) else (item,)
         if not 1 <= len(parts) <= 4:
             raise InvalidInput(
-                f"view: got {item!r}; expected a segment, (segment, offset) or (segment, offset, "
-                "hi)"
+                f"view: got {item!r}; expected a segment, (segment, offset), (segment, offset, hi) "
+                "or (segment, offset, hi, lo)"
             )
         entry = ViewEntry(*parts)
         for name in ("offset", "hi", "lo"):
@@ -234,6 +235,20 @@ class Thread:
         """Keep the first `n` visible tokens in view order."""
         self.table.edit().trim(self._id, check_position("trim", n))
 
+    def drop(self, start: int, stop: int) -> None:
+        """Let the visible tokens [start, stop) go, and close the gap in positions.
+
+        What stands behind keeps its keys and values, which have seen what goes, and is read as many
+        positions earlier (StreamingLLM, arXiv 2309.17453); pages that nobody sees are free. Queued
+        tokens run under the new view. Raises InvalidInput for what is no range of the thread, or
+        cuts a region that is written and read live; UnsupportedRope where positions cannot be
+        re-rotated; UnsupportedModel where layers keep states.
+        """
+        if self.table.states is not None:
+            self.table.need_keys("drop")
+        start, stop = check_position("drop: start", start), check_position("drop: stop", stop)
+        self.table.edit().drop(self._id, start, stop)
+
     def release(self) -> None:
         """Give the thread's pages back, except what other views still list."""
         self.table.edit().release(self._id)
@@ -321,7 +336,9 @@ class Thread:
 
     @property
     def view(self) -> list[ViewEntry]:
-        """The entries, in order. Set it to segments, (segment, offset) or (segment, offset, hi)."""
+        """The entries, in order. Set it to segments, (segment, offset), (segment, offset, hi) or
+        (segment, offset, hi, lo).
+        """
         entries = self.table.ask().view(self._id)
         return [ViewEntry(self.table.segment_of(s), off, hi, lo) for s, off, hi, lo, _ in entries]
 
