@@ -17,6 +17,8 @@ struct ThreadTable::Gap {
   bool tail_before = false;      // where the own tail ends among them
   size_t tail_place = 0;         // entries of `before` or `behind` up to it
   std::vector<int32_t> queued;   // tokens of the own tail that are to run yet
+  int64_t tail_begin = kNone;    // view position where a new tail goes on, by the old view
+  bool tail_moves = false;       // with what stands behind
   int64_t before_end = 0;        // view position after all that is kept before
   int64_t gap_end = 0;           // after all that goes
   int64_t behind_begin = kLive;  // of the first that is kept behind
@@ -57,6 +59,10 @@ void ThreadTable::Gap::keep(Entry entry, const Segment& segment, ThreadId id, in
   std::vector<Entry>& kept = is_behind ? behind : before;
   if (is_tail && !keeps_tail) {
     const int64_t first = std::max(entry.lo, settled);
+    if (end > entry.lo && queued.empty()) {
+      tail_begin = offset + segment.stride * std::min(first, end);
+      tail_moves = is_behind;
+    }
     for (int64_t i = first; i < end; ++i) queued.push_back(segment.tokens[segment.copied + i]);
     entry.hi = std::min(end, settled);
     if (entry.hi > entry.lo) kept.push_back(entry);
@@ -128,7 +134,6 @@ void ThreadTable::check_closed(const Thread& thread, const std::vector<Entry>& v
 void ThreadTable::reopen_tail(Thread& thread, ThreadId id, const Gap& gap,
                               std::vector<Entry> view) {
   Segment& old_tail = segments_.at(thread.tail);
-  const SegmentId old_id = thread.tail;
   const bool moving = thread.view[thread.tail_entry()].offset == kMoving;
   const bool forked = old_tail.forked_tail;
   const int64_t difference = can_rotate_ ? 0 : tail_offset(thread) - old_tail.base;
@@ -140,12 +145,10 @@ void ThreadTable::reopen_tail(Thread& thread, ThreadId id, const Gap& gap,
                      (gap.tail_before ? 0 : static_cast<int64_t>(gap.before.size()));
   const std::vector<Entry> rest(place, view.end());
   view.erase(place, view.end());
-  int64_t last_end = 0;
-  int64_t begin = walk_view(segments_, view, IdleReader{},
-                            [&](const Entry&, const Segment& segment, int64_t offset, int64_t end) {
-                              last_end = offset + segment.stride * end;
-                            });
-  if (!view.empty() && view.back().segment == old_id) begin = last_end;
+  int64_t begin = gap.tail_begin - (gap.tail_moves ? gap.closed() : 0);
+  if (gap.tail_begin == kNone) {  // nothing is left of the old one
+    begin = view_end(segments_, view, IdleReader{});
+  }
   thread.view = std::move(view);
   open_tail(thread, id, moving ? kMoving : begin, begin - difference, forked);
   thread.view.insert(thread.view.end(), rest.begin(), rest.end());

@@ -170,8 +170,7 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
   thread.view = std::move(view);
   retain_view(thread.view);
   if (writes == kNone) {
-    const int64_t end = walk_view(segments_, thread.view, IdleReader{},
-                                  [](const Entry&, const Segment&, int64_t, int64_t) {});
+    const int64_t end = view_end(segments_, thread.view, IdleReader{});
     open_tail(thread, id, kMoving, end, false);
   } else {
     thread.tail = writes;

@@ -70,4 +70,10 @@ int64_t walk_view(Store& segments, const std::vector<Entry>& view, const Reader&
   return after;
 }
 
+// The position after all that a view shows.
+template <typename Store, typename Reader>
+int64_t view_end(Store& segments, const std::vector<Entry>& view, const Reader& reader) {
+  return walk_view(segments, view, reader, [](const Entry&, const Segment&, int64_t, int64_t) {});
+}
+
 }  // namespace apr
