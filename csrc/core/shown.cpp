@@ -41,11 +41,12 @@ void show(const SegmentStore& segments, const std::vector<Entry>& view, int64_t 
   }
 }
 
-// A handle may yet be put into any view: what it holds stays whole.
+// What a handle holds stays whole, as it may yet be put into any view, and so does what has tokens
+// queued, which will see the rest of it.
 void drop_hidden_pages(SegmentStore& segments, ShownSegments& shown) {
   for (auto& [id, one] : shown) {
     Segment& segment = segments.at(id);
-    if (segment.references > one.entries) continue;
+    if (segment.references > one.entries || segment.queued() > 0) continue;
     std::sort(one.pages.begin(), one.pages.end(),
               [](const PageRange& a, const PageRange& b) { return a.begin < b.begin; });
     auto range = one.pages.begin();
@@ -83,6 +84,7 @@ int64_t pages_in_common(const std::vector<PageRange>& ranges) {
 void ThreadTable::free_hidden(const Thread& thread) {
   ShownSegments shown;
   show(segments_, thread.view, pool_.page_size(), shown);
+  // Contexts of others show it too.
   std::erase_if(shown,
                 [this](const auto& one) { return !segments_.at(one.first).holders.empty(); });
   drop_hidden_pages(segments_, shown);
