@@ -273,3 +273,66 @@ def test_a_saved_thread_goes_on_without_what_it_dropped(llama, tmp_path):
         assert s.stats.used_pages == 5
         named["thread"].extend([7, 8])
         assert distance(s.step([named["thread"]])[0], want) == 0
+
+
+def test_one_token_at_a_time(llama):
+    """As StreamingLLM evicts: neither pages nor entries of the view pile up."""
+    with apr.Session(llama, max_tokens=256, page_size=16) as s:
+        thread = s.thread(tokens(60))
+        for n in range(600):
+            thread.drop(4, 5)
+            thread.extend([3 + n % 100])
+            s.step([thread])
+            assert len(thread) == thread.position == 60
+            assert len(thread.view) <= 4 and s.stats.used_pages <= 8
+            # Written positions stay small too.
+            assert thread.tail.base + len(thread.tail) < 60 + 4 * 16
+        s.check()
+
+
+def test_tokens_that_have_to_run_see_all_before_them(llama):
+    """Pages are freed as a step begins, and never those that its own rows read."""
+    want = []
+    for room in (1024, 96):
+        with apr.Session(llama, max_tokens=room, page_size=16) as s:
+            region = s.region(tokens(40))
+            reader = s.thread([1, 2, 3], view=[(region, 0, 40, 32)])
+            del region
+            other = s.thread(tokens(60))
+            if room == 96:  # 40 + 60 tokens on 6 pages, and one for each of both
+                with pytest.raises(OutOfPages):
+                    s.step([reader, other])
+                s.check()
+                other.release()
+                other = s.thread(tokens(16))
+            want.append(s.step([reader, other])[0])
+            s.check()
+    assert distance(*want) < CLOSE
+
+
+def test_a_region_that_is_read_in_part_keeps_what_its_queued_tokens_see(llama):
+    with apr.Session(llama, **SIZES) as s:
+        region = s.region(tokens(40))
+        a = s.thread([1], view=[(region, 0, 24, 16)])
+        s.step([a])
+        del region
+        a.drop(0, 1)
+        got = s.thread([1], view=[(a.view[0].segment, 0, 40, 32)])
+        want = s.thread([1], view=[(s.segment(tokens(40)), 0, 40, 32)])
+        assert distance(*s.step([got, want])) < CLOSE
+        s.check()
+
+
+def test_bounds_far_out_are_refused(llama):
+    with apr.Session(llama, **SIZES) as s:
+        thread = s.thread(tokens(100))
+        s.step([thread])
+        thread.drop(10, 60)
+        part = thread.view[0].segment
+        for lo in (-(10**6), 10**6):
+            with pytest.raises(InvalidInput, match="got lo"):
+                thread.view = [(part, 0, 100, lo)]
+        core = s.table.ask()
+        for lo in (-(10**11), 10**11):
+            with pytest.raises(InvalidInput, match="got lo"):
+                core.create_with_view([(part._id, 0, 10, lo, False)], None, False, [1])

@@ -97,6 +97,21 @@ def test_edits_between_replays_never_capture_again(model):
     assert uploads <= 8  # one after each edit, and not one more
 
 
+def test_hidden_pages_serve_replays_too(model):
+    for graphs in (None, True):
+        with apr.Session(model, 160, page_size=16, cuda_graphs=graphs, self_test=False) as s:
+            root = s.thread(list(range(60)) * 2)
+            child = root.fork()[0]
+            s.step([root, child])
+            root.drop(16, 96)
+            child.release()
+            other = s.thread([5] * 31)
+            s.step([other])
+            for t in range(3):
+                step(s, [root, other], t)
+            assert s.stats.used_pages <= 7
+
+
 @pytest.mark.parametrize("visibility", ["current", "previous"])
 def test_live_views_with_moving_offsets(model, visibility):
     """Hogwild: every worker sees the others' text before its own, which therefore moves at every

@@ -29,6 +29,9 @@ void check_segment(SegmentId id, const Segment& segment, int64_t page_size, bool
                     std::to_string(slots) + " tokens");
   }
   const auto dropped = std::count(segment.pages.begin(), segment.pages.end(), kNoPage);
+  if (dropped > 0 && segment.queued() > 0) {
+    found.push_back(segment_name(id) + " lacks pages that its queued tokens will see");
+  }
   if (dropped != segment.dropped_pages) {
     found.push_back(segment_name(id) + " lacks " + std::to_string(dropped) + " pages, and counts " +
                     std::to_string(segment.dropped_pages));

@@ -8,9 +8,23 @@
 
 namespace apr {
 
+namespace {
+
+// A tail of as many pages is sealed where a drop moves it. Shorter ones go on as they are, so that
+// many small drops do not leave as many segments, each on a page of its own.
+constexpr int64_t kPagesOfATail = 4;
+
+[[noreturn]] void cuts_live(int64_t start, int64_t stop, SegmentId segment) {
+  invalid("drop: " + std::to_string(start) + " to " + std::to_string(stop) +
+          " cuts inside segment " + std::to_string(segment) +
+          ", which is being written and read live; drop at its edges, or pin it");
+}
+
+}  // namespace
+
 // What a drop would leave, worked out before anything is touched.
 struct ThreadTable::Gap {
-  bool keeps_tail = false;    // others follow what the thread writes: it stays as it is
+  bool keeps_tail = false;    // the thread goes on in its tail, and sees it elsewhere
   int64_t settled = 0;        // tokens of the own tail that stay in it; those behind are queued
   std::vector<Entry> before;  // kept, in order
   std::vector<Entry> behind;
@@ -77,11 +91,23 @@ void ThreadTable::Gap::keep(Entry entry, const Segment& segment, ThreadId id, in
 
 ThreadTable::Gap ThreadTable::plan_gap(const Thread& thread, ThreadId id, int64_t start,
                                        int64_t stop) const {
-  Gap gap;
   const Segment& tail = segments_.at(thread.tail);
+  const Entry& listed = thread.view[thread.tail_entry()];
   const Readers others = readers_besides(thread.tail, id);
-  gap.keeps_tail = tail.is_region || others.follow;
+  Gap gap;
   gap.settled = std::min(tail.length(), std::max(tail.encoded, others.pinned));
+  int64_t before_tail = 0;
+  for (const Entry& entry : thread.view) {
+    if (entry.segment == thread.tail) break;
+    const int64_t end = visible_end(entry, segments_.at(entry.segment), IdleReader{thread.tail});
+    before_tail += std::max<int64_t>(end - entry.lo, 0);
+  }
+  const bool is_cut = start < before_tail + tail.length() - listed.lo && stop > before_tail;
+  const bool is_followed = tail.is_region || others.follow;
+  if (is_cut && is_followed) cuts_live(start, stop, thread.tail);
+  const bool is_short = tail.copied + tail.encoded < kPagesOfATail * pool_.page_size();
+  const bool goes_on = is_short && tail.encoded > listed.lo && others.pinned <= tail.encoded;
+  gap.keeps_tail = is_followed || (goes_on && !is_cut);
   int64_t before = 0;
   walk_view(segments_, thread.view, IdleReader{thread.tail},
             [&](const Entry& entry, const Segment& segment, int64_t offset, int64_t end) {
@@ -92,12 +118,8 @@ ThreadTable::Gap ThreadTable::plan_gap(const Thread& thread, ThreadId id, int64_
               before += count;
               if (first == last) return gap.keep(entry, segment, id, offset, end, is_behind);
               const bool own = entry.segment == thread.tail;
-              const bool grows = entry.hi == kLive && (own ? gap.keeps_tail : !segment.settled());
-              if (grows && (own || last - first < count)) {
-                invalid("drop: " + std::to_string(start) + " to " + std::to_string(stop) +
-                        " cuts inside segment " + std::to_string(entry.segment) +
-                        ", which is being written and read live; drop at its edges, or pin it");
-              }
+              const bool is_live = !own && entry.hi == kLive && !segment.settled();
+              if (is_live && last - first < count) cuts_live(start, stop, entry.segment);
               gap.gap_end = std::max(gap.gap_end, offset + segment.stride * last);
               if (segment.origin == id) {
                 gap.own_removed += std::max<int64_t>(last, 0) - std::max<int64_t>(first, 0);

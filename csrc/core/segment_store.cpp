@@ -51,7 +51,7 @@ void SegmentStore::release(SegmentId id) {
 
 void SegmentStore::clear() {
   for (auto& [id, segment] : segments_) {
-    for (PageId& page : segment.pages) drop_page(page);
+    shrink_pages(segment, 0);
     states_.release_all(segment.states);
   }
   segments_.clear();
@@ -66,7 +66,7 @@ void SegmentStore::collect(std::vector<SegmentId> suspects) {
     for (const SegmentId id : lost_with(suspect)) {
       Segment segment = std::move(at(id));
       segments_.erase(id);
-      for (PageId& page : segment.pages) drop_page(page);
+      shrink_pages(segment, 0);
       states_.release_all(segment.states);
       let_go(id, segment.context, suspects);
     }
@@ -137,14 +137,20 @@ void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   const int64_t size = pool_.page_size();
   const size_t keep = static_cast<size_t>((slots + size - 1) / size);
   while (segment.pages.size() > keep) {
-    drop_page(segment.pages.back());
+    if (segment.pages.back() == kNoPage) {
+      --segment.dropped_pages;
+    } else {
+      pool_.release(segment.pages.back());
+    }
     segment.pages.pop_back();
   }
 }
 
-void SegmentStore::drop_page(PageId& page) {
-  if (page != kNoPage) pool_.release(page);
-  page = kNoPage;
+void SegmentStore::drop_page(Segment& segment, size_t index) {
+  if (segment.pages[index] == kNoPage) return;
+  pool_.release(segment.pages[index]);
+  segment.pages[index] = kNoPage;
+  ++segment.dropped_pages;
 }
 
 void SegmentStore::drop_states_after(Segment& segment, int64_t count) {

@@ -46,9 +46,9 @@ struct Segment {
   int64_t encoded_before = 0;
   int64_t required = 0;        // tokens that the step must leave encoded
   std::vector<int64_t> stops;  // where a line goes on from, or ends
-  uint64_t chunk_stamp = 0;
-  int32_t local = -1;                    // index in the plan of the chunk
-  int32_t seen_by = -1, times_seen = 0;  // run that saw it last, and in how many ranges before
+  uint64_t listed_stamp = 0;
+  int32_t local = -1;                        // number in the plan
+  int32_t listed_by = -1, times_listed = 0;  // reader that listed it last, and how often before
   uint64_t run_stamp = 0;
   int64_t run_from = 0, run_to = 0;  // tokens that the chunk encodes
   int32_t run = -1;                  // and its run that does
@@ -86,7 +86,7 @@ class SegmentStore {
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
-  void drop_page(PageId& page);  // frees it, where it is one; the segment does without
+  void drop_page(Segment& segment, size_t index);      // frees one; the segment does without
   LayerStates& states() { return states_; }
   void drop_states_after(Segment& segment, int64_t count);
   void set_context(SegmentId id, std::vector<Entry> context, Visibility visibility);

@@ -55,9 +55,7 @@ void drop_hidden_pages(SegmentStore& segments, ShownSegments& shown) {
       for (; range != one.pages.end() && range->begin <= i; ++range) {
         seen_to = std::max(seen_to, range->end);
       }
-      if (i < seen_to || segment.pages[i] == kNoPage) continue;
-      segments.drop_page(segment.pages[i]);
-      ++segment.dropped_pages;
+      if (i >= seen_to) segments.drop_page(segment, static_cast<size_t>(i));
     }
   }
 }
@@ -104,11 +102,8 @@ void ThreadTable::free_hidden() {
   drop_hidden_pages(segments_, shown);
 }
 
-void ThreadTable::grow_pages(Segment& segment, int64_t slots) {
-  const int64_t size = pool_.page_size();
-  const int64_t needed = (slots + size - 1) / size - static_cast<int64_t>(segment.pages.size());
-  if (needed > pool_.num_free()) free_hidden();
-  segments_.grow_pages(segment, slots);
+void ThreadTable::make_room(int64_t pages) {
+  if (pages > pool_.num_free()) free_hidden();
 }
 
 Sharing ThreadTable::sharing() const {

@@ -3,22 +3,12 @@
 #include "core/step.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "core/error.h"
+#include "core/shown.h"
 #include "core/view.h"
 
 namespace apr {
-namespace {
-
-// Stamps mark scratch fields as belonging to one step or forward; never reused, so never cleared.
-uint64_t fresh_stamp() {
-  static std::atomic<uint64_t> last{0};
-  return ++last;
-}
-
-}  // namespace
-
 Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t step_tokens,
            bool ragged)
     : table_(table),
@@ -40,6 +30,7 @@ Step::Step(ThreadTable& table, const std::vector<StepThread>& threads, int64_t s
     }
     for (const StepThread& request : threads) collect(request);
     check_split();
+    make_room();
     if (table_.keeps_states()) cut_into_pieces();
   } catch (...) {
     rollback();
@@ -61,6 +52,19 @@ bool Step::room_to_copy(const std::vector<StepThread>& threads) const {
     pages += tail.queued() / table_.pool().page_size() + 2;
   }
   return table_.pool().num_free() >= pages;
+}
+
+// Pages that nobody sees are taken before anything has run: later, rows are on their way that a
+// segment without a view shows to nobody else.
+void Step::make_room() {
+  const int64_t page_size = table_.pool().page_size();
+  int64_t pages = 0;
+  for (const SegmentId id : touched_) {
+    const Segment& segment = table_.segments().at(id);
+    pages +=
+        (segment.copied + segment.required + page_size - 1) / page_size - std::ssize(segment.pages);
+  }
+  table_.make_room(pages);
 }
 
 // Threads that see each other's current tokens must run in one forward.
@@ -162,7 +166,7 @@ bool Step::next() {
   plan_.copies.swap(copies_);
   if (table_.keeps_states()) forget_used();
   chunk_runs_.clear();
-  further_ranges_.clear();
+  listed_.clear();
   if (table_.keeps_states()) {
     next_pieces();
   } else {
@@ -199,7 +203,7 @@ void Step::add_rows(const Run& run) {
   Segment& segment = table_.segments().at(run.segment);
   const int64_t page_size = plan_.page_size;
   if (run.appends) {
-    table_.grow_pages(segment, segment.copied + run.to);
+    table_.segments().grow_pages(segment, segment.copied + run.to);
     segment.encoded = run.to;
     segment.run_stamp = chunk_;
     segment.run_from = run.from;
@@ -216,35 +220,22 @@ void Step::add_rows(const Run& run) {
   }
 }
 
-// The number in the plan of a segment that a run sees: kernels know a segment at most once in a
-// run, so each further range of it counts as a segment of its own, the same one for all runs.
-int32_t Step::planned_segment(SegmentId id, int32_t run) {
-  Segment& segment = table_.segments().at(id);
-  const auto add = [&] {
-    plan_.segment_numbers.push_back(id);
-    return plan_.add_segment(segment.pages);
-  };
-  if (segment.chunk_stamp != chunk_) {
-    segment.chunk_stamp = chunk_;
-    segment.local = add();
-    segment.seen_by = -1;
-  }
-  segment.times_seen = segment.seen_by == run ? segment.times_seen + 1 : 0;
-  segment.seen_by = run;
-  if (segment.times_seen == 0) return segment.local;
-  const auto [found, fresh] = further_ranges_.try_emplace({id, segment.times_seen}, 0);
-  if (fresh) found->second = add();
-  return found->second;
-}
-
 void Step::add_pairs(const Run& run, int32_t run_index) {
   const size_t first_pair = plan_.pairs.size();
   SeenSlots own{};
   own.first_own = kNone;
   const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
     if (end <= entry.lo) return;
+    if (lacks_pages(entry, segment, plan_.page_size)) {
+      invalid("step: pages that it reads were dropped; please report this");
+    }
+    const auto add = [&] {
+      plan_.segment_numbers.push_back(entry.segment);
+      return plan_.add_segment(segment.pages);
+    };
+    const int32_t number = listed_.number(entry.segment, segment, run_index, add);
     const int64_t copied = segment.copied, behind = segment.stride * copied;
-    SeenSlots seen{planned_segment(entry.segment, run_index),
+    SeenSlots seen{number,
                    copied + entry.lo,
                    copied + end,
                    offset - behind,

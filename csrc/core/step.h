@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/listed_ranges.h"
 #include "core/plan.h"
 #include "core/thread_table.h"
 
@@ -80,11 +81,11 @@ class Step {
              PendingRuns& open);
   void finish(PendingRuns& open);
   bool room_to_copy(const std::vector<StepThread>& threads) const;
+  void make_room();
   void check_split() const;
   void copy_short_inheritance(ThreadId id);
   void add_rows(const Run& run);
   void add_pairs(const Run& run, int32_t run_index);
-  int32_t planned_segment(SegmentId id, int32_t run);
   void collect_logits_rows();
   // The view and visibility under which a segment's queued tokens run.
   std::pair<const std::vector<Entry>*, Visibility> encoder_of(const Segment& segment) const;
@@ -113,7 +114,7 @@ class Step {
   size_t next_run_ = 0;
   int64_t next_from_ = 0;
   std::vector<Run> chunk_runs_;
-  std::map<std::pair<SegmentId, int32_t>, int32_t> further_ranges_;  // by how many before
+  ListedRanges listed_;
   std::vector<SegmentId> touched_;
   std::vector<InheritedCopy> inherited_copies_;
   std::vector<PlanCopy> copies_;

@@ -68,7 +68,7 @@ void ThreadTable::touch() {
 
 void ThreadTable::grant_pages(Segment& segment, int64_t slots) {
   granted_ = true;
-  grow_pages(segment, slots);
+  segments_.grow_pages(segment, slots);
 }
 
 // The writer leaves its tail: tokens still queued keep the view that they must be encoded under.

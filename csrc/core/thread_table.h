@@ -126,8 +126,8 @@ class ThreadTable {
   // Gives a segment pages for `slots` of its slots until the next touch(), though fewer are
   // encoded.
   void grant_pages(Segment& segment, int64_t slots);
-  // Gives a segment pages for its first slots, where it must with those that nobody sees any more.
-  void grow_pages(Segment& segment, int64_t slots);
+  // Frees what nobody sees where fewer pages are free; between steps, or as one begins.
+  void make_room(int64_t pages);
 
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }

@@ -36,22 +36,24 @@ void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) cons
       }
       found->second = entry.hi;
     }
-    if (lacks_pages(entry, segment, pool_.page_size())) {
-      invalid("view: tokens of segment " + std::to_string(entry.segment) +
-              " that no view showed any more were dropped; list what thread.view shows of it");
-    }
-    if (entry.hi != kLive && (entry.hi < entry.lo || entry.hi > segment.length())) {
-      invalid("view: got hi " + std::to_string(entry.hi) + " for segment " +
-              std::to_string(entry.segment) + "; expected 0 to its length " +
-              std::to_string(segment.length()));
-    }
-    if (entry.lo < -segment.copied || entry.lo > (entry.segment == own ? 0 : segment.length())) {
+    const bool whole = entry.lo == 0 || entry.lo == -segment.copied;
+    if (entry.lo < -segment.copied || entry.lo > segment.length() ||
+        (entry.segment == own && !whole)) {
       invalid("view: got lo " + std::to_string(entry.lo) + " for segment " +
               std::to_string(entry.segment) + "; expected " + std::to_string(-segment.copied) +
               " to its length, or 0 where the thread writes it");
     }
+    if (entry.hi != kLive && (entry.hi < entry.lo || entry.hi > segment.length())) {
+      invalid("view: got hi " + std::to_string(entry.hi) + " for segment " +
+              std::to_string(entry.segment) + "; expected " + std::to_string(entry.lo) +
+              " to its length " + std::to_string(segment.length()));
+    }
     if (entry.segment == own && entry.hi != kLive) {
       invalid("view: the segment that the thread writes takes no hi; leave it out");
+    }
+    if (lacks_pages(entry, segment, pool_.page_size())) {
+      invalid("view: tokens of segment " + std::to_string(entry.segment) +
+              " that no view showed any more were dropped; list what thread.view shows of it");
     }
   }
 }

@@ -65,8 +65,7 @@ bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads)
   entries_.clear();
   segments_.clear();
   segment_ids_.clear();
-  local_.clear();
-  further_ranges_.clear();
+  listed_.clear();
   page_table_.clear();
   for (const ThreadId id : threads) {
     if (!add_row(table, table.at(id)) || awaited(table, id)) return false;
@@ -95,6 +94,7 @@ void ViewTables::grant_pages(ThreadTable& table) {
   };
   int64_t all = 0;
   for (const Segment* tail : tails_) all += missing(*tail);
+  table.make_room(all);
   table.pool().require(all);
   const int64_t ahead = pages_ahead(table.pool(), static_cast<int64_t>(tails_.size()));
   for (Segment* tail : tails_) {  // first what this step needs, then the rest as far as it goes
@@ -119,8 +119,8 @@ bool ViewTables::awaited(ThreadTable& table, ThreadId writer) const {
 }
 
 bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
-  const SegmentStore& store = table.segments();
-  Segment& tail = table.segments().at(thread.tail);
+  SegmentStore& store = table.segments();
+  Segment& tail = store.at(thread.tail);
   if (tail.queued() != 1 || !tail.context.empty() || copies_inheritance(table, thread) ||
       (!table.can_rotate() && turns(table, thread))) {
     return false;
@@ -129,9 +129,15 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
   DeviceRow flat{static_cast<int32_t>(entries_.size()), static_cast<int32_t>(thread.view.size()), 0,
                  thread.visibility == Visibility::kCurrent ? 1 : 0};
   for (const Entry& entry : thread.view) {
-    const Segment& segment = store.at(entry.segment);
+    Segment& segment = store.at(entry.segment);
     DeviceEntry line{};
-    line.segment = local_segment(store, entry.segment, row);
+    line.segment = listed_.number(entry.segment, segment, row, [&] {
+      segments_.push_back({static_cast<int32_t>(segment.base), static_cast<int32_t>(segment.stride),
+                           static_cast<int32_t>(segment.copied),
+                           static_cast<int32_t>(segment.encoded), 0, -1});
+      segment_ids_.push_back(entry.segment);
+      return static_cast<int32_t>(segments_.size()) - 1;
+    });
     line.offset = entry.offset == kMoving ? kMovingOffset : static_cast<int32_t>(entry.offset);
     line.lo = static_cast<int32_t>(entry.lo);
     line.hi = kLiveEnd;
@@ -148,27 +154,6 @@ bool ViewTables::add_row(ThreadTable& table, const Thread& thread) {
   rows_.push_back(flat);
   tails_.push_back(&tail);
   return true;
-}
-
-// As in a plan, a further range of a segment in one view counts as a segment of its own. Nobody
-// writes it: such ranges are pinned.
-int32_t ViewTables::local_segment(const SegmentStore& store, SegmentId id, int32_t row) {
-  const auto next = static_cast<int32_t>(segments_.size());
-  auto [listed, fresh] = local_.try_emplace(id, Listed{next, row, 0});
-  Listed& last = listed->second;
-  if (!fresh) {
-    last.times = last.row == row ? last.times + 1 : 0;
-    last.row = row;
-    if (last.times == 0) return last.number;
-    const auto [further, is_new] = further_ranges_.try_emplace({id, last.times}, next);
-    if (!is_new) return further->second;
-  }
-  const Segment& segment = store.at(id);
-  segments_.push_back({static_cast<int32_t>(segment.base), static_cast<int32_t>(segment.stride),
-                       static_cast<int32_t>(segment.copied), static_cast<int32_t>(segment.encoded),
-                       0, -1});
-  segment_ids_.push_back(id);
-  return next;
 }
 
 // Whether some entry would be read elsewhere than where it was written, now or as lengths grow.

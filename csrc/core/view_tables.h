@@ -3,11 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "core/listed_ranges.h"
 #include "core/thread_table.h"
 
 namespace apr {
@@ -41,7 +39,6 @@ class ViewTables {
   bool add_row(ThreadTable& table, const Thread& thread);
   bool awaited(ThreadTable& table, ThreadId writer) const;
   void grant_pages(ThreadTable& table);
-  int32_t local_segment(const SegmentStore& store, SegmentId id, int32_t row);
   bool turns(const ThreadTable& table, const Thread& thread) const;
 
   uint64_t version_ = kNever;
@@ -52,11 +49,7 @@ class ViewTables {
   std::vector<DeviceEntry> entries_;
   std::vector<DeviceSegment> segments_;
   std::vector<SegmentId> segment_ids_;
-  struct Listed {
-    int32_t number, row, times;  // in the tables; the last row, and its entries before this one
-  };
-  std::unordered_map<SegmentId, Listed> local_;
-  std::map<std::pair<SegmentId, int32_t>, int32_t> further_ranges_;  // by how many before
+  ListedRanges listed_;
   std::vector<int32_t> page_table_;
   std::vector<int64_t> ids_;
   int64_t max_position_ = 0;

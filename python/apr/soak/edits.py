@@ -161,6 +161,8 @@ class Edits:
         kids.sort(key=_draw(b))
         kids = self.some(b, 3) if b % 8 == 0 else kids[: 1 + b % 3]
         how = ("max", "sum", "keep", "text")[c % 4]
+        if how == "keep" and any(self.world.lines[k].moved for k in kids):
+            how = "max"
         threads = [self.threads[k] for k in kids]
 
         def call() -> None:

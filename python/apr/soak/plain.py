@@ -55,6 +55,7 @@ class Line:
     fork_at: int = 0  # where its own part begins, as it sees it itself
     shift: int = 0  # what joins of its ancestors added to that for its parent of now
     fork_last: Cell | None = None  # the last item that came with the fork
+    moved: bool = False  # whether it may write elsewhere than it sees: tails go on behind a drop
     children: list[int] = field(default_factory=list)
 
     @property
@@ -102,6 +103,7 @@ class World:
                 inherited=len(parent.items),
                 fork_at=parent.position,
                 fork_last=parent.items[-1][0] if parent.items else None,
+                moved=parent.moved,
             )
             parent.children.append(child)
 
@@ -145,6 +147,7 @@ class World:
         while first < len(line.items) and self._shows_elsewhere(number, line.items[first:]):
             first += 1  # what another shows runs as it would have
         line.items = kept + [(cell, at - closed) for cell, at in behind]
+        line.moved = True
         first -= sum(start <= i < stop for i in range(first))
         for i in range(first, len(line.items)):
             cell, at = line.items[i]

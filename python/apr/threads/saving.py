@@ -25,7 +25,7 @@ from apr.threads.thread import Segment, Thread
 if TYPE_CHECKING:
     from apr.threads.session import Session
 
-FORMAT = "apr threads 1"
+FORMAT = "apr threads 2"
 _SAMPLES = 64  # elements of each weight that tell one model from another
 # Of the spread of its logits: what other machines and batches make of the same model.
 _SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
