@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-flags="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr,alignment"
+flags="-O1 -g -DNDEBUG -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr,alignment"
 "$python" -m pip install -q --no-deps --target "$work/site" --config-settings=build-dir="$work/build" \
-  --config-settings=cmake.define.APR_CUDA=OFF --config-settings=cmake.define.CMAKE_CXX_FLAGS="$flags" .
+  --config-settings=cmake.define.APR_CUDA=OFF --config-settings=cmake.build-type=None --config-settings=cmake.define.CMAKE_CXX_FLAGS="$flags" .
 # torch keeps memory to the end, and a forked child of a checked process is another story.
 export ASAN_OPTIONS=detect_leaks=0
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"

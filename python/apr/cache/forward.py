@@ -173,7 +173,7 @@ class BatchForward(PackedForward):
     """Attention of a [batch, tokens] forward whose real tokens are the plan's rows."""
 
     def __init__(self, session: Session, plan: ops.Plan | None, step: Step, call: Call) -> None:
-        super().__init__(session.spec, session.pools, plan, session.attachment.owner)
+        super().__init__(session.attachment, session.pools, plan)
         device = session.spec.device
         self._rows = None if plan is None else step.rows(plan).to(device)
         self._copies = step.copies()
@@ -215,8 +215,8 @@ class BatchForward(PackedForward):
                 "the model's own cache for this prompt"
             )
 
-    def attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
+    def attend_lines(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, options: Any
     ) -> Tensor:
         batch, heads, tokens, _ = q.shape
         full = q.new_zeros(batch * tokens, heads, v.shape[3])

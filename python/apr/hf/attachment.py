@@ -45,6 +45,10 @@ class Attachment:
             self._known = known(self.model, measure)
         gpu.backend(self.spec.device)
         self.owner, self.switch = self._known.owner, self._known.switch
+        names = [None if x.latent is None else x.latent.name for x in self.spec.layers]
+        # Of each layer that keeps latents, the linear layer that they go through.
+        self.linears = [None if name is None else self.model.get_submodule(name) for name in names]
+        self.switch.keep_latents([linear for linear in self.linears if linear is not None])
         weights = (weight() for weight in self._known.weights)
         self._watch = Watch(self.model, [w for w in weights if w is not None])
 
@@ -127,7 +131,7 @@ class Attachment:
     ) -> Tensor:
         """One packed forward; logits [len(rows), vocab] of the plan's `rows`, unchecked."""
         device = self.spec.device
-        packed = PackedForward(self.spec, pools, plan, self.owner, vectors)
+        packed = PackedForward(self, pools, plan, vectors)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
         keep = torch.tensor(list(rows), dtype=torch.long, device=device)
@@ -143,7 +147,7 @@ class Attachment:
         """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows,
         vocab].
         """
-        packed = PackedForward(self.spec, pools, plan, self.owner)
+        packed = PackedForward(self, pools, plan)
         return self._run(packed, ids, positions, {})
 
     def _run(

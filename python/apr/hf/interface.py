@@ -33,6 +33,7 @@ class Forward(Protocol):
     """
 
     owner: frozenset[int]
+    latent: Tensor | None  # of the layer that runs, where it was told to keep it
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
@@ -153,6 +154,30 @@ def _(q: Tensor, k: Tensor, v: Tensor, sinks: Any, scale: float, softcap: Any) -
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+def _keep_latent(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+    """A hook before a linear layer: its input is the latent of the attention that follows."""
+    if torch.compiler.is_compiling():
+        return (torch.ops.apr.keep_latent(args[0]), *args[1:])
+    running = _running()
+    if running is not None and id(module) in running.owner:
+        running.latent = args[0]
+    return None
+
+
+@torch.library.custom_op("apr::keep_latent", mutates_args=())
+def _keep(latent: Tensor) -> Tensor:
+    """The same in a compiled model, which goes on with the copy: so it is not left out."""
+    running = _running()
+    if running is not None:
+        running.latent = latent
+    return latent.clone()
+
+
+@_keep.register_fake
+def _(latent: Tensor) -> Tensor:
+    return torch.empty_like(latent)
+
+
 class Switch:
     """Puts a model on our implementation while forwards of ours run, in however many Python
     threads.
@@ -165,6 +190,12 @@ class Switch:
         self._stood: dict[int, str | None] = {}  # what they stood on, while they are switched
         self._lock = threading.RLock()  # an interrupt as it is let go must not block the next call
         self._holders: list[Running] = []
+        self._linears: list[torch.nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def keep_latents(self, linears: list[torch.nn.Module]) -> None:
+        """Tell forwards of ours what these layers are given."""
+        self._linears = linears
 
     def former(self, config: Any) -> str | None:
         """What a configuration stood on; what an interrupt left switched is put back."""
@@ -182,6 +213,10 @@ class Switch:
             for config in self._configs:
                 if config._attn_implementation != IMPLEMENTATION:
                     config._attn_implementation = IMPLEMENTATION
+            for linear in self._linears[len(self._hooks) :]:
+                # First, before a shard's own hook makes the input a DTensor.
+                hook = linear.register_forward_pre_hook(_keep_latent, prepend=True)
+                self._hooks.append(hook)
 
     def _entered(self) -> list[Running]:
         return [holder for holder in self._holders if holder.taken]
@@ -193,6 +228,8 @@ class Switch:
             self._holders = self._entered()
             if self._holders or not self._stood:
                 return
+            while self._hooks:
+                self._hooks.pop().remove()
             # Setting one sets those below it too, so the outer ones come first.
             for config in self._configs:
                 if config._attn_implementation != self._stood[id(config)]:

@@ -62,15 +62,16 @@ class PackedForward:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        attachment: Attachment,
         pools: Sequence[ops.Pool],
         plan: ops.Plan | None,
-        owner: frozenset[int],
         vectors: RowVectors | None = None,
     ) -> None:
-        self._spec, self._pools, self._plan, self.owner = spec, pools, plan, owner
+        self._spec, self._pools, self._plan = attachment.spec, pools, plan
+        self.owner, self._linears = attachment.owner, attachment.linears
         self._vectors = vectors
         self._next_layer = 0
+        self.latent: Tensor | None = None
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         return kwargs.get("attention_mask")  # the 2-D padding or None; nothing dense is built
@@ -108,6 +109,21 @@ class PackedForward:
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
     ) -> Tensor:
+        kept, self.latent = self.latent, None
+        linear = self._linears[self._next_layer] if self._next_layer < len(self._linears) else None
+        if linear is None:
+            return self.attend_lines(module, q, k, v, scale, options)
+        latent = self._spec.layers[self._next_layer].latent
+        assert latent is not None
+        if kept is None:
+            raise changed(module, "other")
+        q, kept = latent.absorb(linear, kept, q, k)
+        return latent.expand(linear, self.attend_lines(module, q, kept, kept, scale, options))
+
+    def attend_lines(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, options: Any
+    ) -> Tensor:
+        """q [lines, heads, tokens, head_dim], k and v likewise -> [lines, tokens, heads, dim_v]."""
         lines, _, length, _ = q.shape  # one line of all rows, or a line for each layer state
         if k.shape[2] != length:
             raise UnsupportedModel(
@@ -220,7 +236,7 @@ def _run_forward(
         logits = attachment.forward(plan, rows, pools, adds)
         index = {row: i for i, row in enumerate(rows)}
     else:
-        packed = PackedForward(attachment.spec, pools, plan, attachment.owner, adds)
+        packed = PackedForward(attachment, pools, plan, adds)
         length = plan.num_rows // len(step.starts)
         columns = sorted({row % length for row in rows})
         try:

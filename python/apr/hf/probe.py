@@ -18,6 +18,7 @@ from apr.hf import rope
 from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.far import NEVER, Reach, measure_reach
 from apr.hf.interface import OF_THE_MACHINE, Running, Switch, input_device, members
+from apr.hf.latent import Linears
 from apr.hf.layer_states import (
     find_cache,
     has_attention,
@@ -33,9 +34,10 @@ _HARMLESS = {"position_ids", "cache_position"}
 
 @dataclass
 class _Call:
+    module: Any
     q: Tensor
-    kv_heads: int
-    head_dim_v: int
+    k: Tensor
+    v: Tensor
     mask_pointer: int | None
     options: dict[str, Any]
 
@@ -48,12 +50,14 @@ class _Probe:
     calls: list[_Call] = field(default_factory=list)
     mask_functions: dict[int, Callable[..., Tensor]] = field(default_factory=dict)
     alive: list[Tensor] = field(default_factory=list)  # so that no two masks share an address
+    latent: Tensor | None = None
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any
     ) -> Tensor:
         pointer = mask.data_ptr() if isinstance(mask, Tensor) else None
-        self.calls.append(_Call(q.detach(), k.shape[1], v.shape[3], pointer, dict(options)))
+        q, k, v = q.detach(), k.detach(), v.detach()
+        self.calls.append(_Call(module, q, k, v, pointer, dict(options)))
         plain = {n: x for n, x in options.items() if n not in (*SINKS, "softcap", "is_causal")}
         out: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **plain)[0]
         return out
@@ -282,6 +286,18 @@ def _find_cache(model: Any) -> tuple[str, Any] | None:
         return None
 
 
+def _layer(
+    call: _Call, rotation: Rotation | None, window: int | None, chunk: int | None, linears: Linears
+) -> LayerSpec:
+    heads, kv_heads, dim, dim_v = call.q.shape[1], call.k.shape[1], call.q.shape[3], call.v.shape[3]
+    latent = linears.find(call.module, call.q, call.k, call.v, rotation)
+    if latent is not None:
+        kv_heads, dim = 1, latent.rank + dim - latent.part
+        dim_v = dim
+        rotation = latent.turned(rotation)
+    return LayerSpec(heads, kv_heads, dim, dim_v, rotation, window, chunk, latent)
+
+
 def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     """Find the dispatching layers, their shapes, rotation, windows and chunks; raises
     UnsupportedModel.
@@ -298,7 +314,8 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
     turning, _ = _probe_forward(model, switch, torch.full((rows, 1), token, device=device), places)
     line = torch.arange(3, device=device)[None]
-    masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
+    with Linears(model, [call.module for call in turning.calls]) as linears:
+        masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
     _check_logits(model, logits, line, vocab_size)
     _check_devices(model, [call.q.device for call in turning.calls])
     if len(masking.calls) != len(turning.calls):
@@ -318,17 +335,7 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
             function = masking.mask_functions[masked.mask_pointer]
             window, chunk = _measure_visibility(model, function)
         rotation = found if isinstance(found, Rotation) else None
-        layers.append(
-            LayerSpec(
-                masked.q.shape[1],
-                masked.kv_heads,
-                masked.q.shape[3],
-                masked.head_dim_v,
-                rotation,
-                window,
-                chunk,
-            )
-        )
+        layers.append(_layer(masked, rotation, window, chunk, linears))
     return ModelSpec(
         layers=tuple(layers),
         can_rotate=all(turns),

@@ -33,6 +33,7 @@ class KeepsAll:
 
     def __init__(self, owner: frozenset[int]) -> None:
         self.owner = owner
+        self.latent: Tensor | None = None
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any

@@ -8,6 +8,7 @@ import torch
 
 from apr.errors import UnsupportedRope
 from apr.hf.far import Reach
+from apr.hf.latent import Latent
 from apr.hf.layer_states import StateSpec
 from apr.ops import Pool, Rotation, empty_pool
 
@@ -26,6 +27,8 @@ class LayerSpec:
     rotation: Rotation | None
     window: int | None
     chunk: int | None
+    # Where latents are kept, heads and dimensions are theirs, and values the keys themselves.
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,22 @@ class ModelSpec:
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
         size = torch.empty((), dtype=self.dtype).element_size()
-        return size * sum(x.kv_heads * (x.head_dim + x.head_dim_v) for x in self.layers)
+        return size * sum(
+            x.kv_heads * (x.head_dim + (0 if x.latent else x.head_dim_v)) for x in self.layers
+        )
 
     def make_pools(self, pages: int, page_size: int) -> list[Pool]:
         """A pool for each layer, of pages that hold nothing yet."""
         return [
             empty_pool(
-                pages, x.kv_heads, x.head_dim, self.dtype, self.device, page_size, x.head_dim_v
+                pages,
+                x.kv_heads,
+                x.head_dim,
+                self.dtype,
+                self.device,
+                page_size,
+                x.head_dim_v,
+                x.latent is not None,
             )
             for x in self.layers
         ]

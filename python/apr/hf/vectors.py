@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.spec import ModelSpec
 from apr.ops import Plan
 from apr.ops.reference import rotate
@@ -25,8 +25,15 @@ class PathVectors(NamedTuple):
     values: Tensor
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise InvalidInput where they are not of this model's shapes."""
+        """Raise InvalidInput where they are not of this model's shapes, UnsupportedModel where keys
+        and values are kept as latents, to which nothing can be added head by head.
+        """
         layers = spec.layers
+        if any(layer.latent is not None for layer in layers):
+            raise UnsupportedModel(
+                "vectors: this model's keys and values are kept as latents of all heads (MLA); "
+                "expected a model with keys of its own for each head"
+            )
         for name, x, dim in (
             ("keys", self.keys, layers[0].head_dim),
             ("values", self.values, layers[0].head_dim_v),

@@ -78,7 +78,8 @@ class Pool:
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token in this layer."""
-        return self.num_kv_heads * (self.head_dim + self.head_dim_v) * self.k.element_size()
+        dims = self.head_dim + (0 if self.v is self.k else self.head_dim_v)
+        return self.num_kv_heads * dims * self.k.element_size()
 
     def populate(self, first: int, end: int) -> None:
         """Make the memory of pages [first, end) present, unchanged, while others may use it."""
@@ -104,16 +105,22 @@ def empty_pool(
     device: torch.device | str = "cpu",
     page_size: int = PAGE_SIZE,
     head_dim_v: int | None = None,
+    values_are_keys: bool = False,
 ) -> Pool:
     """A pool of uninitialised pages, on huge pages of memory where the system gives them.
 
-    `head_dim_v` is given where values are narrower than keys.
+    `head_dim_v` is given where values are narrower than keys; with `values_are_keys` both are one
+    tensor.
     """
+    dims_v = head_dim if head_dim_v is None else head_dim_v
+    if values_are_keys and dims_v != head_dim:
+        raise InvalidInput(
+            f"pool: got head_dim_v {dims_v} with values_are_keys; expected head_dim {head_dim}"
+        )
     shape = (num_pages, num_kv_heads, page_size)
-    pool = Pool(
-        _untouched((*shape, head_dim), dtype, device),
-        _untouched((*shape, head_dim_v or head_dim), dtype, device),
-    )
-    for side in (pool.k, pool.v) if pool.k.device.type == "cpu" else ():
+    k = _untouched((*shape, head_dim), dtype, device)
+    v = k if values_are_keys else _untouched((*shape, dims_v), dtype, device)
+    pool = Pool(k, v)
+    for side in {k, v} if k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())
     return pool

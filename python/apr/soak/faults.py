@@ -42,7 +42,7 @@ def _hooked(handle: Any) -> Iterator[None]:
 @contextmanager
 def _signalled(delay: float) -> Iterator[None]:
     """A signal after `delay` seconds, if it is not over by then."""
-    armed = True
+    armed, graded = True, torch.is_grad_enabled()
 
     def strike(*_: Any) -> None:
         if armed:
@@ -56,6 +56,7 @@ def _signalled(delay: float) -> Iterator[None]:
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+        torch.set_grad_enabled(graded)  # it may have struck torch's own exit of no_grad
         signal.signal(signal.SIGALRM, former)
         sys.unraisablehook = noted
 

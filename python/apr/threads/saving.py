@@ -53,7 +53,7 @@ def save(session: Session, path: str | Path, named: Named) -> None:
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
     slots = torch.arange(session.page_size) < torch.tensor(filled).reshape(-1, 1)
     for i, pool in enumerate(session.pools):
-        for name, side in (("k", pool.k), ("v", pool.v)):
+        for name, side in (("k", pool.k), *([] if pool.v is pool.k else [("v", pool.v)])):
             kept = side[index].cpu()
             # What lies behind the last token is somebody else's, or nobody's.
             tensors[f"{i}.{name}"] = kept.masked_fill(~slots[:, None, :, None], 0)
@@ -206,7 +206,8 @@ def _place(
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
     for i, pool in enumerate(session.pools):
         pool.k[index] = tensors[f"{i}.k"].to(pool.k.device)
-        pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
+        if pool.v is not pool.k:
+            pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
     table.requests = told["requests"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}
