@@ -194,6 +194,8 @@ def examine(name: str, seed: int = 1) -> dict[str, Any]:
                 stock = Stock(model, length)
         if spec.layers and not spec.can_rotate and spec.states is None:
             record["note"] = "positions are not turned"
+        elif any(layer.latent is not None for layer in spec.layers):
+            record["note"] = "keeps latents"
         _check(record, session, stock)
     checks: dict[str, Callable[[], Any]] = {
         "generate": lambda: generate(model, stock),

@@ -29,7 +29,7 @@ def _row(name: str, record: dict[str, Any]) -> str:
     generate = {None: "", 0.0: "equal"}.get(record.get("generate"), "differs")
     why = record.get("why", "").split(" cannot be attached: ")[-1].split(". apr needs")[0]
     if record.get("note") and how != "plan, turned":
-        why = f"{record['note']}; {why}"
+        why = "; ".join(filter(None, (record["note"], why)))
     why = why.replace("|", "/").replace("\n", " ")[:150]
     return f"| {name} | {how} | {generate} | {bytes_of[0]} | {bytes_of[1]} | {why} |"
 

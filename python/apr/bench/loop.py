@@ -325,22 +325,22 @@ def bench_loop(options: argparse.Namespace) -> Iterator[Figure]:
             step = 0.0
             for figure in ours(model, threads, prefix, steps):
                 step = figure.median
-                yield _shown(figure)
+                yield shown(figure)
             for other in (
                 stock(model, threads, prefix, max(6, steps // 3)),
                 copies(model, threads, prefix),
             ):
                 if other is not None:
                     other.note = f"{other.median / step:.2f} x apr"
-                    yield _shown(other)
+                    yield shown(other)
     for workers in (2,) if options.smoke else (2, 4, 8):
         if not options.model:  # a model with windows has other layers than the baseline knows
             sizes = (lengths[0], 16, 5) if options.smoke else (512, 256, 16)
-            yield from map(_shown, hogwild(model, workers, *sizes))
+            yield from map(shown, hogwild(model, workers, *sizes))
     middle = lengths[len(lengths) // 2]
-    yield from map(_shown, whole_runs(model, widths[-1 if options.smoke else 2], middle, tokens))
+    yield from map(shown, whole_runs(model, widths[-1 if options.smoke else 2], middle, tokens))
 
 
-def _shown(figure: Figure) -> Figure:
+def shown(figure: Figure) -> Figure:
     print(figure.line(), flush=True)
     return figure

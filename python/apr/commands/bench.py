@@ -11,6 +11,7 @@ from apr.bench import (
     gpu,
     harness,
     kernels,
+    latent,
     loop,
     methods,
     ranks,
@@ -32,6 +33,7 @@ BENCHES = {
     "pages": sessions.bench_pages,
     "sampling": sampling.bench_sampling,
     "loop": loop.bench_loop,
+    "latent": latent.bench_latent,
     "scaling": scaling.bench_scaling,
     "width": kernels.bench_width,
     "gpu": gpu.bench_gpu,
@@ -46,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each table of kernels")
     parser.add_argument("--tokens", type=int, default=131072, help="length of the forked thread")
     parser.add_argument("--threads", type=int, default=64, help="threads of the planned step")
-    parser.add_argument("--prefix", type=int, default=4096, help="shared tokens of `threads`")
+    parser.add_argument(
+        "--prefix",
+        type=int,
+        default=4096,
+        help="shared tokens of `threads` and `latent`, length of `drop`",
+    )
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--model", help="of `loop` and `drop`: a folder, instead of random weights")
     parser.add_argument(

@@ -109,8 +109,11 @@ class Linears:
             part = out.shape[-1] // heads - v.shape[-1]
             rank, rest = given.shape[-1], dim - part
             bias: Tensor | None = linear.bias
+            weight = local_part(linear.weight)  # offloaded or quantised it is no plain tensor here
+            plain = type(weight) in (Tensor, nn.Parameter) and weight.device == k.device
             if (
-                bias is not None
+                not plain
+                or bias is not None
                 or out.shape[-1] % heads
                 or q.shape[1] != heads
                 or not 0 < part <= dim
