@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -168,6 +169,68 @@ def test_an_adapter_on_the_matrix_keeps_heads_apart(deepseek):
     with apr.Session(model, max_tokens=512) as s:
         assert s.spec.layers[0].latent is None and s.spec.layers[0].kv_heads == 4
         assert distance(s.step([s.thread(tokens(30))])[0], stock(model, tokens(30))[-1]) < CLOSE
+
+
+def _adapter(model, linear):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["kv_b_proj"], r=4, init_lora_weights=False)
+    ).eval()
+
+
+def _bias(model, linear):
+    linear.bias = torch.nn.Parameter(torch.full((linear.out_features,), 2.0))
+
+
+def _forward(model, linear):
+    was = linear.forward
+    linear.forward = lambda x: 1.5 * was(x)
+
+
+CHANGES = {
+    "adapter": _adapter,
+    "bias": _bias,
+    "forward": _forward,
+    "hook": lambda _, linear: linear.register_forward_hook(lambda m, x, out: 1.5 * out),
+    "pre-hook": lambda _, linear: linear.register_forward_pre_hook(lambda m, x: (1.5 * x[0],)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_matrix_that_is_changed_later_is_seen(deepseek, change):
+    model = copy.deepcopy(deepseek)
+    with apr.Session(model, max_tokens=512) as s:
+        thread = s.thread(tokens(20))
+        s.step([thread])
+        CHANGES[change](model, model.model.layers[1].self_attn.kv_b_proj)
+        thread.extend([5])
+        with pytest.raises((apr.UnsupportedModel, apr.InvalidInput), match="refresh"):
+            s.step([thread])
+        s.refresh()
+        assert (s.spec.layers[0].latent is None) == (change == "adapter")  # which wraps them all
+        assert s.spec.layers[1].latent is None
+        got = s.step([s.thread(tokens(30))])[0]
+        want = stock(model, tokens(30))[-1]
+        assert distance(got, want) < CLOSE < FAR < distance(want, stock(deepseek, tokens(30))[-1])
+
+
+def test_calls_of_others_while_it_is_measured(deepseek):
+    model, over = copy.deepcopy(deepseek), threading.Event()
+
+    def call():
+        while not over.is_set():
+            stock(model, tokens(8))
+
+    other = threading.Thread(target=call)
+    other.start()
+    try:
+        for _ in range(5):
+            _KNOWN.clear()
+            with apr.Session(model, max_tokens=512, self_test=False) as s:
+                assert s.spec.layers[0].latent is not None
+    finally:
+        over.set()
+        other.join()
 
 
 def test_saved_once_and_opened(deepseek, tmp_path):

@@ -307,6 +307,21 @@ void bind_table(py::module_& module) {
              for (const Entry& entry : t.at(id).view) view.push_back(tuple_of(entry));
              return view;
            })
+      .def("make_room", &ThreadTable::make_room, py::arg("pages"))
+      .def("needs_of",
+           [](ThreadTable& t, const std::vector<ThreadId>& threads,
+              const std::vector<SegmentId>& segments) {
+             const StepNeeds needs = t.needs_of(threads, segments);
+             return std::make_tuple(needs.segments, needs.pages);
+           })
+      .def("idle_segments", &ThreadTable::idle_segments, py::arg("besides"))
+      .def("send_away", &ThreadTable::send_away)
+      .def("make_place", &ThreadTable::make_place)
+      .def("bring_back", &ThreadTable::bring_back)
+      .def("away_pages",
+           [](const ThreadTable& t, SegmentId id) {
+             return t.segments().contains(id) ? t.segments().at(id).away_pages : 0;
+           })
       .def("sharing",
            [](ThreadTable& t) {
              const Sharing s = t.sharing();
@@ -324,6 +339,8 @@ void bind_table(py::module_& module) {
       .def_property_readonly("num_segments", [](ThreadTable& t) { return t.segments().size(); })
       .def_property_readonly("num_pages", [](ThreadTable& t) { return t.pool().num_pages(); })
       .def_property_readonly("used_pages", [](ThreadTable& t) { return t.pool().num_used(); })
+      .def_property_readonly("offloaded_pages", &ThreadTable::offloaded_pages)
+      .def_property_readonly("free_pages", [](ThreadTable& t) { return t.pool().num_free(); })
       .def_property_readonly("peak_pages", [](ThreadTable& t) { return t.pool().peak_used(); })
       .def_property_readonly("page_size", [](ThreadTable& t) { return t.pool().page_size(); });
   bind_segments(table);

@@ -23,7 +23,7 @@ void check_segment(SegmentId id, const Segment& segment, int64_t page_size, bool
   }
   const int64_t slots = segment.copied + segment.encoded;
   const int64_t pages = (slots + page_size - 1) / page_size;
-  const int64_t held = static_cast<int64_t>(segment.pages.size());
+  const int64_t held = std::max(std::ssize(segment.pages), segment.away_pages);
   if (held < pages || (held > pages && !granted)) {
     found.push_back(segment_name(id) + " has " + std::to_string(held) + " pages for " +
                     std::to_string(slots) + " tokens");

@@ -135,7 +135,12 @@ void SegmentStore::grow_pages(Segment& segment, int64_t slots) {
 
 void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   const int64_t size = pool_.page_size();
-  const size_t keep = static_cast<size_t>((slots + size - 1) / size);
+  const int64_t keep = (slots + size - 1) / size;
+  segment.away_pages = std::min(segment.away_pages, keep);
+  resize_pages(segment, static_cast<size_t>(keep));
+}
+
+void SegmentStore::resize_pages(Segment& segment, size_t keep) {
   while (segment.pages.size() > keep) {
     if (segment.pages.back() == kNoPage) {
       --segment.dropped_pages;

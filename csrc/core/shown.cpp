@@ -46,7 +46,8 @@ void show(const SegmentStore& segments, const std::vector<Entry>& view, int64_t 
 void drop_hidden_pages(SegmentStore& segments, ShownSegments& shown) {
   for (auto& [id, one] : shown) {
     Segment& segment = segments.at(id);
-    if (segment.references > one.entries || segment.queued() > 0) continue;
+    const bool waits = segment.queued() > 0 || segment.away_pages > 0;
+    if (segment.references > one.entries || waits) continue;
     std::sort(one.pages.begin(), one.pages.end(),
               [](const PageRange& a, const PageRange& b) { return a.begin < b.begin; });
     auto range = one.pages.begin();

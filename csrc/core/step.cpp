@@ -226,8 +226,8 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
   own.first_own = kNone;
   const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
     if (end <= entry.lo) return;
-    if (lacks_pages(entry, segment, plan_.page_size)) {
-      invalid("step: pages that it reads were dropped; please report this");
+    if (segment.away_pages > 0 || lacks_pages(entry, segment, plan_.page_size)) {
+      invalid("step: pages that it reads are not there; please report this");
     }
     const auto add = [&] {
       plan_.segment_numbers.push_back(entry.segment);

@@ -48,6 +48,12 @@ struct Sharing {
   int64_t replicated_pages = 0;  // pages that one copy of the cache per thread would take
 };
 
+// What a step of some threads reads, in order, and how many pages it takes at most.
+struct StepNeeds {
+  std::vector<SegmentId> segments;
+  int64_t pages = 0;
+};
+
 inline std::string thread_name(ThreadId id) { return "thread " + std::to_string(id); }
 
 class ThreadTable {
@@ -129,6 +135,16 @@ class ThreadTable {
   // Frees what nobody sees where fewer pages are free; between steps, or as one begins.
   void make_room(int64_t pages);
 
+  // Contents of pages that lie elsewhere while others need the pages (offload.cpp): who moves them
+  // asks what a step needs, which other segments nobody has read for longest, copies their pages
+  // and sends them away; or makes place, fills it, and brings them back.
+  StepNeeds needs_of(const std::vector<ThreadId>& threads, std::vector<SegmentId> segments);
+  std::vector<SegmentId> idle_segments(const std::vector<SegmentId>& besides) const;
+  void send_away(SegmentId id);
+  std::vector<PageId> make_place(SegmentId id);  // throws kOutOfPages, keeps what it got
+  void bring_back(SegmentId id);
+  int64_t offloaded_pages() const;
+
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }
   SegmentStore& segments() { return segments_; }
@@ -182,6 +198,7 @@ class ThreadTable {
   Dropped dropped_threads_, dropped_segments_;
   uint64_t version_ = 0;
   bool granted_ = false;  // some segment has pages ahead of what is encoded
+  uint64_t reading_ = 0;  // how often needs_of was asked
   std::unordered_map<ThreadId, Thread> threads_;
 };
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
 from apr.hf.interface import OF_THE_MACHINE, Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
-from apr.hf.packed import PackedForward, out_of_table
+from apr.hf.packed import PackedForward, changed, out_of_table
 from apr.hf.probe import measure, measure_rows, refuse
 from apr.hf.ranks import RankGroup
 from apr.hf.row_forward import KeepsAll
@@ -45,10 +45,7 @@ class Attachment:
             self._known = known(self.model, measure)
         gpu.backend(self.spec.device)
         self.owner, self.switch = self._known.owner, self._known.switch
-        names = [None if x.latent is None else x.latent.name for x in self.spec.layers]
-        # Of each layer that keeps latents, the linear layer that they go through.
-        self.linears = [None if name is None else self.model.get_submodule(name) for name in names]
-        self.switch.keep_latents([linear for linear in self.linears if linear is not None])
+        self.switch.keep_latents([linear for linear in self.linears() if linear is not None])
         weights = (weight() for weight in self._known.weights)
         self._watch = Watch(self.model, [w for w in weights if w is not None])
 
@@ -56,6 +53,16 @@ class Attachment:
     def spec(self) -> ModelSpec:
         """What was measured of the model."""
         return self._known.spec
+
+    def linears(self) -> list[nn.Linear | None]:
+        """Of each layer that keeps latents, the linear layer that they go through; raises
+        UnsupportedModel where one is not what was measured.
+        """
+        latents = [layer.latent for layer in self.spec.layers]
+        try:
+            return [None if x is None else x.linear_of(self.model) for x in latents]
+        except AttributeError as error:
+            raise changed(self.model, f"others (of {error})") from error
 
     @property
     def rank_group(self) -> RankGroup | None:

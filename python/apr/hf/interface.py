@@ -164,6 +164,14 @@ def _keep_latent(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
     return None
 
 
+_keep_latent.is_apr = True  # type: ignore[attr-defined]
+
+
+def _hooks_of(linear: torch.nn.Module) -> list[int]:
+    """Keys of our hook, wherever an interrupt left one."""
+    return [key for key, hook in linear._forward_pre_hooks.items() if hook is _keep_latent]
+
+
 @torch.library.custom_op("apr::keep_latent", mutates_args=())
 def _keep(latent: Tensor) -> Tensor:
     """The same in a compiled model, which goes on with the copy: so it is not left out."""
@@ -191,11 +199,11 @@ class Switch:
         self._lock = threading.RLock()  # an interrupt as it is let go must not block the next call
         self._holders: list[Running] = []
         self._linears: list[torch.nn.Module] = []
-        self._hooks: list[Any] = []
 
     def keep_latents(self, linears: list[torch.nn.Module]) -> None:
         """Tell forwards of ours what these layers are given."""
-        self._linears = linears
+        with self._lock:
+            self._linears = [*linears, *(x for x in self._linears if _hooks_of(x))]
 
     def former(self, config: Any) -> str | None:
         """What a configuration stood on; what an interrupt left switched is put back."""
@@ -213,10 +221,10 @@ class Switch:
             for config in self._configs:
                 if config._attn_implementation != IMPLEMENTATION:
                     config._attn_implementation = IMPLEMENTATION
-            for linear in self._linears[len(self._hooks) :]:
-                # First, before a shard's own hook makes the input a DTensor.
-                hook = linear.register_forward_pre_hook(_keep_latent, prepend=True)
-                self._hooks.append(hook)
+            for linear in self._linears:
+                if not _hooks_of(linear):
+                    # First, before a shard's own hook makes the input a DTensor.
+                    linear.register_forward_pre_hook(_keep_latent, prepend=True)
 
     def _entered(self) -> list[Running]:
         return [holder for holder in self._holders if holder.taken]
@@ -228,8 +236,9 @@ class Switch:
             self._holders = self._entered()
             if self._holders or not self._stood:
                 return
-            while self._hooks:
-                self._hooks.pop().remove()
+            for linear in self._linears:
+                for key in _hooks_of(linear):
+                    del linear._forward_pre_hooks[key]
             # Setting one sets those below it too, so the outer ones come first.
             for config in self._configs:
                 if config._attn_implementation != self._stood[id(config)]:

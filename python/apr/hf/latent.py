@@ -7,6 +7,7 @@ share. Kernels weigh that part among the values too, where it is not looked at, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,17 @@ from apr.ops import Rotation
 WIDEST = 576  # head_dim of the kernels
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether its output is its weight times its input: weight and nothing else may be absorbed."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    bias: Tensor | None = module.bias
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # Offloaded or quantised, a weight is no plain tensor here.
+    weight = type(local_part(module.weight)) in (Tensor, nn.Parameter)
+    return bias is None and weight and all(getattr(hook, "is_apr", False) for hook in hooks)
+
+
 @dataclass(frozen=True)
 class Latent:
     """How a layer's heads come from its latents.
@@ -33,6 +45,16 @@ class Latent:
     name: str
     rank: int
     part: int
+
+    def linear_of(self, model: nn.Module) -> nn.Linear:
+        """The layer itself; raises AttributeError where it is no longer what was measured: wrapped
+        by an adapter, with a bias, a hook of somebody else's or a forward of its own.
+        """
+        linear = model.get_submodule(self.name)
+        if not is_plain(linear):
+            raise AttributeError(self.name)
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     def absorb(
         self, linear: nn.Linear, latent: Tensor, q: Tensor, k: Tensor
@@ -77,8 +99,9 @@ class Linears:
             linear: id(module)
             for module in modules
             for linear in module.children()
-            if type(linear) is nn.Linear
+            if is_plain(linear)
         }
+        self._ident = threading.get_ident()
         self.seen: dict[int, list[tuple[str, nn.Linear, Tensor, Tensor]]] = {}
         self._handles: list[Any] = []
 
@@ -96,6 +119,8 @@ class Linears:
             handle.remove()
 
     def _see(self, linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if threading.get_ident() != self._ident:  # a call of the user's own meanwhile
+            return
         seen = self.seen.setdefault(self._watched[linear], [])
         given, out = (local_part(x.detach()) for x in (args[0], out))
         seen.append((self._names[id(linear)], linear, given, out))
@@ -108,12 +133,9 @@ class Linears:
         for name, linear, given, out in self.seen.get(id(module), ()):
             part = out.shape[-1] // heads - v.shape[-1]
             rank, rest = given.shape[-1], dim - part
-            bias: Tensor | None = linear.bias
-            weight = local_part(linear.weight)  # offloaded or quantised it is no plain tensor here
-            plain = type(weight) in (Tensor, nn.Parameter) and weight.device == k.device
             if (
-                not plain
-                or bias is not None
+                linear.weight.device != k.device
+                or out.shape[:-1].numel() != tokens
                 or out.shape[-1] % heads
                 or q.shape[1] != heads
                 or not 0 < part <= dim

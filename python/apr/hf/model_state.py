@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from apr.errors import InvalidInput
 from apr.hf.interface import Switch, configurations, members
+from apr.hf.latent import is_plain
 from apr.hf.ranks import RankGroup, group_of
 from apr.hf.spec import ModelSpec
 
@@ -66,6 +67,8 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
     return (
         tuple(map(id, modules)),
         tuple((id(t), t.dtype, t.device, t.shape) for t in tensors),
+        # A hook or a forward of its own decides whether a linear layer's weight says all of it.
+        tuple(isinstance(m, nn.Linear) and is_plain(m) for m in modules),
         tuple(map(_facts, configurations(model))),
     )
 

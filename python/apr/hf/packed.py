@@ -68,7 +68,7 @@ class PackedForward:
         vectors: RowVectors | None = None,
     ) -> None:
         self._spec, self._pools, self._plan = attachment.spec, pools, plan
-        self.owner, self._linears = attachment.owner, attachment.linears
+        self.owner, self._linears = attachment.owner, attachment.linears()
         self._vectors = vectors
         self._next_layer = 0
         self.latent: Tensor | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, OutOfPages
 from apr.loop.choice import Choice
 from apr.loop.stream import Stream, StreamStep, stream
 from apr.threads.session import Session
@@ -110,12 +110,17 @@ def _together(
     takes it back, and puts that one among the guilty.
     """
     parts: list[list[Thread]] = []
-    for one in waiting:
-        try:
-            parts.append(_going(one[0], {thread for part in parts for thread in part}))
-        except BaseException:
-            guilty.append(one)
-            raise
+
+    def collect() -> None:
+        parts.clear()
+        for one in waiting:
+            try:
+                parts.append(_going(one[0], {thread for part in parts for thread in part}))
+            except BaseException:
+                guilty.append(one)
+                raise
+
+    collect()
 
     def choose(logits: Tensor) -> list[Choice]:
         choices, at = [], 0
@@ -128,7 +133,15 @@ def _together(
             at += len(part)
         return choices
 
-    choices = session.advance([thread for part in parts for thread in part], choose)
+    while True:
+        try:
+            choices = session.advance([thread for part in parts for thread in part], choose)
+            break
+        except OutOfPages:
+            longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            if not waiting[longest][0].make_wait():
+                raise
+            collect()
     steps: list[StreamStep | Exception] = []
     for (run, _), part, choice in zip(waiting, parts, choices, strict=True):
         try:

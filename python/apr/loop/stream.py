@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, OutOfPages
 from apr.loop.choice import Choice, Chooser
 from apr.loop.history import History
 from apr.loop.processors import Processors
@@ -78,6 +78,7 @@ class Stream:
         self._processors, self._criteria = processors or Processors(), stopping_criteria
         self._steps = 0
         self._rules: dict[Thread, Rules] = {}
+        self._waits: frozenset[Thread] = frozenset()  # for room, until others have ended
         # Made once for each configuration, and for each length of a prompt.
         self._key = str(config.to_dict())
         self._warpers: dict[str, Any] = {}
@@ -97,8 +98,12 @@ class Stream:
 
     @property
     def threads(self) -> list[Thread]:
-        """The threads that are still writing."""
+        """The threads that are still writing, those that wait for room among them."""
         return [t for t, rules in self._rules.items() if rules.ending is None or not rules.ended]
+
+    @property
+    def _writing(self) -> dict[Thread, Rules]:
+        return {t: rules for t, rules in self._rules.items() if t not in self._waits}
 
     def add(
         self,
@@ -151,13 +156,34 @@ class Stream:
         self._end([thread])
 
     def _end(self, threads: Iterable[Thread]) -> None:
+        threads = list(threads)
         for thread in threads:
             self._history.leave(thread)
             del self._rules[thread]
+        # As many may take their place, in the order of the run.
+        waits = [thread for thread in self._rules if thread in self._waits]
+        self._waits = frozenset(waits[len(threads) :])
 
     def __iter__(self) -> Iterator[StreamStep]:
         while threads := self.going():
-            yield self.give(threads, self.session.advance(threads, self.choose))
+            try:
+                choice = self.session.advance(threads, self.choose)
+            except OutOfPages:
+                if not self.make_wait():
+                    raise
+            else:
+                yield self.give(threads, choice)
+
+    def make_wait(self) -> bool:
+        """Let the last threads wait until others have ended, where the session offloads; False
+        where it does not, or one is left. They take the same tokens as they would have: whose
+        company a thread is in changes nothing.
+        """
+        writing = list(self._writing)
+        if self.session.on_full != "offload" or len(writing) < 2:
+            return False
+        self._waits |= set(writing[-max(1, len(writing) // 8) :])
+        return True
 
     def going(self) -> list[Thread]:
         """The threads of the next step, of which this is the first part; then come `choose` and
@@ -166,11 +192,13 @@ class Stream:
         threads = self.threads
         if len(threads) < len(self._rules):  # an interrupt came as some ended
             self._end([thread for thread in self._rules if thread not in threads])
-        return threads
+        if threads and self._waits.issuperset(threads):
+            self._waits = frozenset()
+        return [thread for thread in threads if thread not in self._waits]
 
     def choose(self, logits: Tensor) -> Choice:
         """A token for each thread, of their logits [threads, vocab]."""
-        return self._chooser.choose(self._rules, logits, self._steps + 1)
+        return self._chooser.choose(self._writing, logits, self._steps + 1)
 
     def give(self, threads: list[Thread], choice: Choice) -> StreamStep:
         """Let the threads take their tokens."""
@@ -184,7 +212,7 @@ class Stream:
         """Give every thread its token; those that end with it, and why. Until that is done, in one
         call, threads and rules are as before.
         """
-        every = list(self._rules.values())
+        every = list(self._writing.values())
         if any(rules.criteria for rules in every):
             self._history.catch_up()
         finished: dict[Thread, str] = {}

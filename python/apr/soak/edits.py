@@ -40,9 +40,9 @@ def _draw(number: int) -> Callable[[int], int]:
 class Edits:
     """One session, and what it should be."""
 
-    def __init__(self, model: Any, tally: Tally) -> None:
-        self.model, self.tally = model, tally
-        self.session = apr.Session(model, page_size=PAGE_SIZE, **SIZES)
+    def __init__(self, model: Any, tally: Tally, on_full: str) -> None:
+        self.model, self.tally, self.sizes = model, tally, {**SIZES, "on_full": on_full}
+        self.session = apr.Session(model, page_size=PAGE_SIZE, **self.sizes)
         self.cells, self.world = Cells(), World()
         self.threads: dict[int, apr.Thread] = {}
         self.segments: list[tuple[apr.Segment, list[Cell]]] = []

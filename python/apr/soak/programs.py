@@ -10,6 +10,7 @@ from apr.soak.edits import Tally
 from apr.soak.faults import KINDS
 from apr.soak.oracle import tiny_model
 from apr.soak.steps import Operation, Player
+from apr.threads.offload import ON_FULL
 
 # How often each comes.
 OPERATIONS = {
@@ -40,7 +41,8 @@ def play(operations: Sequence[Operation], model: Any = None, tally: Tally | None
     should not.
     """
     tally = Tally() if tally is None else tally
-    player = Player(tiny_model() if model is None else model, tally)
+    on_full = ON_FULL[operations[0][1] % 2] if operations else ON_FULL[0]
+    player = Player(tiny_model() if model is None else model, tally, on_full)
     for i, operation in enumerate(operations):
         player.play(operation)
         if i % 8 == 0:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import apr
-from apr.soak.edits import EXPECTED, SIZES, STEP_TOKENS, Edits, Failure, Tally
+from apr.soak.edits import EXPECTED, STEP_TOKENS, Edits, Failure, Tally
 from apr.soak.faults import Breaks, fault
 from apr.soak.oracle import Oracle, Row
 from apr.soak.plain import Crew, Item, Writer
@@ -28,8 +28,8 @@ def _split(items: Sequence[Item]) -> tuple[list[int], list[int]]:
 class Player(Edits):
     """All operations."""
 
-    def __init__(self, model: Any, tally: Tally) -> None:
-        super().__init__(model, tally)
+    def __init__(self, model: Any, tally: Tally, on_full: str) -> None:
+        super().__init__(model, tally, on_full)
         self.oracle = Oracle(model)
         self.crew: Crew | None = None
         self.writers: list[apr.Thread] = []
@@ -138,7 +138,8 @@ class Player(Edits):
         before = self.session.stats.used_pages
         got = self.attempt(lambda: self.session.step(threads), self.world, kind, c)
         ran = all(self.writers[i].queued == 0 for i in who)
-        if got is None and kind != "signal" and self.session.stats.used_pages > before:
+        stays = kind != "signal" and self.session.on_full == "raise"  # else pages came back
+        if got is None and stays and self.session.stats.used_pages > before:
             raise Failure("a step that was taken back kept pages")
         if got is None and not (ran and who):
             return
@@ -200,9 +201,14 @@ class Player(Edits):
         if not named:
             return
         with tempfile.TemporaryDirectory() as folder:
-            self.session.save(f"{folder}/saved", named)
+            try:
+                self.session.save(f"{folder}/saved", named)
+            except apr.OutOfPages:  # not all of it fits into the pool at once
+                if self.session.stats.offloaded_pages:
+                    return
+                raise
             self.session.close()
-            self.session, found = apr.Session.open(f"{folder}/saved", self.model, **SIZES)
+            self.session, found = apr.Session.open(f"{folder}/saved", self.model, **self.sizes)
         threads: dict[str, Any] = found
         self.threads = {n: threads[f"line {n}"] for n in self.threads}
         self.writers = [threads[f"writer {i}"] for i in range(len(self.writers))]

@@ -44,6 +44,9 @@ def save(session: Session, path: str | Path, named: Named) -> None:
     threads, segments = _sort(session, named)
     if any(session.table.vectors.get(thread._id) for thread in threads.values()):
         raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
+    if session.table.offload is not None:
+        handles = [segment._id for segment in segments.values()]
+        session.table.offload.make_room(core, [t._id for t in threads.values()], handles)
     numbers, pages, filled = core.save(
         [thread._id for thread in threads.values()],
         [segment._id for segment in segments.values()],
@@ -127,7 +130,10 @@ def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
             flat = weight.detach().reshape(-1)
             places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
             digest.update(flat[places.to(flat.device)].to("cpu", torch.float64).numpy().tobytes())
-    shapes = [[x.kv_heads, x.head_dim, x.head_dim_v, x.window, x.chunk] for x in spec.layers]
+    shapes = [
+        [x.kv_heads, x.head_dim, x.head_dim_v, x.window, x.chunk, x.latent is not None]
+        for x in spec.layers
+    ]
     return {
         "class": type(model).__name__,
         "dtype": str(spec.dtype),

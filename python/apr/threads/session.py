@@ -23,6 +23,7 @@ from apr.hf.ranks import Ranks
 from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
+from apr.threads.offload import Offload, check_on_full
 from apr.threads.saving import open_saved, save
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Segment, Thread, TokenIds, ViewLike, check_integer
@@ -41,10 +42,11 @@ class Session:
     session is open. seed: with the request index and the fork path it keys every thread's
     random numbers. checkpoint_tokens: for models with layer states (docs/models.md), whose trims
     run tokens again from the nearest state that is kept: keep one every so many tokens too, each of
-    `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. Their states lie outside of
-    the pool. Raises UnsupportedModel with the reason where the model cannot be attached;
-    `self_test=False` skips the proof (a dozen tiny forwards, once a model). rank_timeout: seconds
-    that a rank of a model in parts waits for the others at a step (docs/scale.md).
+    `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. rank_timeout: seconds that
+    a rank of a model in parts waits for the others at a step (docs/scale.md). on_full: where a step
+    needs more pages than are free, "raise" OutOfPages, or "offload" what it does not read until it
+    is read (docs/reliability.md). Raises UnsupportedModel with the reason where the model cannot be
+    attached; `self_test=False` skips the proof (a dozen tiny forwards, once a model).
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Session:
         checkpoint_tokens: int = 0,
         self_test: bool = True,
         rank_timeout: float = 60.0,
+        on_full: str = "raise",
     ) -> None:
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
@@ -73,6 +76,8 @@ class Session:
         self.attachment = attach(model, prove=self_test)
         spec = self.spec
         self._check_states(spec)
+        check_on_full(on_full, spec)
+        self.on_full = on_full
         # A model that counts its rows as positions, far out, takes no more of them.
         self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
         self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
@@ -102,6 +107,7 @@ class Session:
 
     def _make_pools(self, spec: ModelSpec, pages: int) -> None:
         self.pools = spec.make_pools(pages, self.page_size)
+        self.table.offload = Offload(self.pools) if self.on_full == "offload" else None
         self._arena = Arena(self.pools)
         self._arena.keep_ahead(0, 0)
 
@@ -264,7 +270,7 @@ class Session:
             ran.choice_seconds = time.perf_counter() - began
 
         with self.table.turn:
-            table = self._start_step()
+            table = self._start_step(numbers)
             ran = self._replay(table, numbers, before_commit)
             ran = ran or self._run(table, numbers, before_commit)
             self.table.logits.take(ran.rows, numbers, table)
@@ -289,10 +295,12 @@ class Session:
             raise InvalidInput("step: got a thread twice; list each once")
         return numbers
 
-    def _start_step(self) -> _core.ThreadTable:
+    def _start_step(self, numbers: Sequence[int]) -> _core.ThreadTable:
         table = self.table.settle()
         self.table.logits.drop_stale(table)
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
+        if self.table.offload is not None:
+            self.table.offload.make_room(table, numbers)
         return table
 
     def _run(
@@ -339,8 +347,8 @@ class Session:
         """
         self.table.turn.take(who)
         with self.ranks.taking_part():
-            table = self._start_step()
             numbers = [t._id for t in threads]
+            table = self._start_step(numbers)
             return _core.Step(table, numbers, [False] * len(threads), step_tokens, ragged=True)
 
     def next_forward(self, step: _core.Step) -> None:

@@ -13,6 +13,7 @@ from apr.hf.packed import keep_states
 from apr.hf.spec import ModelSpec
 from apr.hf.vectors import PathVectors
 from apr.threads.logits import HeldLogits
+from apr.threads.offload import Offload
 from apr.threads.thread import (
     EntryTuple,
     Segment,
@@ -49,6 +50,7 @@ class ThreadTable:
         self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self.requests = 0  # root threads that were made: the next one's number
         self.turn = _core.Turn()  # who steps; nothing may change threads meanwhile
+        self.offload: Offload | None = None  # where a session lets pages wait elsewhere
 
     # ---- the core's table -----------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class Stats:
     attention: str = "plan"
     states: int = 0  # layer states, for models that have some: forks share one until they run
     state_bytes: int = 0
+    offloaded_pages: int = 0  # whose keys and values wait outside of the pool
 
     def count(self, ran: Ran) -> None:
         """Add a step that ran."""
@@ -64,6 +65,7 @@ class Stats:
             seen_tokens=seen,
             shared_pages=shared,
             replicated_pages=replicated,
+            offloaded_pages=table.offloaded_pages,
         )
 
 

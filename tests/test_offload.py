@@ -1,0 +1,171 @@
+"""A pool that is too small: what a step does not read waits elsewhere, and nothing is another."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+import apr
+from apr import _core
+from apr.errors import InvalidInput, OutOfPages
+from kernel_cases import emulate
+from models import CLOSE, build, distance, stock, tokens
+
+LARGE = {"max_tokens": 2048, "page_size": 16}
+SMALL = {"max_tokens": 192, "page_size": 16, "on_full": "offload"}  # 12 pages
+SAMPLED = {"do_sample": True, "eos_token_id": [], "max_new_tokens": 40}
+
+
+def test_threads_come_back_as_they_were(llama):
+    """Ten threads of 50 tokens take 40 pages, and 12 are there."""
+    with apr.Session(llama, **SMALL) as s:
+        threads = [s.thread(tokens(50, seed=i)) for i in range(10)]
+        for turn in range(3):
+            for thread in threads:
+                got = s.step([thread])[0]
+                assert distance(got, stock(llama, thread.tokens)[-1]) < CLOSE
+                thread.extend([5 + turn])
+            s.check()
+            assert s.stats.used_pages <= 12 and s.stats.offloaded_pages >= 28
+        assert s.stats.stored_tokens == 10 * 52
+        for thread in threads:
+            thread.release()
+        assert s.stats.used_pages == s.stats.offloaded_pages == 0
+        s.step([s.thread(tokens(20))])
+        assert s.table.offload.nbytes == 0
+
+
+def test_what_is_shared_stays_while_it_is_read(llama):
+    with apr.Session(llama, **SMALL) as s:
+        root = s.thread(tokens(96))
+        s.step([root])
+        kids = root.fork(8)
+        for i, kid in enumerate(kids):
+            kid.extend(tokens(20, seed=i))
+        for kid in kids:
+            assert distance(s.step([kid])[0], stock(llama, kid.tokens)[-1]) < CLOSE
+        # Joins, trims and drops change what is away as what is here.
+        kids[0].trim(70)
+        kids[1].trim(100)
+        kids[2].drop(4, 90)
+        for kid in kids[:2]:
+            assert distance(s.step([kid])[0], stock(llama, kid.tokens)[-1]) < CLOSE
+        s.step([kids[2]])
+        with pytest.raises(OutOfPages):
+            s.step(kids)
+        s.check()
+        root.join(kids[3:5])
+        root.extend([9])
+        s.step([root])
+        s.check()
+        root.trim(96)
+        assert distance(s.step([root])[0], stock(llama, root.tokens)[-1]) < CLOSE
+
+
+@pytest.mark.parametrize("n", [2, 7, 20])
+def test_a_run_that_does_not_fit_takes_the_same_tokens(llama, n):
+    wanted = []
+    for options in (LARGE, SMALL):
+        with apr.Session(llama, **options, seed=3) as s:
+            root = s.thread(tokens(60))
+            found = apr.decode(s, root.fork(n), **SAMPLED)
+            wanted.append([(x.tokens, x.finish) for x in found])
+            s.check()
+    assert wanted[0] == wanted[1]
+    assert len({tuple(x) for x, _ in wanted[0]}) == n
+
+
+def test_tasks_share_the_room(llama):
+    async def write(s, seed):
+        threads = s.thread(tokens(20, seed=seed), request=seed).fork(4)
+        async for _ in apr.astream(s, threads, **SAMPLED):
+            pass
+        return [thread.own_tokens for thread in threads]
+
+    async def both(s):
+        return await asyncio.gather(write(s, 1), write(s, 2))
+
+    wanted = []
+    for options in (LARGE, SMALL):
+        with apr.Session(llama, **options) as s:
+            wanted.append(asyncio.run(both(s)))
+    assert wanted[0] == wanted[1]
+
+
+def test_one_thread_too_long_is_told_of_and_the_others_go_on(llama):
+    with apr.Session(llama, **SMALL) as s:
+        short, long = s.thread(tokens(100)), s.thread(tokens(193))
+        s.step([short])
+        with pytest.raises(OutOfPages):
+            s.step([long])
+        s.check()
+        short.extend([5])
+        assert distance(s.step([short])[0], stock(llama, short.tokens)[-1]) < CLOSE
+
+
+def test_an_interrupt_while_pages_move_loses_nothing(llama, monkeypatch):
+    with apr.Session(llama, **SMALL) as s:
+        threads = [s.thread(tokens(50, seed=i)) for i in range(6)]
+        for thread in threads:
+            s.step([thread])
+        for at in range(12):
+            calls = iter(range(100))
+
+            def copy(*args, real=torch.Tensor.copy_, at=at, calls=calls):
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return real(*args)
+
+            thread = threads[at % 6]
+            thread.extend([at + 3])
+            with monkeypatch.context() as patched:
+                patched.setattr(torch.Tensor, "copy_", copy)
+                try:
+                    s.step([thread])
+                except KeyboardInterrupt:
+                    s.check()
+            got = s.step([thread])[0]
+            assert distance(got, stock(llama, thread.tokens)[-1]) < CLOSE
+
+
+def test_saved_from_where_it_lies(llama, tmp_path):
+    with apr.Session(llama, **SMALL) as s:
+        threads = [s.thread(tokens(50, seed=i)) for i in range(6)]
+        for thread in threads:
+            s.step([thread])
+        s.save(tmp_path / "one", {"first": threads[0]})
+        with pytest.raises(OutOfPages):
+            s.save(tmp_path / "all", {str(i): thread for i, thread in enumerate(threads)})
+        s.check()
+    opened, named = apr.Session.open(tmp_path / "one", llama, max_tokens=512)
+    with opened as s:
+        named["first"].extend([5])
+        want = stock(llama, [*tokens(50), 5])[-1]
+        assert distance(s.step([named["first"]])[0], want) < CLOSE
+
+
+@pytest.mark.skipif(_core.gpu(True) is None, reason="built without the emulated GPU")
+def test_replayed_steps_find_their_pages(llama):
+    emulate(90)
+    try:
+        with apr.Session(llama, **SMALL, self_test=False, cuda_graphs=True) as s:
+            threads = [s.thread(tokens(50, seed=i)) for i in range(6)]
+            for turn in range(3):
+                for thread in threads:
+                    got = s.step([thread])[0]
+                    assert distance(got, stock(llama, thread.tokens)[-1]) < CLOSE
+                    thread.extend([5 + turn])
+                    got = s.step([thread])[0]
+                    thread.extend([6 + turn])
+            s.check()
+    finally:
+        _core.force_instruction_set("")
+
+
+def test_policies_are_named(llama):
+    with pytest.raises(InvalidInput, match="on_full"):
+        apr.Session(llama, on_full="evict")
+    with pytest.raises(InvalidInput, match="layer states"):
+        apr.Session(build("lfm2"), max_tokens=256, on_full="offload")
