@@ -39,8 +39,7 @@ StepNeeds ThreadTable::needs_of(const std::vector<ThreadId>& threads, std::vecto
 std::vector<SegmentId> ThreadTable::idle_segments(const std::vector<SegmentId>& besides) const {
   std::vector<std::pair<uint64_t, SegmentId>> found;
   segments_.for_each([&](SegmentId id, const Segment& segment) {
-    const bool whole = segment.away_pages == 0 && segment.dropped_pages == 0;
-    if (!whole || segment.pages.empty()) return;
+    if (segment.dropped_pages > 0 || segment.pages.empty()) return;
     if (std::binary_search(besides.begin(), besides.end(), id)) return;
     found.emplace_back(segment.read_last, id);
   });
@@ -53,16 +52,18 @@ std::vector<SegmentId> ThreadTable::idle_segments(const std::vector<SegmentId>& 
 void ThreadTable::send_away(SegmentId id) {
   touch();
   Segment& segment = segments_.at(id);
-  if (segment.away_pages > 0 || segment.dropped_pages > 0) {
+  if (segment.dropped_pages > 0) {
     invalid("offload: segment " + std::to_string(id) + " is not whole here");
   }
-  segment.away_pages = std::ssize(segment.pages);
+  // One that was on its way back is away as it was.
+  segment.away_pages = std::max(segment.away_pages, std::ssize(segment.pages));
   segments_.free_pages(segment);
 }
 
 std::vector<PageId> ThreadTable::make_place(SegmentId id) {
   touch();
   Segment& segment = segments_.at(id);
+  pool_.require(segment.away_pages - std::ssize(segment.pages));
   segments_.grow_pages(segment, segment.away_pages * pool_.page_size());
   return segment.pages;
 }

@@ -141,7 +141,7 @@ class ThreadTable {
   StepNeeds needs_of(const std::vector<ThreadId>& threads, std::vector<SegmentId> segments);
   std::vector<SegmentId> idle_segments(const std::vector<SegmentId>& besides) const;
   void send_away(SegmentId id);
-  std::vector<PageId> make_place(SegmentId id);  // throws kOutOfPages, keeps what it got
+  std::vector<PageId> make_place(SegmentId id);  // throws kOutOfPages
   void bring_back(SegmentId id);
   int64_t offloaded_pages() const;
 

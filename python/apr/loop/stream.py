@@ -78,7 +78,7 @@ class Stream:
         self._processors, self._criteria = processors or Processors(), stopping_criteria
         self._steps = 0
         self._rules: dict[Thread, Rules] = {}
-        self._waits: frozenset[Thread] = frozenset()  # for room, until others have ended
+        self.waiting: frozenset[Thread] = frozenset()  # for room, until others have ended
         # Made once for each configuration, and for each length of a prompt.
         self._key = str(config.to_dict())
         self._warpers: dict[str, Any] = {}
@@ -103,7 +103,7 @@ class Stream:
 
     @property
     def _writing(self) -> dict[Thread, Rules]:
-        return {t: rules for t, rules in self._rules.items() if t not in self._waits}
+        return {t: rules for t, rules in self._rules.items() if t not in self.waiting}
 
     def add(
         self,
@@ -161,8 +161,8 @@ class Stream:
             self._history.leave(thread)
             del self._rules[thread]
         # As many may take their place, in the order of the run.
-        waits = [thread for thread in self._rules if thread in self._waits]
-        self._waits = frozenset(waits[len(threads) :])
+        waits = [thread for thread in self._rules if thread in self.waiting]
+        self.waiting = frozenset(waits[len(threads) :])
 
     def __iter__(self) -> Iterator[StreamStep]:
         while threads := self.going():
@@ -182,7 +182,7 @@ class Stream:
         writing = list(self._writing)
         if self.session.on_full != "offload" or len(writing) < 2:
             return False
-        self._waits |= set(writing[-max(1, len(writing) // 8) :])
+        self.waiting |= set(writing[-max(1, len(writing) // 8) :])
         return True
 
     def going(self) -> list[Thread]:
@@ -192,9 +192,9 @@ class Stream:
         threads = self.threads
         if len(threads) < len(self._rules):  # an interrupt came as some ended
             self._end([thread for thread in self._rules if thread not in threads])
-        if threads and self._waits.issuperset(threads):
-            self._waits = frozenset()
-        return [thread for thread in threads if thread not in self._waits]
+        if threads and self.waiting.issuperset(threads):
+            self.waiting = frozenset()
+        return [thread for thread in threads if thread not in self.waiting]
 
     def choose(self, logits: Tensor) -> Choice:
         """A token for each thread, of their logits [threads, vocab]."""

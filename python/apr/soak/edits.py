@@ -42,6 +42,8 @@ class Edits:
 
     def __init__(self, model: Any, tally: Tally, on_full: str) -> None:
         self.model, self.tally, self.sizes = model, tally, {**SIZES, "on_full": on_full}
+        if on_full == "offload":  # half the room, so that it comes to that
+            self.sizes["max_tokens"] //= 2
         self.session = apr.Session(model, page_size=PAGE_SIZE, **self.sizes)
         self.cells, self.world = Cells(), World()
         self.threads: dict[int, apr.Thread] = {}
@@ -104,7 +106,9 @@ class Edits:
             del self.threads[number]
         return out
 
-    def refused(self, call: Callable[[], Any], error: type[Exception]) -> None:
+    def refused(
+        self, call: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...]
+    ) -> None:
         """What must be refused, with nothing changed."""
         try:
             call()
@@ -112,7 +116,7 @@ class Edits:
             if wrong := self.differs(self.world):
                 raise Failure(f"a refusal changed something: {wrong}") from None
             return
-        raise Failure(f"expected {error.__name__}")
+        raise Failure(f"expected {error}")
 
     def adopt(self, name: int, threads: Sequence[apr.Thread], lines: Sequence[Line]) -> list[int]:
         """Take the threads of an operation in, by numbers of its own: without another operation

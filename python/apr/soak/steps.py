@@ -134,7 +134,8 @@ class Player(Edits):
         if not threads:
             return
         if not all(self.world.lines[n].ready for n in numbers):
-            return self.refused(lambda: self.session.step(threads), apr.InvalidInput)
+            full = apr.OutOfPages if self.session.on_full == "offload" else apr.InvalidInput
+            return self.refused(lambda: self.session.step(threads), (apr.InvalidInput, full))
         before = self.session.stats.used_pages
         got = self.attempt(lambda: self.session.step(threads), self.world, kind, c)
         ran = all(self.writers[i].queued == 0 for i in who)
@@ -181,13 +182,17 @@ class Player(Edits):
             return None
         want = self.wanted(numbers)
         taken = [self.threads[n].tokens[k:] for n, k in zip(numbers, lengths, strict=True)]
-        if len({len(tokens) for tokens in taken}) > 1 or len(taken[0]) > 1:
+        writing = [i for i, n in enumerate(numbers) if self.threads[n] not in run.waiting]
+        if step is not None:
+            writing = [i for i, n in enumerate(numbers) if self.threads[n] in step.tokens]
+        counts = [len(tokens) for tokens in taken]
+        if len({counts[i] for i in writing}) != 1 or sum(counts) not in (0, len(writing)):
             raise Failure(f"a step of a run gave its threads {taken}")
         for number, tokens in zip(numbers, taken, strict=True):
             self.world.extend(number, tokens, self.cells)
         if wrong := self.differs(self.world):
             raise Failure(wrong)
-        return None if step is None else (step.logits, want)
+        return None if step is None else (step.logits, want[writing])
 
     # ---- files -----------------------------------------------------------------------------------
 

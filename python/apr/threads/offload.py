@@ -68,6 +68,9 @@ class Offload:
         return list(sides.values())
 
     def _send(self, core: _core.ThreadTable, number: int) -> None:
+        if core.away_pages(number):  # it was on its way back, when something came between
+            core.send_away(number)
+            return
         pages = torch.tensor(core.segment_pages(number), dtype=torch.long)
         sides = self._sides()
         room = _Room(len(pages) * sum(side[0].nbytes for side in sides), sides[0].device.type)
