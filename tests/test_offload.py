@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
 
 import pytest
 import torch
@@ -94,6 +96,37 @@ def test_tasks_share_the_room(llama):
     assert wanted[0] == wanted[1]
 
 
+def test_tasks_of_a_thread_each_wait_for_their_turn(llama):
+    async def write(s, seed):
+        thread = s.thread(tokens(50, seed=seed), request=seed)
+        async for _ in apr.astream(s, [thread], **SAMPLED):
+            pass
+        return thread.own_tokens
+
+    async def all_of_them(s):
+        return await asyncio.wait_for(asyncio.gather(*(write(s, i) for i in range(5))), 60)
+
+    wanted = []
+    for options in (LARGE, SMALL):
+        with apr.Session(llama, **options) as s:
+            wanted.append(asyncio.run(all_of_them(s)))
+    assert wanted[0] == wanted[1] and all(len(x) == 90 for x in wanted[0])
+
+
+def test_who_reads_what_others_write_does_not_wait(llama):
+    with apr.Session(llama, **SMALL) as s:
+        prompt, regions = s.segment(tokens(60)), [s.region(base=60) for _ in range(4)]
+        writers = [
+            s.thread(view=[prompt, *(r for r in regions if r is not own), own], writes=own)
+            for own in regions
+        ]
+        for writer in writers:
+            writer.extend([5])
+        with pytest.raises(OutOfPages):
+            apr.decode(s, writers, **{**SAMPLED, "max_new_tokens": 60})
+        s.check()
+
+
 def test_one_thread_too_long_is_told_of_and_the_others_go_on(llama):
     with apr.Session(llama, **SMALL) as s:
         short, long = s.thread(tokens(100)), s.thread(tokens(193))
@@ -113,15 +146,15 @@ def test_an_interrupt_while_pages_move_loses_nothing(llama, monkeypatch):
         for at in range(12):
             calls = iter(range(100))
 
-            def copy(*args, real=torch.Tensor.copy_, at=at, calls=calls):
+            def move(*args, real=torch.Tensor.to, at=at, calls=calls, **options):
                 if next(calls) == at:
                     raise KeyboardInterrupt
-                return real(*args)
+                return real(*args, **options)
 
             thread = threads[at % 6]
             thread.extend([at + 3])
             with monkeypatch.context() as patched:
-                patched.setattr(torch.Tensor, "copy_", copy)
+                patched.setattr(torch.Tensor, "to", move)
                 try:
                     s.step([thread])
                 except KeyboardInterrupt:
@@ -169,3 +202,64 @@ def test_policies_are_named(llama):
         apr.Session(llama, on_full="evict")
     with pytest.raises(InvalidInput, match="layer states"):
         apr.Session(build("lfm2"), max_tokens=256, on_full="offload")
+
+
+def test_a_folder_that_is_full_is_told_of_before_anything_moves(llama, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with apr.Session(llama, **SMALL) as s:
+        threads = [s.thread(tokens(100, seed=i)) for i in range(2)]
+        s.step(threads[:1])
+        with monkeypatch.context() as patched:
+            patched.setattr("os.posix_fallocate", full)
+            with pytest.raises(OutOfPages, match="TMPDIR"):
+                s.step(threads[1:])
+        s.check()
+        for thread in threads:
+            assert distance(s.step([thread])[0], stock(llama, thread.tokens)[-1]) < CLOSE
+
+
+def test_many_that_wait_take_few_files(llama):
+    before = len(os.listdir("/proc/self/fd"))
+    with apr.Session(llama, **SMALL) as s:
+        threads = [s.thread(tokens(20, seed=i)) for i in range(60)]
+        for thread in threads:
+            s.step([thread])
+        assert s.stats.offloaded_pages > 100
+        assert len(os.listdir("/proc/self/fd")) - before <= 2
+        pool = weakref.ref(s.pools[0].k)
+    assert pool() is None  # nor does what is away hold the pool
+
+
+def test_what_was_dropped_needs_no_room_and_no_way_back(llama):
+    with apr.Session(llama, **SMALL) as s:
+        a, b = s.thread(tokens(160)), s.thread(tokens(160, seed=1))
+        for thread in (a, b):
+            s.step([thread])
+        for thread in (a, b):  # the one is away, the other here
+            thread.drop(16, 150)
+        assert s.stats.offloaded_pages + s.stats.used_pages == 2 * 2
+        for thread in (a, b):
+            thread.extend([5])
+        both = s.step([a, b])
+        s.check()
+        other = s.thread(tokens(150, seed=2))
+        s.step([other])  # what is left of both makes room
+        assert s.stats.offloaded_pages > 0
+        for thread in (a, b):
+            thread.extend([6])
+        assert torch.isfinite(s.step([a, b])).all() and torch.isfinite(both).all()
+        s.check()
+
+
+def test_queued_tokens_of_others_are_not_asked_for(llama):
+    with apr.Session(llama, **SMALL) as s:
+        private, region = s.segment(tokens(150)), s.region()
+        writer = s.thread([5], view=[private, region], writes=region)
+        s.step([writer])
+        writer.extend([6])
+        reader = s.thread(tokens(100), view=[region])
+        s.step([reader])  # eight pages of twelve; the ten of the private text go
+        assert writer.queued == 1
+        s.check()

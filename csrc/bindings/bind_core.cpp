@@ -308,13 +308,16 @@ void bind_table(py::module_& module) {
              return view;
            })
       .def("make_room", &ThreadTable::make_room, py::arg("pages"))
-      .def("needs_of",
-           [](ThreadTable& t, const std::vector<ThreadId>& threads,
-              const std::vector<SegmentId>& segments) {
-             const StepNeeds needs = t.needs_of(threads, segments);
-             return std::make_tuple(needs.segments, needs.pages);
-           })
-      .def("idle_segments", &ThreadTable::idle_segments, py::arg("besides"))
+      .def(
+          "needs_of",
+          [](ThreadTable& t, const std::vector<ThreadId>& threads,
+             const std::vector<SegmentId>& handles) {
+            const StepNeeds needs = t.needs_of(threads, handles);
+            return std::make_tuple(needs.pages, needs.away);
+          },
+          py::arg("threads"), py::arg("handles"))
+      .def("idle_segments", &ThreadTable::idle_segments)
+      .def("follows_others", &ThreadTable::follows_others, py::arg("threads"))
       .def("send_away", &ThreadTable::send_away)
       .def("make_place", &ThreadTable::make_place)
       .def("bring_back", &ThreadTable::bring_back)
@@ -343,6 +346,7 @@ void bind_table(py::module_& module) {
       .def_property_readonly("free_pages", [](ThreadTable& t) { return t.pool().num_free(); })
       .def_property_readonly("peak_pages", [](ThreadTable& t) { return t.pool().peak_used(); })
       .def_property_readonly("page_size", [](ThreadTable& t) { return t.pool().page_size(); });
+  module.attr("AWAY_PAGE") = kAwayPage;
   bind_segments(table);
 }
 

@@ -192,6 +192,7 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
     const bool orphaned = segment.writer != kNone && chosen.count(segment.writer) == 0;
     if (orphaned) segment = without_writer(table, segment);
     segment_fields(writer, segment);
+    if (segment.away_pages > 0) invalid("save: pages are away; bring them back first");
     std::vector<int64_t> dropped;
     for (size_t i = 0; i < segment.pages.size(); ++i) {
       const int64_t before = static_cast<int64_t>(i) * page_size;

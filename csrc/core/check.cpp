@@ -23,10 +23,13 @@ void check_segment(SegmentId id, const Segment& segment, int64_t page_size, bool
   }
   const int64_t slots = segment.copied + segment.encoded;
   const int64_t pages = (slots + page_size - 1) / page_size;
-  const int64_t held = std::max(std::ssize(segment.pages), segment.away_pages);
+  const int64_t held = std::ssize(segment.pages);
   if (held < pages || (held > pages && !granted)) {
     found.push_back(segment_name(id) + " has " + std::to_string(held) + " pages for " +
                     std::to_string(slots) + " tokens");
+  }
+  if (std::count(segment.pages.begin(), segment.pages.end(), kAwayPage) != segment.away_pages) {
+    found.push_back(segment_name(id) + " does not know how many of its pages are away");
   }
   const auto dropped = std::count(segment.pages.begin(), segment.pages.end(), kNoPage);
   if (dropped > 0 && segment.queued() > 0) {
@@ -80,8 +83,9 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
   segments_.for_each([&](SegmentId id, const Segment& segment) {
     check_segment(id, segment, pool_.page_size(), granted_, found);
     for (const PageId page : segment.pages) {
-      if (page != kNoPage) ++owners.at(static_cast<size_t>(page));
+      if (page >= 0) ++owners.at(static_cast<size_t>(page));
     }
+    for (const PageId page : segment.place) ++owners.at(static_cast<size_t>(page));
     for (const Entry& entry : segment.context) {
       if (entry.segment != id) ++holders[entry.segment][id];
       see(segment_name(id), entry);

@@ -135,27 +135,30 @@ void SegmentStore::grow_pages(Segment& segment, int64_t slots) {
 
 void SegmentStore::shrink_pages(Segment& segment, int64_t slots) {
   const int64_t size = pool_.page_size();
-  const int64_t keep = (slots + size - 1) / size;
-  segment.away_pages = std::min(segment.away_pages, keep);
-  resize_pages(segment, static_cast<size_t>(keep));
-}
-
-void SegmentStore::resize_pages(Segment& segment, size_t keep) {
+  const size_t keep = static_cast<size_t>((slots + size - 1) / size);
   while (segment.pages.size() > keep) {
-    if (segment.pages.back() == kNoPage) {
-      --segment.dropped_pages;
-    } else {
-      pool_.release(segment.pages.back());
-    }
+    drop_page(segment, segment.pages.size() - 1);
+    --segment.dropped_pages;
     segment.pages.pop_back();
   }
 }
 
 void SegmentStore::drop_page(Segment& segment, size_t index) {
-  if (segment.pages[index] == kNoPage) return;
-  pool_.release(segment.pages[index]);
-  segment.pages[index] = kNoPage;
+  PageId& page = segment.pages[index];
+  if (page == kNoPage) return;
+  if (page == kAwayPage) {
+    free_place(segment);  // it is of another size now
+    --segment.away_pages;
+  } else {
+    pool_.release(page);
+  }
+  page = kNoPage;
   ++segment.dropped_pages;
+}
+
+void SegmentStore::free_place(Segment& segment) {
+  for (const PageId page : segment.place) pool_.release(page);
+  segment.place.clear();
 }
 
 void SegmentStore::drop_states_after(Segment& segment, int64_t count) {

@@ -26,13 +26,12 @@ struct Segment {
   std::vector<TokenRange> copied_from;  // where they were written, in order
   int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
-  std::vector<PageId> pages;    // kNoPage where none of its tokens is in a view
+  std::vector<PageId> pages;    // or kNoPage, kAwayPage
   int64_t dropped_pages = 0;    // how many
-  // Pages whose contents lie elsewhere; `pages` is empty then, or the place where they come back
-  // to.
-  int64_t away_pages = 0;
-  uint64_t read_last = 0;  // by which of the steps that offload
-  SegmentStates states;    // of recurrent layers, where the model has some
+  int64_t away_pages = 0;       // how many are kAwayPage,
+  std::vector<PageId> place;    // and where they come back to
+  uint64_t read_last = 0;       // by which of the steps that offload
+  SegmentStates states;         // of recurrent layers, where the model has some
   ThreadId writer = kNone;
   ThreadId origin = kNone;  // the last thread that wrote it
   bool sealed = false;
@@ -90,7 +89,7 @@ class SegmentStore {
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
-  void free_pages(Segment& segment) { resize_pages(segment, 0); }
+  void free_place(Segment& segment);
   void drop_page(Segment& segment, size_t index);  // frees one; the segment does without
   LayerStates& states() { return states_; }
   void drop_states_after(Segment& segment, int64_t count);
@@ -103,7 +102,6 @@ class SegmentStore {
   }
 
  private:
-  void resize_pages(Segment& segment, size_t keep);
   // Each lost a holder, and goes if nothing that a user holds leads to it; so may what it held.
   void collect(std::vector<SegmentId> suspects);
   std::vector<SegmentId> lost_with(SegmentId id) const;

@@ -16,11 +16,12 @@ PageRange shown_pages(const Entry& entry, const Segment& segment, int64_t page_s
   return {std::min((segment.copied + entry.lo) / page_size, end), end};
 }
 
-bool lacks_pages(const Entry& entry, const Segment& segment, int64_t page_size) {
-  if (segment.dropped_pages == 0) return false;
+bool lacks_pages(const Entry& entry, const Segment& segment, int64_t page_size, bool now) {
+  if (segment.dropped_pages == 0 && (!now || segment.away_pages == 0)) return false;
   const PageRange shown = shown_pages(entry, segment, page_size);
-  return std::find(segment.pages.begin() + shown.begin, segment.pages.begin() + shown.end,
-                   kNoPage) != segment.pages.begin() + shown.end;
+  const auto begin = segment.pages.begin();
+  return std::any_of(begin + shown.begin, begin + shown.end,
+                     [now](PageId page) { return page == kNoPage || (now && page == kAwayPage); });
 }
 
 namespace {
@@ -46,8 +47,7 @@ void show(const SegmentStore& segments, const std::vector<Entry>& view, int64_t 
 void drop_hidden_pages(SegmentStore& segments, ShownSegments& shown) {
   for (auto& [id, one] : shown) {
     Segment& segment = segments.at(id);
-    const bool waits = segment.queued() > 0 || segment.away_pages > 0;
-    if (segment.references > one.entries || waits) continue;
+    if (segment.references > one.entries || segment.queued() > 0) continue;
     std::sort(one.pages.begin(), one.pages.end(),
               [](const PageRange& a, const PageRange& b) { return a.begin < b.begin; });
     auto range = one.pages.begin();

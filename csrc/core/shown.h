@@ -12,7 +12,8 @@ struct PageRange {
 
 // Of what is encoded by now.
 PageRange shown_pages(const Entry& entry, const Segment& segment, int64_t page_size);
-// Whether some of them were dropped, as nobody saw them.
-bool lacks_pages(const Entry& entry, const Segment& segment, int64_t page_size);
+// Whether some of them were dropped, as nobody saw them, or, where they are wanted `now`, lie
+// elsewhere.
+bool lacks_pages(const Entry& entry, const Segment& segment, int64_t page_size, bool now = false);
 
 }  // namespace apr

@@ -226,7 +226,7 @@ void Step::add_pairs(const Run& run, int32_t run_index) {
   own.first_own = kNone;
   const auto see = [&](const Entry& entry, Segment& segment, int64_t offset, int64_t end) {
     if (end <= entry.lo) return;
-    if (segment.away_pages > 0 || lacks_pages(entry, segment, plan_.page_size)) {
+    if (lacks_pages(entry, segment, plan_.page_size, true)) {
       invalid("step: pages that it reads are not there; please report this");
     }
     const auto add = [&] {

@@ -48,10 +48,10 @@ struct Sharing {
   int64_t replicated_pages = 0;  // pages that one copy of the cache per thread would take
 };
 
-// What a step of some threads reads, in order, and how many pages it takes at most.
+// How many pages a step of some threads takes, and which segments that it reads are away.
 struct StepNeeds {
-  std::vector<SegmentId> segments;
   int64_t pages = 0;
+  std::vector<SegmentId> away;
 };
 
 inline std::string thread_name(ThreadId id) { return "thread " + std::to_string(id); }
@@ -136,14 +136,16 @@ class ThreadTable {
   void make_room(int64_t pages);
 
   // Contents of pages that lie elsewhere while others need the pages (offload.cpp): who moves them
-  // asks what a step needs, which other segments nobody has read for longest, copies their pages
-  // and sends them away; or makes place, fills it, and brings them back.
-  StepNeeds needs_of(const std::vector<ThreadId>& threads, std::vector<SegmentId> segments);
-  std::vector<SegmentId> idle_segments(const std::vector<SegmentId>& besides) const;
+  // asks what a step needs, and which other segments nobody has read for longest, copies their
+  // pages and sends them away; or makes place, fills it, and brings them back.
+  StepNeeds needs_of(const std::vector<ThreadId>& threads, const std::vector<SegmentId>& handles);
+  std::vector<SegmentId> idle_segments() const;  // but those that were needed last
   void send_away(SegmentId id);
-  std::vector<PageId> make_place(SegmentId id);  // throws kOutOfPages
+  std::vector<PageId> make_place(SegmentId id);  // of each page that is away; throws kOutOfPages
   void bring_back(SegmentId id);
   int64_t offloaded_pages() const;
+  // Whether one of them reads what another is writing: who writes when decides what they write.
+  bool follows_others(const std::vector<ThreadId>& threads) const;
 
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }

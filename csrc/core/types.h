@@ -8,7 +8,8 @@
 namespace apr {
 
 using PageId = int32_t;
-inline constexpr PageId kNoPage = -1;  // nobody sees what stood there
+inline constexpr PageId kNoPage = -1;    // nobody sees what stood there
+inline constexpr PageId kAwayPage = -2;  // its contents lie outside of the pool
 using SegmentId = int64_t;
 using ThreadId = int64_t;
 

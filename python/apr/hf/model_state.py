@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from apr.errors import InvalidInput
 from apr.hf.interface import Switch, configurations, members
-from apr.hf.latent import is_plain
 from apr.hf.ranks import RankGroup, group_of
 from apr.hf.spec import ModelSpec
 
@@ -67,8 +66,6 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
     return (
         tuple(map(id, modules)),
         tuple((id(t), t.dtype, t.device, t.shape) for t in tensors),
-        # A hook or a forward of its own decides whether a linear layer's weight says all of it.
-        tuple(isinstance(m, nn.Linear) and is_plain(m) for m in modules),
         tuple(map(_facts, configurations(model))),
     )
 
@@ -156,7 +153,7 @@ def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -
     """The measurement of a model, made now where there is none of it as it is."""
     with _LOCK:
         found, now = _KNOWN.get(model), structure(model)
-        if found is None or found.structure != now:
+        if found is None or found.structure != now or not found.spec.latents_hold(model):
             # The switch counts the forwards that run, so one model has one as long as its parts
             # stay.
             same = found is not None and found.structure[0] == now[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from apr.errors import UnsupportedRope
 from apr.hf.far import Reach
@@ -77,6 +78,16 @@ class ModelSpec:
         return size * sum(
             x.kv_heads * (x.head_dim + (0 if x.latent else x.head_dim_v)) for x in self.layers
         )
+
+    def latents_hold(self, model: nn.Module) -> bool:
+        """Whether the layers that latents go through are still what was measured."""
+        try:
+            for layer in self.layers:
+                if layer.latent is not None:
+                    layer.latent.linear_of(model)
+        except AttributeError:
+            return False
+        return True
 
     def make_pools(self, pages: int, page_size: int) -> list[Pool]:
         """A pool for each layer, of pages that hold nothing yet."""

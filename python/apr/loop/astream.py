@@ -63,7 +63,8 @@ async def _next(run: Stream) -> StreamStep:
 
 def _step(session: Session) -> None:
     """One step of all runs that wait; who is at fault gets the error, and the others go on."""
-    waiting = list(session.waiting)
+    # Those that found no room come last, and go on when others have ended.
+    waiting = sorted(session.waiting, key=lambda one: one[0].patient)
     session.waiting.clear()
     while waiting := [(run, future) for run, future in waiting if not future.done()]:
         guilty: list[Waiting] = []
@@ -77,8 +78,13 @@ def _step(session: Session) -> None:
                     _answer(future, error)
                 raise
         else:
-            for (_, future), step in zip(waiting, steps, strict=True):
+            for (run, future), step in zip(waiting, steps, strict=False):
+                run.patient = False
                 _answer(future, step)
+            if left := waiting[len(steps) :]:  # when the others have asked again, or ended
+                session.waiting += left
+                left[0][1].get_loop().call_soon(_step, session)
+            return
 
 
 def _answer(future: asyncio.Future[StreamStep], step: StreamStep | BaseException) -> None:
@@ -107,7 +113,8 @@ def _together(
     session: Session, waiting: Sequence[Waiting], guilty: list[Waiting]
 ) -> list[StreamStep | Exception]:
     """A step of several runs in one forward; what one of them raises before anything is committed
-    takes it back, and puts that one among the guilty.
+    takes it back, and puts that one among the guilty. The last runs are left out where not all find
+    room, and the session offloads.
     """
     parts: list[list[Thread]] = []
 
@@ -140,7 +147,10 @@ def _together(
         except OutOfPages:
             longest = max(range(len(parts)), key=lambda i: len(parts[i]))
             if not waiting[longest][0].make_wait():
-                raise
+                if len(waiting) < 2 or session.on_full != "offload":
+                    raise
+                waiting[-1][0].patient = True
+                waiting = waiting[:-1]
             collect()
     steps: list[StreamStep | Exception] = []
     for (run, _), part, choice in zip(waiting, parts, choices, strict=True):

@@ -79,6 +79,7 @@ class Stream:
         self._steps = 0
         self._rules: dict[Thread, Rules] = {}
         self.waiting: frozenset[Thread] = frozenset()  # for room, until others have ended
+        self.patient = False  # the same of a whole run, beside those of other tasks
         # Made once for each configuration, and for each length of a prompt.
         self._key = str(config.to_dict())
         self._warpers: dict[str, Any] = {}
@@ -103,6 +104,8 @@ class Stream:
 
     @property
     def _writing(self) -> dict[Thread, Rules]:
+        if not self.waiting:
+            return self._rules
         return {t: rules for t, rules in self._rules.items() if t not in self.waiting}
 
     def add(
@@ -160,9 +163,10 @@ class Stream:
         for thread in threads:
             self._history.leave(thread)
             del self._rules[thread]
-        # As many may take their place, in the order of the run.
-        waits = [thread for thread in self._rules if thread in self.waiting]
-        self.waiting = frozenset(waits[len(threads) :])
+        if self.waiting:  # as many as made room may take it, in the order of the run
+            made = sum(thread not in self.waiting for thread in threads)
+            waits = [thread for thread in self._rules if thread in self.waiting]
+            self.waiting = frozenset(waits[made:])
 
     def __iter__(self) -> Iterator[StreamStep]:
         while threads := self.going():
@@ -176,11 +180,13 @@ class Stream:
 
     def make_wait(self) -> bool:
         """Let the last threads wait until others have ended, where the session offloads; False
-        where it does not, or one is left. They take the same tokens as they would have: whose
-        company a thread is in changes nothing.
+        where it does not, or one is left. They take the same tokens as they would have, as company
+        changes nothing: threads that read what others are writing never wait.
         """
         writing = list(self._writing)
         if self.session.on_full != "offload" or len(writing) < 2:
+            return False
+        if self.session.table.ask().follows_others([thread._id for thread in writing]):
             return False
         self.waiting |= set(writing[-max(1, len(writing) // 8) :])
         return True
@@ -192,9 +198,9 @@ class Stream:
         threads = self.threads
         if len(threads) < len(self._rules):  # an interrupt came as some ended
             self._end([thread for thread in self._rules if thread not in threads])
-        if threads and self.waiting.issuperset(threads):
+        if self.waiting.issuperset(threads):
             self.waiting = frozenset()
-        return [thread for thread in threads if thread not in self.waiting]
+        return [t for t in threads if t not in self.waiting] if self.waiting else threads
 
     def choose(self, logits: Tensor) -> Choice:
         """A token for each thread, of their logits [threads, vocab]."""

@@ -75,7 +75,9 @@ def measure_width(
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
     session.table.need_logits("measure_width")
     vocab = session.spec.vocab_size
-    pages = session.table.ask().num_pages - session.stats.used_pages
+    pages = session.table.ask().num_pages
+    if session.on_full == "raise":  # else what is in use makes room
+        pages -= session.stats.used_pages
     room = pages - -(-context // session.page_size)
     possible = [w for w in sorted(set(widths)) if w <= room] or [1]
     root = session.thread([(7919 * i + 13) % vocab for i in range(context)])

@@ -1,22 +1,25 @@
 """Keys and values that wait outside of the pool while other threads need its pages: in the memory
-of the host, or beside a CPU's pool in a file that is mapped into memory.
+of the host, or beside a CPU's pool in files that are mapped into memory.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from apr import _core
-from apr.errors import InvalidInput
+from apr.errors import InvalidInput, OutOfPages
 from apr.hf.spec import ModelSpec
 from apr.ops import Pool
 
 ON_FULL = ("raise", "offload")
+_SLAB = 64 << 20  # bytes that are taken at once
 
 
 def check_on_full(on_full: object, spec: ModelSpec) -> None:
@@ -30,28 +33,73 @@ def check_on_full(on_full: object, spec: ModelSpec) -> None:
         )
 
 
+class _Slab:
+    """Room for so many pages, of every layer's pool."""
+
+    def __init__(self, sides: Sequence[Tensor], pages: int) -> None:
+        size = pages * sum(side[0].nbytes for side in sides)
+        if sides[0].device.type == "cpu":
+            memory = torch.frombuffer(_mapped(size), dtype=torch.uint8)
+        else:
+            memory = torch.empty(size, dtype=torch.uint8)
+        self.sides, at = [], 0
+        for side in sides:
+            part = memory[at : at + pages * side[0].nbytes]
+            self.sides.append(part.view(side.dtype).view(pages, *side.shape[1:]))
+            at += part.nbytes
+        self.free = set(range(pages))
+        self.pages = pages
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Memory of a file without a name, whose blocks are there: a full disk is told of now, and ends
+    no process later.
+    """
+    with tempfile.TemporaryFile() as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise OutOfPages(
+                f"offload: {tempfile.gettempdir()} has no {size >> 20} MiB for keys and values "
+                f"({error}); free some, or set TMPDIR to another folder"
+            ) from error
+
+
+@dataclass
+class _Kept:
+    """Where the pages of a segment lie: by their number in it."""
+
+    slab: _Slab
+    slots: dict[int, int]
+
+
 class Offload:
-    """Moves whole segments out of the pool and back, those first that were read longest ago."""
+    """Moves segments out of the pool and back, those first that were read longest ago."""
 
     def __init__(self, pools: Sequence[Pool]) -> None:
-        self._pools = pools
-        self._kept: dict[int, list[Tensor]] = {}  # a tensor for each side of each layer's pool
+        self._sides = list({id(x): x for pool in pools for x in (pool.k, pool.v)}.values())
+        self._page_bytes = sum(side[0].nbytes for side in self._sides)
+        self._slabs: list[_Slab] = []
+        self._kept: dict[int, _Kept] = {}
 
     def make_room(
         self, core: _core.ThreadTable, threads: Sequence[int], handles: Sequence[int] = ()
     ) -> None:
-        """Have all in the pool that a step of these threads reads, and what those segments need,
-        and pages for what is written. Nothing is lost wherever an interrupt comes. Raises
-        OutOfPages where what is away has no room.
+        """Have all in the pool that a step of these threads reads, or what these segments need, and
+        pages for what it writes, as far as that is possible. Nothing is lost wherever an interrupt
+        comes. Raises OutOfPages where what is away has no room.
         """
-        for number in [n for n in self._kept if not core.away_pages(n)]:
-            del self._kept[number]  # it went, or came back
-        segments, pages = core.needs_of(threads, handles)
-        away = [number for number in segments if core.away_pages(number)]
+        pages, away = core.needs_of(threads, handles)
+        if self._kept:
+            self._prune(core)
         if not away and pages <= core.free_pages:
             return
         core.make_room(pages)
-        for number in core.idle_segments(segments) if pages > core.free_pages else ():
+        for number in core.idle_segments() if pages > core.free_pages else ():
             self._send(core, number)
             if pages <= core.free_pages:
                 break
@@ -60,50 +108,42 @@ class Offload:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that lie outside of the pool."""
-        return sum(x.nbytes for kept in self._kept.values() for x in kept)
+        """Bytes that are taken outside of the pool."""
+        return sum(slab.pages for slab in self._slabs) * self._page_bytes
 
-    def _sides(self) -> list[Tensor]:
-        sides = {id(side): side for pool in self._pools for side in (pool.k, pool.v)}
-        return list(sides.values())
+    def _prune(self, core: _core.ThreadTable) -> None:
+        for number in [n for n in self._kept if not core.away_pages(n)]:
+            kept = self._kept[number]  # it went, came back, or was not sent after all
+            kept.slab.free.update(kept.slots.values())
+            del self._kept[number]
+        self._slabs = [slab for slab in self._slabs if len(slab.free) < slab.pages]
 
     def _send(self, core: _core.ThreadTable, number: int) -> None:
         if core.away_pages(number):  # it was on its way back, when something came between
             core.send_away(number)
             return
-        pages = torch.tensor(core.segment_pages(number), dtype=torch.long)
-        sides = self._sides()
-        room = _Room(len(pages) * sum(side[0].nbytes for side in sides), sides[0].device.type)
-        kept = []
-        for side in sides:
-            place = room.take((len(pages), *side.shape[1:]), side.dtype)
-            place.copy_(side[pages.to(side.device)])
-            kept.append(place)
-        self._kept[number] = kept
+        here = [(i, page) for i, page in enumerate(core.segment_pages(number)) if page >= 0]
+        slab = self._slab_for(len(here))
+        slots = sorted(slab.free)[: len(here)]
+        self._kept[number] = _Kept(slab, dict(zip((i for i, _ in here), slots, strict=True)))
+        slab.free.difference_update(slots)
+        from_, to = torch.tensor([page for _, page in here]), torch.tensor(slots)
+        for side, place in zip(self._sides, slab.sides, strict=True):
+            place[to] = side[from_.to(side.device)].to(place.device)
         core.send_away(number)
 
     def _bring(self, core: _core.ThreadTable, number: int) -> None:
-        pages = torch.tensor(core.make_place(number), dtype=torch.long)
-        for side, kept in zip(self._sides(), self._kept[number], strict=True):
-            side[pages.to(side.device)] = kept[: len(pages)].to(side.device)
+        pages, kept = torch.tensor(core.make_place(number)), self._kept[number]
+        away = [i for i, page in enumerate(core.segment_pages(number)) if page == _core.AWAY_PAGE]
+        slots = torch.tensor([kept.slots[i] for i in away])
+        for side, place in zip(self._sides, kept.slab.sides, strict=True):
+            side[pages.to(side.device)] = place[slots].to(side.device)
         core.bring_back(number)
-        del self._kept[number]
 
-
-class _Room:
-    """Bytes outside of a pool; beside one on the CPU, in a file without a name."""
-
-    def __init__(self, size: int, device: str) -> None:
-        if device == "cpu":
-            with tempfile.TemporaryFile() as file:
-                file.truncate(size)
-                self._bytes = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
-        else:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._taken = 0
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = dtype.itemsize * torch.Size(shape).numel()
-        part = self._bytes[self._taken : self._taken + count]
-        self._taken += count
-        return part.view(dtype).view(shape)
+    def _slab_for(self, pages: int) -> _Slab:
+        for slab in self._slabs:
+            if len(slab.free) >= pages:
+                return slab
+        slab = _Slab(self._sides, max(pages, _SLAB // self._page_bytes))
+        self._slabs.append(slab)
+        return slab

@@ -175,7 +175,8 @@ class Session:
         self._graphs = None
         if now.spec != self.spec or not self.pools:
             self._arena.close()
-            self.pools = []  # let go before others are made; where that fails, refresh again
+            # Let go before others are made; where that fails, refresh again.
+            self.pools, self.table.offload = [], None
             self._make_pools(now.spec, table.num_pages)
         self.attachment = now
         self.table.renew(now.spec)

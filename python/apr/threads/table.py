@@ -61,6 +61,7 @@ class ThreadTable:
     def close(self) -> None:
         """Let the core's table go; safe to call twice."""
         self._core = None
+        self.offload = None
         self.logits.clear()
         self.vectors.clear()
         self.states = None
