@@ -179,6 +179,22 @@ def test_saved_from_where_it_lies(llama, tmp_path):
         assert distance(s.step([named["first"]])[0], want) < CLOSE
 
 
+def test_saved_with_what_its_queued_tokens_will_see(llama, tmp_path):
+    with apr.Session(llama, **SMALL) as s:
+        first = s.segment(tokens(60))
+        second = s.segment(tokens(40, seed=1), after=[first])
+        reader = s.thread([5], view=[(second, 0, 20)])
+        s.step([reader])
+        s.step([s.thread(tokens(150, seed=2))])  # both texts go
+        assert s.stats.offloaded_pages > 0
+        s.save(tmp_path / "one", {"reader": reader, "second": second})
+        s.check()
+    opened, named = apr.Session.open(tmp_path / "one", llama, max_tokens=512)
+    with opened as s:
+        whole = s.thread([6], view=[(named["second"], None)])
+        assert torch.isfinite(s.step([whole])).all()
+
+
 @pytest.mark.skipif(_core.gpu(True) is None, reason="built without the emulated GPU")
 def test_replayed_steps_find_their_pages(llama):
     emulate(90)

@@ -311,11 +311,11 @@ void bind_table(py::module_& module) {
       .def(
           "needs_of",
           [](ThreadTable& t, const std::vector<ThreadId>& threads,
-             const std::vector<SegmentId>& handles) {
-            const StepNeeds needs = t.needs_of(threads, handles);
+             const std::vector<SegmentId>& handles, bool all_of_it) {
+            const StepNeeds needs = t.needs_of(threads, handles, all_of_it);
             return std::make_tuple(needs.pages, needs.away);
           },
-          py::arg("threads"), py::arg("handles"))
+          py::arg("threads"), py::arg("handles"), py::arg("all_of_it"))
       .def("idle_segments", &ThreadTable::idle_segments)
       .def("follows_others", &ThreadTable::follows_others, py::arg("threads"))
       .def("send_away", &ThreadTable::send_away)

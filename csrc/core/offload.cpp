@@ -9,7 +9,7 @@
 namespace apr {
 
 StepNeeds ThreadTable::needs_of(const std::vector<ThreadId>& threads,
-                                const std::vector<SegmentId>& handles) {
+                                const std::vector<SegmentId>& handles, bool all_of_it) {
   StepNeeds needs;
   std::unordered_map<SegmentId, int64_t> runs;  // up to which token, of what has to run
   std::vector<const std::vector<Entry>*> open;
@@ -19,6 +19,10 @@ StepNeeds ThreadTable::needs_of(const std::vector<ThreadId>& threads,
     if (segment.read_last != reading_ && segment.away_pages > 0) {
       needs.pages += segment.away_pages - std::ssize(segment.place);
       needs.away.push_back(id);
+    }
+    if (all_of_it && segment.read_last != reading_ && segment.queued() > 0) {
+      open.push_back(&segment.context);
+      if (segment.writer != kNone) open.push_back(&at(segment.writer).view);
     }
     segment.read_last = reading_;
   };
@@ -39,10 +43,7 @@ StepNeeds ThreadTable::needs_of(const std::vector<ThreadId>& threads,
     open.push_back(&at(id).view);
     run(at(id).tail, segments_.at(at(id).tail).length());
   }
-  for (const SegmentId id : handles) {
-    read(id);
-    open.push_back(&segments_.at(id).context);
-  }
+  for (const SegmentId id : handles) read(id);
   while (!open.empty()) {
     const std::vector<Entry>& view = *open.back();
     open.pop_back();

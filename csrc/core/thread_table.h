@@ -138,7 +138,9 @@ class ThreadTable {
   // Contents of pages that lie elsewhere while others need the pages (offload.cpp): who moves them
   // asks what a step needs, and which other segments nobody has read for longest, copies their
   // pages and sends them away; or makes place, fills it, and brings them back.
-  StepNeeds needs_of(const std::vector<ThreadId>& threads, const std::vector<SegmentId>& handles);
+  // `all_of_it`: to be saved, with all that their queued tokens will see.
+  StepNeeds needs_of(const std::vector<ThreadId>& threads, const std::vector<SegmentId>& handles,
+                     bool all_of_it);
   std::vector<SegmentId> idle_segments() const;  // but those that were needed last
   void send_away(SegmentId id);
   std::vector<PageId> make_place(SegmentId id);  // of each page that is away; throws kOutOfPages

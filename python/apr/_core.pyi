@@ -418,6 +418,7 @@ class ThreadTable:
         self,
         threads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         handles: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        all_of_it: bool,
     ) -> tuple[int, list[int]]: ...
     def own_length(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     def own_tokens(

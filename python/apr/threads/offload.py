@@ -87,13 +87,13 @@ class Offload:
         self._kept: dict[int, _Kept] = {}
 
     def make_room(
-        self, core: _core.ThreadTable, threads: Sequence[int], handles: Sequence[int] = ()
+        self, core: _core.ThreadTable, threads: Sequence[int], saved: Sequence[int] | None = None
     ) -> None:
-        """Have all in the pool that a step of these threads reads, or what these segments need, and
-        pages for what it writes, as far as that is possible. Nothing is lost wherever an interrupt
-        comes. Raises OutOfPages where what is away has no room.
+        """Have all in the pool that a step of these threads reads, and pages for what it writes, as
+        far as that is possible; with segments `saved`, all that a file of both holds. Nothing is
+        lost wherever an interrupt comes. Raises OutOfPages where what is away has no room.
         """
-        pages, away = core.needs_of(threads, handles)
+        pages, away = core.needs_of(threads, saved or (), saved is not None)
         if self._kept:
             self._prune(core)
         if not away and pages <= core.free_pages:
