@@ -106,7 +106,12 @@ class Linears:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Linears:
-        self._handles = [x.register_forward_hook(self._see) for x in self._watched]
+        try:
+            for linear in self._watched:
+                self._handles.append(linear.register_forward_hook(self._see))
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
@@ -115,6 +120,9 @@ class Linears:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         for handle in self._handles:
             handle.remove()
 

@@ -144,6 +144,7 @@ class Offload:
         for slab in self._slabs:
             if len(slab.free) >= pages:
                 return slab
-        slab = _Slab(self._sides, max(pages, _SLAB // self._page_bytes))
+        usual = min(_SLAB // self._page_bytes, len(self._sides[0]))  # a small pool wants little
+        slab = _Slab(self._sides, max(pages, usual))
         self._slabs.append(slab)
         return slab
