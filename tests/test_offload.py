@@ -243,7 +243,7 @@ def test_many_that_wait_take_few_files(llama):
         for thread in threads:
             s.step([thread])
         assert s.stats.offloaded_pages > 100
-        assert len(os.listdir("/proc/self/fd")) - before <= 2
+        assert len(os.listdir("/proc/self/fd")) - before <= 5
         pool = weakref.ref(s.pools[0].k)
     assert pool() is None  # nor does what is away hold the pool
 

@@ -144,7 +144,8 @@ class Offload:
         for slab in self._slabs:
             if len(slab.free) >= pages:
                 return slab
-        usual = min(_SLAB // self._page_bytes, len(self._sides[0]))  # a small pool wants little
-        slab = _Slab(self._sides, max(pages, usual))
+        # A small pool wants little, and one that lends much few files.
+        usual = len(self._sides[0]) + sum(slab.pages for slab in self._slabs)
+        slab = _Slab(self._sides, max(pages, min(usual, _SLAB // self._page_bytes)))
         self._slabs.append(slab)
         return slab
