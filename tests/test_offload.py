@@ -269,6 +269,21 @@ def test_what_was_dropped_needs_no_room_and_no_way_back(llama):
         s.check()
 
 
+def test_what_nobody_sees_any_more_does_not_come_back(llama):
+    with apr.Session(llama, **SMALL) as s:
+        text = s.segment(tokens(60))
+        reader, other = s.thread([1], view=[text]), s.thread([2], view=[(text, 0, 0)])
+        del text
+        s.step([reader])
+        large = s.thread(tokens(180, seed=2))
+        s.step([large])
+        assert s.stats.offloaded_pages >= 4
+        reader.release()  # the other lists the text, and sees none of it
+        other.extend(tokens(20))
+        s.step([other])
+        s.check()
+
+
 def test_queued_tokens_of_others_are_not_asked_for(llama):
     with apr.Session(llama, **SMALL) as s:
         private, region = s.segment(tokens(150)), s.region()

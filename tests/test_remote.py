@@ -401,6 +401,9 @@ def test_threads_of_an_engine(serve, tok):
         assert root.tokens == [*tok(PROMPT).input_ids, 7, 8]
         with pytest.raises(apr.UnsupportedModel, match="reencode"):
             root.join([kids[1]])
+        whole = kids[1].tokens
+        kids[1].drop(1, 3)  # of text alone: its server will run what is left
+        assert kids[1].tokens == [whole[0], *whole[3:]] and root.tokens[:3] == whole[:3]
         for call in (engine.segment, engine.region):
             with pytest.raises(apr.UnsupportedModel):
                 call([1])

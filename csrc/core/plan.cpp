@@ -25,7 +25,8 @@ void Plan::clear(int64_t page_size_in_tokens) {
 }
 
 int32_t Plan::add_segment(const std::vector<PageId>& pages) {
-  for (const PageId page : pages) page_table.push_back(std::max(page, 0));  // no row sees kNoPage
+  for (const PageId page : pages)
+    page_table.push_back(std::max(page, 0));  // no row sees what has none
   segment_pages.push_back(static_cast<int32_t>(page_table.size()));
   return static_cast<int32_t>(segment_pages.size()) - 2;
 }

@@ -27,9 +27,9 @@ struct Segment {
   int64_t encoded = 0;          // tokens [0, encoded) have keys and values; the rest is queued
   std::vector<int32_t> tokens;  // copied ones first, then token 0, 1, ...
   std::vector<PageId> pages;    // or kNoPage, kAwayPage
-  int64_t dropped_pages = 0;    // how many
-  int64_t away_pages = 0;       // how many are kAwayPage,
-  std::vector<PageId> place;    // and where they come back to
+  int64_t dropped_pages = 0;    // how many are kNoPage
+  int64_t away_pages = 0;       // how many are kAwayPage
+  std::vector<PageId> place;    // for these, while they come back
   uint64_t read_last = 0;       // by which of the steps that offload
   SegmentStates states;         // of recurrent layers, where the model has some
   ThreadId writer = kNone;
@@ -89,7 +89,7 @@ class SegmentStore {
 
   void grow_pages(Segment& segment, int64_t slots);    // throws kOutOfPages, keeps what it got
   void shrink_pages(Segment& segment, int64_t slots);  // drops pages past `slots`
-  void free_place(Segment& segment);
+  void free_place(Segment& segment);               // where pages that are away were to come back to
   void drop_page(Segment& segment, size_t index);  // frees one; the segment does without
   LayerStates& states() { return states_; }
   void drop_states_after(Segment& segment, int64_t count);

@@ -55,12 +55,9 @@ class Attachment:
         return self._known.spec
 
     def linears(self) -> list[nn.Linear | None]:
-        """Of each layer that keeps latents, the linear layer that they go through; raises
-        UnsupportedModel where one is not what was measured.
-        """
-        latents = [layer.latent for layer in self.spec.layers]
+        """`ModelSpec.linears` of the model; raises UnsupportedModel where it is another one."""
         try:
-            return [None if x is None else x.linear_of(self.model) for x in latents]
+            return self.spec.linears(self.model)
         except AttributeError as error:
             raise changed(self.model, f"others (of {error})") from error
 

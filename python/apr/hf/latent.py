@@ -8,9 +8,9 @@ share. Kernels weigh that part among the values too, where it is not looked at, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -64,10 +64,10 @@ class Latent:
         value too.
         """
         weight = self._heads(linear, q.shape[1], q.dtype)[:, : self.part]
-        turned = torch.matmul(q[..., : self.part], weight)
+        absorbed = torch.matmul(q[..., : self.part], weight)
         kept = latent.reshape(q.shape[0], 1, q.shape[2], self.rank).to(q.dtype)
         kept = torch.cat([kept, k[:, :1, :, self.part :]], -1)
-        return torch.cat([turned, q[..., self.part :]], -1), kept
+        return torch.cat([absorbed, q[..., self.part :]], -1), kept
 
     def expand(self, linear: nn.Linear, out: Tensor) -> Tensor:
         """Sums of what is kept [lines, tokens, heads, rank + rest] -> of values [lines, tokens,
@@ -90,46 +90,32 @@ class Latent:
 
 
 class Linears:
-    """Sees what the linear layers inside of attention modules read and write, while entered."""
+    """What the linear layers inside of attention modules read and wrote, while watched."""
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         # What adapters wrap is not the layer's own child: its output is not all of theirs.
-        self._watched = {
+        self._modules = {
             linear: id(module)
             for module in modules
             for linear in module.children()
             if is_plain(linear)
         }
         self._ident = threading.get_ident()
-        self.seen: dict[int, list[tuple[str, nn.Linear, Tensor, Tensor]]] = {}
-        self._handles: list[Any] = []
+        self._seen: dict[int, list[tuple[str, nn.Linear, Tensor, Tensor]]] = {}
 
-    def __enter__(self) -> Linears:
-        try:
-            for linear in self._watched:
-                self._handles.append(linear.register_forward_hook(self._see))
-        except BaseException:
-            self._leave()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the forwards of this Python thread."""
+        with ExitStack() as hooks:
+            for linear in self._modules:
+                hooks.callback(linear.register_forward_hook(self._see).remove)
+            yield
 
     def _see(self, linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
         if threading.get_ident() != self._ident:  # a call of the user's own meanwhile
             return
-        seen = self.seen.setdefault(self._watched[linear], [])
+        seen = self._seen.setdefault(self._modules[linear], [])
         given, out = (local_part(x.detach()) for x in (args[0], out))
         seen.append((self._names[id(linear)], linear, given, out))
 
@@ -138,7 +124,7 @@ class Linears:
         keeping it would not save memory. q, k, v: [1, heads, tokens, dim].
         """
         _, heads, tokens, dim = k.shape
-        for name, linear, given, out in self.seen.get(id(module), ()):
+        for name, linear, given, out in self._seen.get(id(module), ()):
             part = out.shape[-1] // heads - v.shape[-1]
             rank, rest = given.shape[-1], dim - part
             if (

@@ -149,11 +149,22 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary(
 _LOCK = threading.Lock()
 
 
+def _absorbs(model: PreTrainedModel, spec: ModelSpec) -> bool:
+    """Whether the weights that stand for layers still say all of them: a hook is no part of the
+    structure.
+    """
+    try:
+        spec.linears(model)
+    except AttributeError:
+        return False
+    return True
+
+
 def known(model: PreTrainedModel, measure: Callable[[Any, Switch], ModelSpec]) -> Known:
     """The measurement of a model, made now where there is none of it as it is."""
     with _LOCK:
         found, now = _KNOWN.get(model), structure(model)
-        if found is None or found.structure != now or not found.spec.latents_hold(model):
+        if found is None or found.structure != now or not _absorbs(model, found.spec):
             # The switch counts the forwards that run, so one model has one as long as its parts
             # stay.
             same = found is not None and found.structure[0] == now[0]

@@ -314,7 +314,8 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     places = torch.tensor(rope.PROBE_POSITIONS, device=device)[:, None]
     turning, _ = _probe_forward(model, switch, torch.full((rows, 1), token, device=device), places)
     line = torch.arange(3, device=device)[None]
-    with Linears(model, [call.module for call in turning.calls]) as linears:
+    linears = Linears(model, [call.module for call in turning.calls])
+    with linears.watched():
         masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
     _check_logits(model, logits, line, vocab_size)
     _check_devices(model, [call.q.device for call in turning.calls])

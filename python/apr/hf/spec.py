@@ -79,15 +79,11 @@ class ModelSpec:
             x.kv_heads * (x.head_dim + (0 if x.latent else x.head_dim_v)) for x in self.layers
         )
 
-    def latents_hold(self, model: nn.Module) -> bool:
-        """Whether the layers that latents go through are still what was measured."""
-        try:
-            for layer in self.layers:
-                if layer.latent is not None:
-                    layer.latent.linear_of(model)
-        except AttributeError:
-            return False
-        return True
+    def linears(self, model: nn.Module) -> list[nn.Linear | None]:
+        """Of each layer that keeps latents, the linear layer that they go through; raises
+        AttributeError where one is not what was measured.
+        """
+        return [None if x.latent is None else x.latent.linear_of(model) for x in self.layers]
 
     def make_pools(self, pages: int, page_size: int) -> list[Pool]:
         """A pool for each layer, of pages that hold nothing yet."""

@@ -23,7 +23,7 @@ class ServedSpec:
     """Where a session has what was measured of its model."""
 
     vocab_size: int = 1 << 31
-    can_rotate: bool = False
+    can_rotate: bool = True  # there are no keys to turn
     states: None = None
     bytes_per_token: int = 0
 

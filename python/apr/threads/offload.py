@@ -93,12 +93,13 @@ class Offload:
         far as that is possible; with segments `saved`, all that a file of both holds. Nothing is
         lost wherever an interrupt comes. Raises OutOfPages where what is away has no room.
         """
-        pages, away = core.needs_of(threads, saved or (), saved is not None)
+        asked = threads, saved or (), saved is not None
+        pages, away = core.needs_of(*asked)
         if self._kept:
             self._prune(core)
-        if not away and pages <= core.free_pages:
-            return
-        core.make_room(pages)
+        if pages > core.free_pages:
+            core.make_room(pages)
+            pages, away = core.needs_of(*asked)  # what nobody sees needs no way back
         for number in core.idle_segments() if pages > core.free_pages else ():
             self._send(core, number)
             if pages <= core.free_pages:
