@@ -46,6 +46,7 @@ def test_what_is_measured():
         "lfm2": (True, False),
         "falcon_h1": (True, False),
         "jamba": (True, True),
+        "minimax": (True, True),
         "mamba": (True, True),
         "bloom": (False, False),
         "bart": (False, False),

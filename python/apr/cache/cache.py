@@ -12,14 +12,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from apr import ops
 from apr.cache.call import Call, common_columns, follow, hide, read_call
 from apr.cache.forward import BatchForward, Step
 from apr.cache.hooks import After, Before
-from apr.cache.states import BatchStates, layers_of
+from apr.cache.states import BatchStates, exchange, layers_of
 from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
 from apr.hf.compatibility import asked_by_whole_prefill, describe, in_prefill
-from apr.hf.packed import changed
+from apr.hf.packed import changed, plan_of
 from apr.hf.probe import counts_padding
 from apr.threads.session import Session
 from apr.threads.thread import Thread
@@ -52,7 +51,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _open(self, session: Session, sharers: weakref.WeakSet[Cache], share_rows: bool) -> None:
         self._states = None if session.spec.states is None else BatchStates(session)
-        super().__init__(layers=layers_of(self, session, self._states))
+        super().__init__(layers=layers_of(self, session))
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
         # [batch, length]: which places are no padding.
@@ -75,7 +74,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def close(self) -> None:
         """Free the pages; safe to call twice."""
         if self._step is not None:
-            self._after(False)
+            self._after()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -167,6 +166,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 )
             step.replace([kid for thread in step.threads for kid in thread.fork(times)])
             step.stored = step.stored.repeat_interleave(times, 0)
+        masked = call.arguments.get("attention_mask") is not None
+        if step.threads and not (masked or self.session.spec.takes_positions):
+            call.past = step.stored  # states alone: what they have read needs no mask
         if step.threads and not torch.equal(call.past, step.stored):
             step.trim(hide(step.threads, step.stored, call.past))
             step.stored = call.past
@@ -182,10 +184,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 "apr.Cache: it holds images or embeddings, and this prompt brings none to compare; "
                 "feed the new tokens alone with the whole attention_mask, or call reset()"
             )
-        if batch % rows or extras or call.positions is None or not call.spare_columns:
+        if batch % rows or extras or not call.spare_columns:
             return self._forget_rows(step)
         if batch != rows:
             step.replace([k for thread in step.threads for k in thread.fork(batch // rows)])
+        call.positions = self._positions(call)
         columns, kept = common_columns(call, step.threads)
         if self._states is not None and (self._states.spec.one_token or not all(kept)):
             return self._forget_rows(step)
@@ -202,6 +205,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """[batch, width] positions: those given, or those that the model would give."""
         if call.positions is not None:
             return call.positions
+        if not self.session.spec.takes_positions:
+            return call.own_positions(counts_padding=False)
         if self._counts_padding is None and not (call.real.all() and call.past.all()):
             self._counts_padding = counts_padding(self.session.attachment.model)
         return call.own_positions(self._counts_padding is not False)
@@ -220,16 +225,15 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if step.queued:
             step.core = session.begin_step(list(step.queued), 1 << 40, step)
             session.next_forward(step.core)
-            pages = (session.pools[0].num_pages, session.pools[0].page_size)
-            plan = ops.Plan(step.core.plan, invariant=session.invariant, pages=pages)
-            for pool in session.pools if step.core.plan.num_copies else ():
-                ops.copy_tokens(pool, plan)
+            plan = plan_of(step.core, session.pools, session.invariant)
             if self._states is not None:
-                self._states.load(self, step, call.width)
+                name = next(name for name, given in call.arguments.items() if given is self)
+                call.arguments[name] = self._states.lend(step, call.width)
         step.extras = bool(call.extras())
         step.now = call.real
         arguments, device = call.arguments, session.spec.device
-        arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
+        if session.spec.takes_positions:
+            arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
         arguments["use_cache"] = True
         if call.spare_columns and session.spec.keeps_rows:
             # As numbers: a model that is told "the last one" may leave rows out of its last layers.
@@ -239,32 +243,36 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         step.forward.start()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _finish(self, finished: bool) -> None:
-        """End this Python thread's forward, or take it back; another's is not ours to end.
+    def _finish(self, output: Any = None) -> Any:
+        """End this Python thread's forward, whose output is returned with this cache in it, or,
+        without one, take it back; another's is not ours to end.
 
         torch calls no hook after a KeyboardInterrupt: then whoever uses the cache next takes back
         what is left.
         """
         if self._step is not None and self._step.ident == threading.get_ident():
-            self._after(finished)
+            return self._after(output)
+        return None
 
-    def _after(self, finished: bool) -> None:
+    def _after(self, output: Any = None) -> Any:
         step = self._step
         assert step is not None
         try:
-            if not finished or step.forward is None:
+            if output is None or step.forward is None:
                 step.take_back(self.session)
-                return
+                return None
             step.forward.stop()
             if not step.forward.is_complete:
                 raise changed(self.session.model, "fewer")
             if self._states is not None:
-                self._states.keep(self, step)
+                left, output = exchange(output, self)
+                self._states.keep(step, left)
             self.session.end_step(step.core, step, commit=True)
             rows, stored = step.rows_of(), torch.cat([step.stored, step.now], 1)
             self.threads, self._stored, step.settled = rows, stored, True
             self._embedded = step.extras or (self._embedded and bool(step.stored.numel()))
             step.let_go(rows)
+            return output
         except BaseException:
             step.take_back(self.session)
             raise
@@ -336,7 +344,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
         Where the model was changed, all threads of the session are released, those of copies too.
         """
-        self._finish(False)
+        self._finish()
         self._forget()
         if not self.session.attachment.is_current:
             self.session.refresh()

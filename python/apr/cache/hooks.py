@@ -93,7 +93,7 @@ class Before(_Hook):
             return None
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if cache._step is not None:
-            cache._finish(False)
+            cache._finish()
         if cache_of(arguments) is cache:
             return (), cache._before(module, arguments)
         if cache.session.spec.position_limit is not None:
@@ -102,7 +102,6 @@ class Before(_Hook):
 
 
 class After(_Hook):
-    def __call__(self, module: Any, args: Any, *rest: Any) -> None:
+    def __call__(self, module: Any, args: Any, *rest: Any) -> Any:
         cache = self._cache()
-        if len(rest) == 2 and cache is not None and cache_of(rest[0]) is cache:
-            cache._finish(rest[1] is not None)
+        return cache._finish(rest[-1]) if len(rest) == 2 and cache is not None else None

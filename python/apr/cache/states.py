@@ -1,17 +1,17 @@
-"""Layer states of a batch: layers of a model's own cache, filled before a forward, then kept."""
+"""Layer states of a batch: a cache of the model's own, lent to a forward and kept after it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+import transformers
 
 from apr.cache.hooks import Layer
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.cache_rows import leaves, rebuild
 from apr.hf.compatibility import CACHE_ARGUMENTS
-from apr.hf.layer_states import empty_cache, lend
+from apr.hf.layer_states import adopt, empty_cache, lend
 
 if TYPE_CHECKING:
     from apr.cache.cache import Cache
@@ -26,31 +26,13 @@ class BatchStates:
     def __init__(self, session: Session) -> None:
         states = session.spec.states
         assert states is not None
-        # generate() shows by the positions that it gives whether a prompt is whole.
-        ordinary = states.argument in CACHE_ARGUMENTS and session.spec.takes_positions
-        if not (states.attends and states.starts_empty and ordinary):
+        if not states.attends or states.argument not in CACHE_ARGUMENTS:
             raise UnsupportedModel(
                 f"apr.Cache: {type(session.attachment.model).__name__} runs with its own kind of "
                 "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
                 "or the model's own cache"
             )
         self._session, self.spec = session, states
-
-    def _empty(self) -> Any:
-        return empty_cache(self._session.attachment.model, self.spec)
-
-    def layers(self, cache: Cache) -> list[Any]:
-        """Layers for a cache that holds nothing yet."""
-        return [
-            layer
-            if self._holds_states(layer) or not isinstance(layer, CacheLayerMixin)
-            else Layer(cache, i, bool(getattr(layer, "is_sliding", False)))
-            for i, layer in enumerate(self._empty().layers)
-        ]
-
-    @staticmethod
-    def _holds_states(layer: Any) -> bool:
-        return isinstance(layer, LinearAttentionCacheLayerMixin)
 
     def check(self, call: Call, step: Step) -> None:
         """Raise InvalidInput for padding that would enter a row's state: what a row reads is one
@@ -70,8 +52,10 @@ class BatchStates:
             "padding on the left of the first call alone"
         )
 
-    def load(self, cache: Cache, step: Step, width: int) -> None:
-        """Give the layers of `cache` what the rows of a step of `width` columns begin with."""
+    def lend(self, step: Step, width: int) -> Any:
+        """A cache of the model's own that holds what the rows of a step of `width` columns begin
+        with; None where the model makes one.
+        """
         assert step.core is not None
         starts = [step.core.starts[owner] for owner in step.owners]
         if min(starts) < 0 <= max(starts):
@@ -87,19 +71,17 @@ class BatchStates:
             )
         held = self._session.table.states
         assert held is not None
-        given = self._empty() if starts[0] < 0 else lend(held.gather(starts), self.spec)
-        for i, layer in enumerate(given.layers):
-            if self._holds_states(layer):
-                cache.layers[i] = layer
+        if starts[0] >= 0:
+            return lend(held.gather(starts), self.spec)
+        if not self.spec.starts_empty:
+            return None
+        return empty_cache(self._session.attachment.model, self.spec)
 
-    def keep(self, cache: Cache, step: Step) -> None:
-        """Hold what a forward left in the layers of `cache`, a row for each thread."""
+    def keep(self, step: Step, after: Any) -> None:
+        """Hold what a forward left in its cache, a row for each thread."""
         held = self._session.table.states
         assert held is not None and step.core is not None
-        after = self._empty()
-        for i, layer in enumerate(cache.layers):
-            if self._holds_states(layer):
-                after.layers[i] = layer
+        after = adopt(after, self.spec.attends)
         rows = [step.owners.index(i) for i in range(len(step.threads))]
         if len(rows) < len(step.owners):
             at = torch.tensor(rows, device=leaves(after)[0].device)
@@ -109,9 +91,18 @@ class BatchStates:
         held.put([end if end >= 0 else None for end in step.core.ends], after)
 
 
-def layers_of(cache: Cache, session: Session, states: BatchStates | None) -> list[Any]:
+def exchange(output: Any, cache: Cache) -> tuple[Any, Any]:
+    """The cache in a forward's output, and that output with `cache` in its place."""
+    pairs = output.items() if isinstance(output, dict) else enumerate(output)
+    name, found = next((k, x) for k, x in pairs if isinstance(x, transformers.Cache))
+    if isinstance(output, tuple):
+        return found, (*output[:name], cache, *output[name + 1 :])
+    output[name] = cache
+    return found, output
+
+
+def layers_of(cache: Cache, session: Session) -> list[Layer]:
     """What transformers asks of each layer of a cache that holds nothing yet."""
-    if states is not None:
-        return states.layers(cache)
-    windows = [layer.window or layer.chunk for layer in session.spec.layers]
+    # Of a cache without attention generate() asks nothing, and feeds a whole prompt again.
+    windows = [layer.window or layer.chunk for layer in session.spec.layers] or [None]
     return [Layer(cache, i, window is not None) for i, window in enumerate(windows)]

@@ -209,6 +209,15 @@ def run_step(
     return ran
 
 
+def plan_of(step: _core.Step, pools: Sequence[ops.Pool], invariant: bool) -> ops.Plan:
+    """The plan of a step's next forward, with the copies that it begins with made."""
+    pages = (pools[0].num_pages, pools[0].page_size) if pools else None
+    plan = ops.Plan(step.plan, invariant=invariant, pages=pages)
+    for pool in pools if step.plan.num_copies else ():
+        ops.copy_tokens(pool, plan)
+    return plan
+
+
 def _run_forward(
     step: _core.Step,
     attachment: Attachment,
@@ -220,14 +229,11 @@ def _run_forward(
 ) -> None:
     if held is not None:
         held.drop_freed(step)
-    pages = (pools[0].num_pages, pools[0].page_size) if pools else None
-    plan = ops.Plan(step.plan, invariant=invariant, pages=pages)
+    plan = plan_of(step, pools, invariant)
     furthest = int(plan.core.positions.max())
     attachment.spec.check_step(furthest, plan.num_rows)
     if plan.turns:
         attachment.spec.check_turn(max(furthest, plan.core.furthest_view))
-    for pool in pools if step.plan.num_copies else ():
-        ops.copy_tokens(pool, plan)
     wanted = step.logits_rows
     rows = sorted({row for _, row in wanted}) or [plan.num_rows - 1]  # as threads were given
     began = time.perf_counter()
