@@ -167,11 +167,13 @@ def random_weights(model: Any, seed: int = 1) -> Any:
     return model.eval()
 
 
-def build(name: str, seed: int = 1) -> Any:
+def build(name: str, seed: int = 1, **settings: Any) -> Any:
     import copy
 
     known = {**{n: family.config for n, family in FAMILIES.items()}, **MORE, **STATES}
     config = copy.deepcopy(known[name])
+    for setting, value in settings.items():
+        setattr(config, setting, value)
     torch.manual_seed(seed)
     model = random_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
     if (

@@ -77,14 +77,8 @@ def tokenizer(whole=tuple(WORDS[::2])):
     return made
 
 
-def model(tok, seed=1):
-    import copy
-
-    config = copy.deepcopy(families.FAMILIES["llama"].config)
-    config.vocab_size = len(tok)
-    from transformers import LlamaForCausalLM
-
-    return families.random_weights(LlamaForCausalLM(config), seed)
+def model(tok, seed=1, name="llama"):
+    return families.build(name, seed, vocab_size=len(tok))
 
 
 def play(session, tok, prompt, grammar, script, budget=None):

@@ -14,6 +14,7 @@ import scripted
 from apr.hf import cache_rows, layer_states
 from conftest import built
 from models import CLOSE, FAR, STATES, distance, stock, tokens
+from protocol_scripts import SCRIPTS
 
 PROMPT, A, B, C = tokens(21, 0), tokens(9, 1), tokens(6, 2), tokens(5, 3)
 # Chunks of a recurrence add up in another order than its single steps: over sixty edits 7e-5 was
@@ -410,6 +411,30 @@ def test_methods(lfm2):
             with pytest.raises(apr.UnsupportedModel, match="state"):
                 method(s)
             assert s.stats.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "finish"),
+    [("lfm2", 2.5, "bytes"), ("lfm2", 12, "eos"), ("bloom", 20, "bytes"), ("bloom", 5000, "eos")],
+)
+def test_a_budget_in_bytes_counts_states(name, states, finish):
+    """Three threads write at once. A row of bloom's holds keys, so that it grows."""
+    words = scripted.tokenizer()
+    script, *_ = SCRIPTS["apr"]
+    with apr.Session(scripted.model(words, name=name), max_tokens=4096) as s:
+        root = s.thread(words("Q").input_ids)
+        s.step([root])
+        state = s.table.state_bytes([root])
+        assert state == s.stats.state_bytes > 0
+        (idle,) = root.fork(1)  # it shares the state
+        assert s.table.state_bytes([root, idle]) == state
+        idle.release()
+        root.release()
+        budget = apr.Budget(bytes=int(states * state) + 600 * s.spec.bytes_per_token)
+        outcome, _ = scripted.play(s, words, "Q", apr.protocols.apr, script, budget)
+        assert outcome.finish == finish
+        outcome.thread.release()
+        assert s.stats.states == 0
 
 
 def test_arguments_that_a_model_cannot_honour_are_refused():

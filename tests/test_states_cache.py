@@ -62,7 +62,10 @@ def test_generate(hybrid, how, request):
     assert (got == generated(hybrid, how)) != lost
     if how == "padded":  # its second row, without the padding
         (alone,) = hybrid.generate(
-            torch.tensor([PROMPT[6:15]]), max_new_tokens=10, do_sample=False, use_cache=False,
+            torch.tensor([PROMPT[6:15]]),
+            max_new_tokens=10,
+            do_sample=False,
+            use_cache=False,
             eos_token_id=None,
         )
         assert got[1] == alone[9:].tolist()

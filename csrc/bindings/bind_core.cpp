@@ -334,6 +334,7 @@ void bind_table(py::module_& module) {
       .def("keep_states", &ThreadTable::keep_states, py::arg("checkpoint_tokens"),
            py::arg("one_token"))
       .def("nearest_state", &ThreadTable::nearest_state, py::arg("thread"), py::arg("length"))
+      .def("states_of", &ThreadTable::states_of, py::arg("threads"))
       .def("freed_states", [](ThreadTable& t) { return t.segments().states().freed(); })
       .def("forget_freed_states", [](ThreadTable& t) { t.segments().states().forget_freed(); })
       .def_property_readonly("num_states",

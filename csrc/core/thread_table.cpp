@@ -95,49 +95,6 @@ void ThreadTable::open_tail(Thread& thread, ThreadId id, int64_t offset, int64_t
   thread.view.push_back(entry);
 }
 
-// ---- states of recurrent layers ---------------------------------------------------------------
-
-void ThreadTable::keep_states(int64_t checkpoint_tokens, bool one_token) {
-  keeps_states_ = true;
-  checkpoint_tokens_ = checkpoint_tokens;
-  one_token_ = one_token;
-}
-
-// A parent that has not run hands on what it began with.
-void ThreadTable::inherit_state(Thread& child, SegmentId parent_tail) {
-  const Segment& parent = segments_.at(parent_tail);
-  Entry begun;
-  begun.segment = parent_tail;
-  begun.hi = 0;
-  if (parent.length() == 0) inherit_state(child.tail, &begun);
-  if (child.view.size() > 1) inherit_state(child.tail, &child.view[child.view.size() - 2]);
-}
-
-void ThreadTable::inherit_state(SegmentId tail, const Entry* last) {
-  Segment& segment = segments_.at(tail);
-  if (last == nullptr || segment.states.count(0) != 0) return;
-  const SegmentStates& states = segments_.at(last->segment).states;
-  const auto found = states.find(last->hi);
-  if (found == states.end()) return;
-  segments_.states().retain(found->second);
-  segment.states[0] = found->second;
-}
-
-int64_t ThreadTable::nearest_state(ThreadId id, int64_t length) const {
-  int64_t seen = 0, nearest = 0;
-  for (const Entry& entry : at(id).view) {
-    const Segment& segment = segments_.at(entry.segment);
-    const int64_t end = visible_end(entry, segment, IdleReader{at(id).tail});
-    for (const auto& [count, state] : segment.states) {
-      const int64_t tokens = seen + count - entry.lo;
-      if (count >= entry.lo && count <= end && tokens <= length)
-        nearest = std::max(nearest, tokens);
-    }
-    seen += std::max<int64_t>(end - entry.lo, 0);
-  }
-  return nearest;
-}
-
 // ---- making threads and segments ------------------------------------------------------------
 
 ThreadId ThreadTable::create(const std::vector<int32_t>& tokens) {

@@ -73,6 +73,8 @@ class ThreadTable {
   void inherit_state(Thread& child, SegmentId parent_tail);
   // The most tokens, up to `length`, after which a thread's state is kept.
   int64_t nearest_state(ThreadId id, int64_t length) const;
+  // All that these threads see, each once.
+  std::vector<StateId> states_of(const std::vector<ThreadId>& ids) const;
 
   // Threads.
   ThreadId create(const std::vector<int32_t>& tokens);

@@ -91,6 +91,10 @@ class _Batch:
     def kind(self) -> tuple[Any, ...]:
         return kind(self.cache)
 
+    @cached_property
+    def row_bytes(self) -> int:
+        return sum(x[0].nbytes for x in leaves(self.cache))
+
     @property
     def alive(self) -> list[int]:
         return [row for row, state in enumerate(self.states) if state is not None]
@@ -114,6 +118,10 @@ class CacheRows:
         """Bytes that are held, those of rows in use by nobody included."""
         batches = {id(batch): batch for batch, _ in self._where.values()}
         return sum(x.nbytes for batch in batches.values() for x in leaves(batch.cache))
+
+    def bytes_of(self, states: Sequence[int]) -> int:
+        """Bytes of these states alone."""
+        return sum(self._where[state][0].row_bytes for state in states)
 
     def groups(self, states: Sequence[int]) -> list[list[int]]:
         """Indices of `states` (or -1) that can run in one forward, in groups."""

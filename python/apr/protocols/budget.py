@@ -16,9 +16,9 @@ class Budget:
     count, so a run never blocks itself. "auto": as many as this machine steps nearly for free
     (`free_width`). depth: of children; a thread at the limit cannot write the opening word.
     tokens_per_thread: a thread that has sampled so many ends there, and a child is taken as it is.
-    tokens (sampled, all threads), seconds, bytes (of keys and values held): the request ends where
-    it is. at_limit: "stop", the outcome says which limit; or "raise" a BudgetExceeded after every
-    thread was given back.
+    tokens (sampled, all threads), seconds, bytes (of keys, values and layer states held): the
+    request ends where it is. at_limit: "stop", the outcome says which limit; or "raise" a
+    BudgetExceeded after every thread was given back.
     """
 
     threads: int | Literal["auto"] = 64

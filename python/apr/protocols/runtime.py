@@ -68,7 +68,7 @@ def run(
             grammar = dataclasses.replace(grammar, width=width)
         else:
             limits = dataclasses.replace(limits, threads=width)
-    if limits.bytes is not None and not session.spec.bytes_per_token:
+    if limits.bytes is not None and not (session.spec.bytes_per_token or session.spec.states):
         raise InvalidInput("budget: got bytes, and no keys and values are kept here; leave it out")
     words = Words(tokenizer, [grammar.open, grammar.launch, grammar.sync, grammar.end])
     with stream(session, [], generation_config, tokenizer=tokenizer, **options) as writing:

@@ -142,7 +142,7 @@ class Scheduler:
         seconds = 0.0
         if request.budget.seconds is not None:
             seconds = self.session.ranks.first_number(time.perf_counter() - request.began)
-        limit = request.over(self.session.spec.bytes_per_token, seconds)
+        limit = request.over(self.session.table, seconds)
         if not limit:
             return
         request.limit, request.seconds = limit, time.perf_counter() - request.began

@@ -12,6 +12,7 @@ from apr.protocols.budget import Budget
 from apr.protocols.grammar import Grammar
 from apr.protocols.markers import Watcher
 from apr.protocols.record import Record, Seen
+from apr.threads.table import ThreadTable
 from apr.threads.thread import Thread
 
 State = Literal["ready", "writing", "head", "waiting", "ended"]
@@ -126,20 +127,25 @@ class Request:
     seconds: float = 0.0  # from its beginning to its end; other requests of the run share them
     limit: str = ""
 
-    def over(self, bytes_per_token: int, seconds: float) -> str:
+    def _bytes(self, table: ThreadTable) -> int:
+        """Keys, values and layer states that its living threads see."""
+        family = self.root.family() if self.root else []
+        living = [worker for worker in family if worker.thread.alive]
+        held: dict[int, int] = {}  # of each piece that one of them sees, how much
+        for part in (part for worker in living for part in worker.seen()):
+            held[part.piece] = max(held.get(part.piece, 0), part.hi)
+        states = table.state_bytes(worker.thread for worker in living)
+        return sum(held.values()) * table.spec.bytes_per_token + states
+
+    def over(self, table: ThreadTable, seconds: float) -> str:
         """The limit that is reached after so many seconds, or nothing."""
         budget = self.budget
         if budget.tokens is not None and self.tokens >= budget.tokens:
             return "tokens"
         if budget.seconds is not None and seconds > budget.seconds:
             return "seconds"
-        if budget.bytes is not None:
-            held: dict[int, int] = {}  # of each piece that a living thread sees, how much
-            for worker in self.root.family() if self.root else []:
-                for part in worker.seen() if worker.thread.alive else ():
-                    held[part.piece] = max(held.get(part.piece, 0), part.hi)
-            if sum(held.values()) * bytes_per_token > budget.bytes:
-                return "bytes"
+        if budget.bytes is not None and self._bytes(table) > budget.bytes:
+            return "bytes"
         return ""
 
     def say(self, event: str) -> None:

@@ -96,6 +96,12 @@ class ThreadTable:
         self.spec = spec
         self.states = keep_states(self.edit(), spec, self._checkpoint_tokens)
 
+    def state_bytes(self, threads: Iterable[Thread]) -> int:
+        """Bytes of the layer states that threads can go on from, or go back to."""
+        if self.states is None:
+            return 0
+        return self.states.bytes_of(self.ask().states_of([thread._id for thread in threads]))
+
     def need_keys(self, what: str) -> None:
         """Raise UnsupportedModel for what needs a model whose past is keys and values alone."""
         if self.spec.no_keys:
