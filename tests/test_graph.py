@@ -355,7 +355,7 @@ def test_interrupts_leave_host_and_device_in_step(model, where, monkeypatch):
                         return call
 
                 if where == "run":
-                    monkeypatch.setattr(graphs, "_ready", lambda: Broken())
+                    monkeypatch.setattr(graphs, "_ready", lambda held: Broken())
                 else:
                     graphs._views = Broken()
                 with pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bindings/handles.h"
+#include "bindings/tensor.h"
 #include "core/archive.h"
 #include "core/error.h"
 #include "core/step.h"
@@ -72,11 +73,6 @@ void extend_each(ThreadTable& table, const std::vector<ThreadId>& threads,
   for (size_t i = 0; i < notes.size(); ++i) {
     if (PyList_Append(notes[i].ptr(), numbers[i].ptr()) != 0) throw py::error_already_set();
   }
-}
-
-template <typename T>
-py::array_t<T> array_of(const std::vector<T>& values) {
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 std::unique_ptr<Step> make_step(ThreadTable& table, const std::vector<ThreadId>& threads,
@@ -351,36 +347,11 @@ void bind_table(py::module_& module) {
   bind_segments(table);
 }
 
-void bind_view_tables(py::module_& module) {
-  py::class_<ViewTables>(module, "ViewTables", "Views of threads with one queued token each.")
-      .def(py::init<>())
-      .def(
-          "refresh",
-          [](ViewTables& views, ThreadTable& table, const std::vector<ThreadId>& threads) {
-            if (threads.empty()) {
-              throw Error(ErrorKind::kInvalidInput, "views: got no threads; expected at least one");
-            }
-            return views.refresh(table, threads);
-          },
-          py::arg("table"), py::arg("threads"))
-      .def("commit", &ViewTables::commit)
-      .def("forget", &ViewTables::forget, py::arg("table"))
-      .def_property_readonly("changed", &ViewTables::changed)
-      .def_property_readonly("ids", [](const ViewTables& v) { return array_of(v.ids()); })
-      .def_property_readonly("max_position", &ViewTables::max_position)
-      .def_property_readonly("digest", &ViewTables::digest)
-      .def_property_readonly("sizes", [](const ViewTables& v) {
-        return std::make_tuple(v.rows().size(), v.entries().size(), v.segments().size(),
-                               v.page_table().size());
-      });
-}
-
 }  // namespace
 
 void bind_core(py::module_& module) {
   bind_plan(module);
   bind_table(module);
-  bind_view_tables(module);
   py::class_<Step>(module, "Step", "One step as a transaction.")
       .def(py::init(&make_step), py::arg("table"), py::arg("threads"), py::arg("has_logits"),
            py::arg("step_tokens"), py::arg("ragged") = false, py::keep_alive<1, 2>())

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "core/error.h"
 #include "kernels/gpu.h"
 
 namespace apr {
@@ -92,6 +93,32 @@ void bind_counts(py::module_& module) {
   module.def("emulated_counts", &emulated_counts);
 }
 
+void bind_view_tables(py::module_& module) {
+  py::class_<ViewTables>(module, "ViewTables", "Views of threads with one queued token each.")
+      .def(py::init<>())
+      .def(
+          "refresh",
+          [](ViewTables& views, ThreadTable& table, const std::vector<ThreadId>& threads) {
+            if (threads.empty()) {
+              throw Error(ErrorKind::kInvalidInput, "views: got no threads; expected at least one");
+            }
+            return views.refresh(table, threads);
+          },
+          py::arg("table"), py::arg("threads"))
+      .def_property_readonly("starts", &ViewTables::starts)
+      .def("name_ends", &ViewTables::name_ends, py::arg("table"))
+      .def("commit", &ViewTables::commit, py::arg("table"))
+      .def("forget", &ViewTables::forget, py::arg("table"))
+      .def_property_readonly("changed", &ViewTables::changed)
+      .def_property_readonly("ids", [](const ViewTables& v) { return array_of(v.ids()); })
+      .def_property_readonly("max_position", &ViewTables::max_position)
+      .def_property_readonly("digest", &ViewTables::digest)
+      .def_property_readonly("sizes", [](const ViewTables& v) {
+        return std::make_tuple(v.rows().size(), v.entries().size(), v.segments().size(),
+                               v.page_table().size());
+      });
+}
+
 void bind_views(py::module_& module) {
   py::class_<GpuViews, GpuPlan>(module, "GpuViews",
                                 "Views whose lengths grow on the device, for a captured graph.")
@@ -123,6 +150,7 @@ void bind_views(py::module_& module) {
 
 void bind_gpu(py::module_& module) {
   bind_plan(module);
+  bind_view_tables(module);
   bind_views(module);
   py::class_<GpuKernel>(module, "GpuKernel", "One compiled attention kernel.")
       .def_readonly("name", &GpuKernel::name)

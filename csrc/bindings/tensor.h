@@ -1,9 +1,11 @@
 // Addresses and the flat arrays of plans, as Python hands them over. No torch header.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "core/plan.h"
 #include "core/view_tables.h"
@@ -16,6 +18,11 @@ namespace py = pybind11;
 template <typename T = void>
 T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 inline PlanArrays arrays_of(const Plan& plan) {

@@ -52,6 +52,18 @@ void ThreadTable::inherit_state(SegmentId tail, const Entry* last) {
   segment.states[0] = found->second;
 }
 
+StateId ThreadTable::state_before(ThreadId id, int64_t count) const {
+  const Thread& thread = at(id);
+  const Segment& tail = segments_.at(thread.tail);
+  auto found = tail.states.find(count);
+  if (found != tail.states.end()) return found->second;
+  const Entry* last = count == -tail.copied ? entry_before(thread.view, thread.tail) : nullptr;
+  if (last == nullptr) return kNone;
+  const SegmentStates& states = segments_.at(last->segment).states;
+  found = states.find(last->hi);
+  return found == states.end() ? kNone : found->second;
+}
+
 int64_t ThreadTable::nearest_state(ThreadId id, int64_t length) const {
   int64_t nearest = 0;
   each_state(segments_, at(id), [&](int64_t tokens, StateId) {

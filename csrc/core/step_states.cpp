@@ -7,19 +7,6 @@
 #include "core/view.h"
 
 namespace apr {
-namespace {
-
-// The entry that a line continues in `view`, before `own`; null at its beginning.
-const Entry* before(const std::vector<Entry>& view, SegmentId own) {
-  const Entry* last = nullptr;
-  for (const Entry& entry : view) {
-    if (entry.segment == own) break;
-    if (entry.hi > entry.lo) last = &entry;
-  }
-  return last;
-}
-
-}  // namespace
 
 SegmentStates& Step::change_states(SegmentId id) {
   Segment& segment = table_.segments().at(id);
@@ -42,7 +29,8 @@ void Step::cut_into_pieces() {
   for (const StepThread& request : threads_) {
     const Thread& thread = table_.at(request.thread);
     if (table_.segments().at(thread.tail).length() > 0) continue;
-    if (const Entry* last = before(thread.view, thread.tail)) ++uses_[{last->segment, last->hi}];
+    if (const Entry* last = entry_before(thread.view, thread.tail))
+      ++uses_[{last->segment, last->hi}];
   }
 }
 
@@ -56,7 +44,7 @@ void Step::require_state(SegmentId id, int64_t count, const std::vector<Entry>& 
   if (has_state({id, count})) return;
   const int64_t begin = -table_.segments().at(id).copied;
   if (count == begin) {
-    if (const Entry* last = before(view, id)) {
+    if (const Entry* last = entry_before(view, id)) {
       const auto end = std::find_if(view.begin(), view.end(),
                                     [&](const Entry& e) { return e.segment == last->segment; });
       replay_views_.emplace_back(view.begin(), end + 1);
@@ -77,7 +65,7 @@ void Step::cut(Run run, int64_t to) {
   const int64_t every = table_.checkpoint_tokens();
   run.start = {run.segment, run.from};
   if (run.from == -segment.copied && !has_state(run.start)) {
-    const Entry* last = before(*run.view, run.segment);
+    const Entry* last = entry_before(*run.view, run.segment);
     run.start = last == nullptr ? kBeginning : Place{last->segment, last->hi};
   }
   while (run.from < to) {
@@ -132,8 +120,7 @@ void Step::forget_used() {
 }
 
 bool Step::stays(const Segment& segment, int64_t count) const {
-  const int64_t every = table_.checkpoint_tokens();
-  return count == 0 || count == segment.encoded || (every > 0 && count % every == 0);
+  return count == segment.encoded || table_.keeps_state_after(count);
 }
 
 void Step::next_pieces() {
@@ -180,7 +167,7 @@ void Step::commit_states() {
   for (const StepThread& request : threads_) {
     if (!table_.alive(request.thread)) continue;
     const Thread& thread = table_.at(request.thread);
-    table_.inherit_state(thread.tail, before(thread.view, thread.tail));
+    table_.inherit_state(thread.tail, entry_before(thread.view, thread.tail));
   }
   for (const auto& [id, saved] : saved_states_) {
     segments.states().release_all(saved);

@@ -71,6 +71,12 @@ class ThreadTable {
   // there.
   void inherit_state(SegmentId tail, const Entry* last);
   void inherit_state(Thread& child, SegmentId parent_tail);
+  // The state that `count` tokens of a thread's tail go on from; kNone where it is not there.
+  StateId state_before(ThreadId id, int64_t count) const;
+  // Whether the state after `count` tokens of a segment is kept when more of it has run.
+  bool keeps_state_after(int64_t count) const {
+    return count == 0 || (checkpoint_tokens_ > 0 && count % checkpoint_tokens_ == 0);
+  }
   // The most tokens, up to `length`, after which a thread's state is kept.
   int64_t nearest_state(ThreadId id, int64_t length) const;
   // All that these threads see, each once.

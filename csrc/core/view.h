@@ -53,6 +53,16 @@ inline bool shows(const Entry& entry, SegmentId segment, int64_t index) {
   return entry.segment == segment && entry.lo <= index && (entry.hi == kLive || index < entry.hi);
 }
 
+// The entry that a line continues in `view`, before `own`; null at its beginning.
+inline const Entry* entry_before(const std::vector<Entry>& view, SegmentId own) {
+  const Entry* last = nullptr;
+  for (const Entry& entry : view) {
+    if (entry.segment == own) break;
+    if (entry.hi > entry.lo) last = &entry;
+  }
+  return last;
+}
+
 // Calls each(entry, segment, offset, end): token 0 stands at view position `offset`, the reader
 // sees tokens [entry.lo, end). Returns the position after all.
 template <typename Store, typename Reader, typename Each>

@@ -33,7 +33,7 @@ bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& thread
       changed_ |= tail->copied + tail->encoded + 1 > room;
     }
   }
-  if (changed_ && !build(table, threads)) {
+  if ((changed_ && !build(table, threads)) || (table.keeps_states() && !find_starts(table))) {
     version_ = kNever;
     return false;
   }
@@ -46,13 +46,49 @@ bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& thread
   return true;
 }
 
-void ViewTables::commit() {
+void ViewTables::commit(ThreadTable& table) {
+  if (table.keeps_states()) commit_states(table);
   for (Segment* tail : tails_) ++tail->encoded;
 }
 
 void ViewTables::forget(ThreadTable& table) {
   version_ = kNever;
+  for (const StateId state : ends_) table.segments().states().release(state);
+  ends_.clear();
   table.touch();
+}
+
+bool ViewTables::find_starts(const ThreadTable& table) {
+  starts_.clear();
+  for (size_t row = 0; row < tails_.size(); ++row) {
+    const StateId state = table.state_before(threads_[row], tails_[row]->encoded);
+    if (state == kNone) return false;
+    starts_.push_back(state);
+  }
+  return true;
+}
+
+const std::vector<StateId>& ViewTables::name_ends(ThreadTable& table) {
+  ends_.clear();
+  for (size_t row = 0; row < tails_.size(); ++row) {
+    ends_.push_back(table.segments().states().create());
+  }
+  return ends_;
+}
+
+void ViewTables::commit_states(ThreadTable& table) {
+  LayerStates& held = table.segments().states();
+  for (size_t row = 0; row < tails_.size(); ++row) {
+    SegmentStates& states = tails_[row]->states;
+    const int64_t count = tails_[row]->encoded;
+    states[count + 1] = ends_[row];
+    const auto [start, is_new] = states.emplace(count, starts_[row]);
+    if (is_new) held.retain(starts_[row]);
+    if (table.keeps_state_after(count)) continue;
+    held.release(start->second);
+    states.erase(start);
+  }
+  ends_.clear();
 }
 
 bool ViewTables::build(ThreadTable& table, const std::vector<ThreadId>& threads) {

@@ -18,7 +18,11 @@ class ViewTables {
   bool refresh(ThreadTable& table, const std::vector<ThreadId>& threads);
   // Whether the last refresh made the tables anew: the device's copy is out of date.
   bool changed() const { return changed_; }
-  void commit();  // the step has run: lengths grow, here as on the device
+  // Layer states, where the table keeps them: what each thread goes on from, and, named before the
+  // step is committed, what it leaves.
+  const std::vector<StateId>& starts() const { return starts_; }
+  const std::vector<StateId>& name_ends(ThreadTable& table);
+  void commit(ThreadTable& table);  // the step has run: lengths grow, here as on the device
   // The step has not run, or nobody knows: pages go back, and the next refresh makes the tables
   // anew.
   void forget(ThreadTable& table);
@@ -37,6 +41,8 @@ class ViewTables {
 
   bool build(ThreadTable& table, const std::vector<ThreadId>& threads);
   bool add_row(ThreadTable& table, const Thread& thread);
+  bool find_starts(const ThreadTable& table);
+  void commit_states(ThreadTable& table);
   bool awaited(ThreadTable& table, ThreadId writer) const;
   void grant_pages(ThreadTable& table);
   bool turns(const ThreadTable& table, const Thread& thread) const;
@@ -52,6 +58,7 @@ class ViewTables {
   ListedRanges listed_;
   std::vector<int32_t> page_table_;
   std::vector<int64_t> ids_;
+  std::vector<StateId> starts_, ends_;
   int64_t max_position_ = 0;
   int64_t page_size_ = 0;
 };

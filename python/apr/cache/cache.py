@@ -15,7 +15,7 @@ from torch import Tensor
 from apr.cache.call import Call, common_columns, follow, hide, read_call
 from apr.cache.forward import BatchForward, Step
 from apr.cache.hooks import After, Before
-from apr.cache.states import BatchStates, exchange, layers_of
+from apr.cache.states import BatchStates, layers_of
 from apr.errors import InvalidInput, OutOfPages, UnsupportedModel
 from apr.hf.compatibility import asked_by_whole_prefill, describe, in_prefill
 from apr.hf.packed import changed, plan_of
@@ -166,8 +166,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 )
             step.replace([kid for thread in step.threads for kid in thread.fork(times)])
             step.stored = step.stored.repeat_interleave(times, 0)
-        masked = call.arguments.get("attention_mask") is not None
-        if step.threads and not (masked or self.session.spec.takes_positions):
+        if step.threads and not (call.masked or self.session.spec.takes_positions):
             call.past = step.stored  # states alone: what they have read needs no mask
         if step.threads and not torch.equal(call.past, step.stored):
             step.trim(hide(step.threads, step.stored, call.past))
@@ -185,21 +184,16 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 "feed the new tokens alone with the whole attention_mask, or call reset()"
             )
         if batch % rows or extras or not call.spare_columns:
-            return self._forget_rows(step)
+            return step.forget()
         if batch != rows:
             step.replace([k for thread in step.threads for k in thread.fork(batch // rows)])
         call.positions = self._positions(call)
         columns, kept = common_columns(call, step.threads)
         if self._states is not None and (self._states.spec.one_token or not all(kept)):
-            return self._forget_rows(step)
+            return step.forget()
         step.trim(kept)
         call.cut(columns)
         step.stored = call.past
-
-    def _forget_rows(self, step: Step) -> None:
-        """Begin anew, with nothing stored."""
-        step.replace([])
-        step.stored = self._stored[:0, :0]
 
     def _positions(self, call: Call) -> Tensor:
         """[batch, width] positions: those given, or those that the model would give."""
@@ -227,8 +221,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             session.next_forward(step.core)
             plan = plan_of(step.core, session.pools, session.invariant)
             if self._states is not None:
-                name = next(name for name, given in call.arguments.items() if given is self)
-                call.arguments[name] = self._states.lend(step, call.width)
+                self._states.lend(self, call, step)
         step.extras = bool(call.extras())
         step.now = call.real
         arguments, device = call.arguments, session.spec.device
@@ -265,8 +258,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             if not step.forward.is_complete:
                 raise changed(self.session.model, "fewer")
             if self._states is not None:
-                left, output = exchange(output, self)
-                self._states.keep(step, left)
+                output = self._states.keep(self, step, output)
             self.session.end_step(step.core, step, commit=True)
             rows, stored = step.rows_of(), torch.cat([step.stored, step.now], 1)
             self.threads, self._stored, step.settled = rows, stored, True

@@ -35,6 +35,11 @@ class Call:
     whole: bool = False  # it brings the text from the first token on, whatever is stored
 
     @property
+    def masked(self) -> bool:
+        """Whether it says which places are padding."""
+        return self.arguments.get("attention_mask") is not None
+
+    @property
     def width(self) -> int:
         return self.ids.shape[1]
 

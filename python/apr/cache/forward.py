@@ -50,6 +50,11 @@ class Step:
         self.owners = list(range(len(threads)))
         self._made += threads
 
+    def forget(self) -> None:
+        """Begin anew, with nothing stored."""
+        self.replace([])
+        self.stored = self.stored[:0, :0]
+
     def trim(self, lengths: list[int]) -> None:
         """Let every thread keep so many tokens."""
         for i, (thread, length) in enumerate(zip(self.threads, lengths, strict=True)):

@@ -52,9 +52,9 @@ class BatchStates:
             "padding on the left of the first call alone"
         )
 
-    def lend(self, step: Step, width: int) -> Any:
-        """A cache of the model's own that holds what the rows of a step of `width` columns begin
-        with; None where the model makes one.
+    def lend(self, cache: Cache, call: Call, step: Step) -> None:
+        """Give the model a cache of its own, with what the rows of a step begin with, in the place
+        of `cache`; none where the model makes one.
         """
         assert step.core is not None
         starts = [step.core.starts[owner] for owner in step.owners]
@@ -63,24 +63,29 @@ class BatchStates:
                 "apr.Cache: some rows begin with this call and others go on; a model with layer "
                 "states runs them in calls of their own"
             )
-        if self.spec.one_token and width > 1 and starts[0] >= 0:
+        if self.spec.one_token and call.width > 1 and starts[0] >= 0:
             raise InvalidInput(
-                f"apr.Cache: got {width} tokens behind stored ones, where this model's own code "
-                "takes one at a time (its answers differ); feed them singly, or the whole text "
-                "to a cache that is reset"
+                f"apr.Cache: got {call.width} tokens behind stored ones, where this model's own "
+                "code takes one at a time (its answers differ); feed them singly, or the whole "
+                "text to a cache that is reset"
             )
         held = self._session.table.states
         assert held is not None
+        lent = None
         if starts[0] >= 0:
-            return lend(held.gather(starts), self.spec)
-        if not self.spec.starts_empty:
-            return None
-        return empty_cache(self._session.attachment.model, self.spec)
+            lent = lend(held.gather(starts), self.spec)
+        elif self.spec.starts_empty:
+            lent = empty_cache(self._session.attachment.model, self.spec)
+        name = next(name for name, given in call.arguments.items() if given is cache)
+        call.arguments[name] = lent
 
-    def keep(self, step: Step, after: Any) -> None:
-        """Hold what a forward left in its cache, a row for each thread."""
+    def keep(self, cache: Cache, step: Step, output: Any) -> Any:
+        """Hold what a forward left in its cache, a row for each thread; returns its output, with
+        `cache` in the place of that.
+        """
         held = self._session.table.states
         assert held is not None and step.core is not None
+        after, output = _exchange(output, cache)
         after = adopt(after, self.spec.attends)
         rows = [step.owners.index(i) for i in range(len(step.threads))]
         if len(rows) < len(step.owners):
@@ -89,9 +94,10 @@ class BatchStates:
         else:
             after = rebuild(after, torch.Tensor.detach)
         held.put([end if end >= 0 else None for end in step.core.ends], after)
+        return output
 
 
-def exchange(output: Any, cache: Cache) -> tuple[Any, Any]:
+def _exchange(output: Any, cache: Cache) -> tuple[Any, Any]:
     """The cache in a forward's output, and that output with `cache` in its place."""
     pairs = output.items() if isinstance(output, dict) else enumerate(output)
     name, found = next((k, x) for k, x in pairs if isinstance(x, transformers.Cache))

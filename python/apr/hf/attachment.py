@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apr import ops
 from apr.errors import Error, InvalidInput, UnsupportedModel
+from apr.hf.graph_states import GraphStates
 from apr.hf.interface import OF_THE_MACHINE, Running
 from apr.hf.model_state import Watch, known, structure, undisturbed, unwrap
 from apr.hf.packed import PackedForward, changed, out_of_table
@@ -146,12 +147,19 @@ class Attachment:
         return logits
 
     def forward_static(
-        self, plan: ops.Plan, pools: Sequence[ops.Pool], ids: Tensor, positions: Tensor
+        self,
+        plan: ops.Plan,
+        pools: Sequence[ops.Pool],
+        ids: Tensor,
+        positions: Tensor,
+        states: GraphStates | None,
     ) -> Tensor:
         """One forward over tensors at fixed addresses, ids and positions [1, rows]: logits [rows,
         vocab].
         """
         packed = PackedForward(self, pools, plan)
+        if states is not None:
+            return states.forward(self, packed, ids.view(-1, 1), positions.view(-1, 1))
         return self._run(packed, ids, positions, {})
 
     def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -81,11 +81,12 @@ def replaced(cache: Any, tensors: Iterable[Tensor]) -> Any:
 
 
 @dataclass(eq=False)
-class _Batch:
+class Batch:
     """A cache as a forward left it, and which states its rows are."""
 
     cache: Any
     states: list[int | None]
+    fixed: bool = False  # its tensors are written over in place
 
     @cached_property
     def kind(self) -> tuple[Any, ...]:
@@ -108,7 +109,7 @@ class CacheRows:
     """
 
     def __init__(self) -> None:
-        self._where: dict[int, tuple[_Batch, int]] = {}
+        self._where: dict[int, tuple[Batch, int]] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -119,6 +120,10 @@ class CacheRows:
         batches = {id(batch): batch for batch, _ in self._where.values()}
         return sum(x.nbytes for batch in batches.values() for x in leaves(batch.cache))
 
+    def kind_of(self, state: int) -> tuple[Any, ...]:
+        """What all states must have in common that run in one forward."""
+        return self._where[state][0].kind
+
     def bytes_of(self, states: Sequence[int]) -> int:
         """Bytes of these states alone."""
         return sum(self._where[state][0].row_bytes for state in states)
@@ -127,19 +132,19 @@ class CacheRows:
         """Indices of `states` (or -1) that can run in one forward, in groups."""
         kinds: dict[Any, list[int]] = {}
         for i, state in enumerate(states):
-            key = None if state < 0 else self._where[state][0].kind
+            key = None if state < 0 else self.kind_of(state)
             kinds.setdefault(key, []).append(i)
         return list(kinds.values())
 
     def gather(self, states: Sequence[int]) -> Any:
         """A cache whose rows are these states, all of one kind; its tensors may be those that are
-        held.
+        held, unless they are written in place.
         """
         places = [self._where[state] for state in states]
         batch = places[0][0]
         rows = [row for _, row in places]
         if all(b is batch for b, _ in places):
-            if rows == list(range(len(batch.states))):
+            if rows == list(range(len(batch.states))) and not batch.fixed:
                 return rebuild(batch.cache, lambda x: x)
             at = torch.tensor(rows, device=leaves(batch.cache)[0].device)
             return rebuild(batch.cache, lambda x: x.index_select(0, at.to(x.device)))
@@ -149,13 +154,36 @@ class CacheRows:
 
     def put(self, states: Sequence[int | None], cache: Any) -> None:
         """Hold the rows of a cache as these states; None: nobody wants that row."""
-        batch = _Batch(cache, list(states))
-        self._where.update((s, (batch, row)) for row, s in enumerate(states) if s is not None)
+        batch = Batch(cache, list(states))
+        self.place(states, batch)
         self._compact(batch)
+
+    def place(self, states: Sequence[int | None], batch: Batch) -> None:
+        """Let the first rows of a batch, which hold nothing that is wanted, be these states."""
+        batch.states[: len(states)] = states
+        self._where.update((s, (batch, row)) for row, s in enumerate(states) if s is not None)
+
+    def lie_in(self, batch: Batch, states: Sequence[int]) -> bool:
+        """Whether the first rows of a batch are these states."""
+        return all(self._where[state] == (batch, row) for row, state in enumerate(states))
+
+    def vacate(self, batch: Batch, but: Collection[int] = ()) -> None:
+        """Copy what lies in a batch elsewhere, but for some states."""
+        kept = frozenset(but)
+        rows = [
+            row
+            for row, state in enumerate(batch.states)
+            if state is not None
+            and state not in kept
+            and self._where.get(state) == (batch, row)  # else an interrupt came before `place`
+        ]
+        if rows:
+            self._move(batch, rows)
+        batch.states[:] = [state if state in kept else None for state in batch.states]
 
     def drop_freed(self, core: _core.ThreadTable | _core.Step) -> None:
         """Let the states go that nothing leads to any more."""
-        touched: dict[int, _Batch] = {}
+        touched: dict[int, Batch] = {}
         for state in core.freed_states():
             found = self._where.pop(state, None)
             if found is not None:
@@ -165,13 +193,15 @@ class CacheRows:
             self._compact(batch)
         core.forget_freed_states()  # last: what an interrupt leaves is asked for again
 
-    def _compact(self, batch: _Batch) -> None:
+    def _compact(self, batch: Batch) -> None:
         """Give memory back where half of a batch, or more, is wanted by nobody."""
         alive = batch.alive
-        if not alive or 2 * len(alive) > len(batch.states):
-            return
-        states = [batch.states[row] for row in alive]
-        at = torch.tensor(alive, device=leaves(batch.cache)[0].device)
+        if alive and 2 * len(alive) <= len(batch.states) and not batch.fixed:
+            self._move(batch, alive)
+
+    def _move(self, batch: Batch, rows: list[int]) -> None:
+        """Let states lie in a batch of their own."""
+        states = [batch.states[row] for row in rows]
+        at = torch.tensor(rows, device=leaves(batch.cache)[0].device)
         cache = rebuild(batch.cache, lambda x: x.index_select(0, at.to(x.device)))
-        smaller = _Batch(cache, states)
-        self._where.update((s, (smaller, i)) for i, s in enumerate(states) if s is not None)
+        self.place(states, Batch(cache, states))

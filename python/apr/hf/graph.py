@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from apr import _core, ops
 from apr.errors import InvalidInput
 from apr.hf.attachment import Attachment
+from apr.hf.cache_rows import CacheRows
+from apr.hf.graph_states import GraphStates, NotReplayable
 from apr.hf.packed import Ran
 from apr.hf.ranks import Ranks
 from apr.ops import Rotation
@@ -65,9 +68,9 @@ class ViewPlan(ops.Plan):
         capacity: Capacity,
         invariant: bool,
     ) -> None:
-        super().__init__(_core.plan([], pools[0].page_size), invariant=invariant)
+        super().__init__(_core.plan([], pools[0].page_size if pools else 1), invariant=invariant)
         self.num_rows = capacity.rows
-        device = pools[0].k.device
+        device = attachment.spec.device
         self._device = device
         self.slots = torch.full((capacity.rows,), -1, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, capacity.rows, dtype=torch.long, device=device)
@@ -107,8 +110,8 @@ class ViewPlan(ops.Plan):
         for core, (_, tables, _) in self._views.values():
             at = tables.data_ptr()
             core.step(at, self.slots.data_ptr(), self.positions.data_ptr(), stream)
-        core, (_, tables, _) = next(iter(self._views.values()))
         for frequencies, table in self._turns.values():
+            core, (_, tables, _) = next(iter(self._views.values()))
             core.turn(
                 tables.data_ptr(),
                 frequencies.data_ptr(),
@@ -122,10 +125,15 @@ class StepGraph:
     """The forward of one capacity; on the emulated GPU a replay is a call."""
 
     def __init__(
-        self, plan: ViewPlan, attachment: Attachment, pools: Sequence[ops.Pool], memory: Any
+        self,
+        plan: ViewPlan,
+        attachment: Attachment,
+        pools: Sequence[ops.Pool],
+        memory: Any,
+        states: GraphStates | None,
     ) -> None:
-        self.plan = plan
-        device = pools[0].k.device
+        self.plan, self.states = plan, states
+        device = attachment.spec.device
         ids = torch.zeros(1, plan.num_rows, dtype=torch.long, device=device)
         self._ids, self._device = ids, device
         on_gpu = device.type == "cuda"
@@ -133,17 +141,18 @@ class StepGraph:
 
         def forward() -> Tensor:
             plan.step()
-            return attachment.forward_static(plan, pools, ids, plan.positions)
+            return attachment.forward_static(plan, pools, ids, plan.positions, states)
 
-        self._replay: Callable[[], Tensor] = forward
-        if on_gpu:
-            with gpu.on(device):
-                self._replay = self._capture(forward, device, memory)
+        with gpu.on(device):
+            self._replay = self._capture(forward, device, memory)
 
     @staticmethod
     def _capture(
         forward: Callable[[], Tensor], device: torch.device, memory: Any
     ) -> Callable[[], Tensor]:
+        if device.type != "cuda":
+            first = forward()  # written over as a graph writes over its own
+            return lambda: first.copy_(forward())
         # Libraries choose their kernels in a first run; it must not be on the stream that is
         # captured.
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -185,10 +194,12 @@ class StepGraphs:
     ) -> None:
         self._backend, self._attachment = backend, attachment
         self._pools, self._invariant, self._ranks = pools, invariant, ranks
+        # By the number of rows; kept by the graphs that use them.
+        self._states: WeakValueDictionary[int, GraphStates] = WeakValueDictionary()
         self._views = _core.ViewTables()
         self._graphs: dict[Capacity, StepGraph | None] = {}  # None: would take too much memory
         self._current: StepGraph | None = None
-        on_gpu = pools[0].k.device.type == "cuda"
+        on_gpu = attachment.spec.device.type == "cuda"
         self._memory: Any = torch.cuda.graph_pool_handle() if on_gpu else None
         self.captures = self.uploads = 0
 
@@ -197,44 +208,50 @@ class StepGraphs:
         table: _core.ThreadTable,
         numbers: list[int],
         before_commit: Callable[[Ran], None],
+        held: CacheRows | None,
     ) -> Ran | None:
-        """An ordinary step; None where it is none and has to be planned.
+        """An ordinary step; None where it is none and has to be planned. held: layer states.
 
         On any exception nothing has run: what the device did is renewed before the next step.
         """
         began = time.perf_counter()
-        if gpu.backend(self._pools[0].k.device) is not self._backend:
+        spec = self._attachment.spec
+        if gpu.backend(spec.device) is not self._backend:
             return None  # the emulated GPU was switched off
         try:
             if not self._views.refresh(table, numbers):
                 return None
-            spec, furthest = self._attachment.spec, self._views.max_position
+            furthest = self._views.max_position
             spec.check_step(furthest, len(numbers))
             if spec.reach.turning is not None and furthest >= spec.reach.turning:
                 return None  # the plan says whether a segment turns
-            graph = self._current
+            graph, starts = self._current, self._views.starts
             if graph is None or self._views.changed:
-                graph = self._ready()
-            if graph is None:
+                graph = self._ready(held)
+            if graph is None or (graph.states is not None and not graph.states.fits(starts)):
                 self._views.forget(table)
                 return None
             ids = torch.from_numpy(self._views.ids)
             with self._ranks.together(lambda: self._views.digest):
+                if graph.states is not None:
+                    graph.states.load(starts)
                 logits = graph.run(ids).clone()
+            if graph.states is not None:
+                graph.states.put(self._views.name_ends(table))
             rows = {number: (logits, row) for row, number in enumerate(numbers)}
             ran = Ran(rows, num_rows=len(numbers), forwards=1)
             before_commit(ran)
-            self._views.commit()
+            self._views.commit(table)
         except BaseException:
             self._views.forget(table)
             raise
         ran.forward_seconds = time.perf_counter() - began - ran.choice_seconds
         return ran
 
-    def _ready(self) -> StepGraph | None:
+    def _ready(self, held: CacheRows | None) -> StepGraph | None:
         capacity = capacity_of(self._views.sizes)
         if capacity not in self._graphs:
-            self._graphs[capacity] = self._make(capacity)
+            self._graphs[capacity] = self._make(capacity, held)
         graph = self._graphs.pop(capacity)
         self._graphs[capacity] = graph  # the last used one stands last
         if len(self._graphs) > _MOST_GRAPHS:
@@ -245,14 +262,23 @@ class StepGraphs:
         self._current = graph
         return graph
 
-    def _make(self, capacity: Capacity) -> StepGraph | None:
+    def _make(self, capacity: Capacity, held: CacheRows | None) -> StepGraph | None:
         plan = ViewPlan(
             self._backend, self._attachment, self._pools, self._views, capacity, self._invariant
         )
         if plan.part_bytes > _MOST_PART_BYTES:
             return None
+        states = None
+        if held is not None:
+            states = self._states.get(capacity.rows)
+            states = states or GraphStates(held, capacity.rows, self._views.starts[0])
+            self._states[capacity.rows] = states
+            states.clear()  # a capture runs the model
         self.captures += 1
-        return StepGraph(plan, self._attachment, self._pools, self._memory)
+        try:
+            return StepGraph(plan, self._attachment, self._pools, self._memory, states)
+        except NotReplayable:
+            return None
 
 
 def step_graphs(
@@ -266,10 +292,10 @@ def step_graphs(
     GPU.
     """
     backend = gpu.backend(attachment.spec.device)
-    if wanted and attachment.spec.states is not None:
+    if wanted and attachment.spec.by_rows:
         raise InvalidInput(
-            "cuda_graphs: got True for a model with layer states, whose steps are not replayed; "
-            "leave it None"
+            "cuda_graphs: got True for a model that runs by rows of its own cache, which grow with "
+            "each step, so that none is replayed; leave it None"
         )
     if wanted and backend is None:
         raise InvalidInput(

@@ -332,7 +332,7 @@ class Session:
             return None
         if any(number in self.table.logits for number in numbers):
             return None
-        return self._graphs.step(table, numbers, before_commit)
+        return self._graphs.step(table, numbers, before_commit, self.table.states)
 
     def restore_states(self, threads: Sequence[Thread]) -> None:
         """Run again what is needed for the layer states of threads, after trims and the like."""
