@@ -78,7 +78,7 @@ def tokenizer(whole=tuple(WORDS[::2])):
 
 
 def model(tok, seed=1, name="llama"):
-    return families.build(name, seed, vocab_size=len(tok))
+    return families.build(name, seed, vocab_size=len(tok), eos_token_id=tok.eos_token_id)
 
 
 def play(session, tok, prompt, grammar, script, budget=None):

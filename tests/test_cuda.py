@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import apr
+import models
 from apr import _core, ops
 from apr.bench.sessions import small_llama
 from apr.ops import View, reference
@@ -202,6 +203,23 @@ def test_replayed_steps_equal_planned_ones(model):
                 assert s._graphs.captures == 1 and s._graphs.uploads <= 6
     spread = outs[0].std().item()
     assert (outs[0] - outs[1]).abs().max().item() < 0.1 * spread
+
+
+def test_replayed_steps_with_layer_states():
+    """A conv and an attention layer; states are written in place by the captured graph."""
+    hybrid = models.build("lfm2").to(GPU)
+    with apr.Session(hybrid, 1 << 12, cuda_graphs=True) as s:
+        kids = s.thread(list(range(40))).fork(3)
+        for t in range(12):
+            if t == 4:
+                kids.extend(kids[0].fork(1))
+            if t == 8:
+                kids[1].trim(len(kids[1]) - 3)
+            out = step(s, kids, t)
+        assert s._graphs.captures == 1
+        for kid, got in zip(kids, out, strict=True):
+            want = hybrid(torch.tensor([kid.tokens], device=GPU), use_cache=False).logits[0, -1]
+            assert (got - want).abs().max().item() < 2e-3 * want.std().item()
 
 
 def test_a_session_equals_stock(model):

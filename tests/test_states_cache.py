@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 import apr
 from apr.hf import cache_rows
+from apr.hf.compatibility import CACHE_ARGUMENTS
 from conftest import built
 from models import CLOSE, FAR, distance, stock, tokens
 
@@ -31,6 +33,12 @@ def lfm2():
     return built("lfm2")
 
 
+def argument(model):
+    """What this transformers calls a cache that a model is given."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+
+
 def generated(model, how, cache=None, **options):
     options |= {"max_new_tokens": 10, "do_sample": False}
     ids, mask = torch.tensor([PROMPT]), torch.ones(1, len(PROMPT), dtype=torch.long)
@@ -42,7 +50,7 @@ def generated(model, how, cache=None, **options):
         ids = torch.tensor([PROMPT[:15], [0] * 6 + PROMPT[6:15]])
         mask = torch.tensor([[1] * 15, [0] * 6 + [1] * 9])
     if cache is not None:
-        options["past_key_values"] = cache
+        options[argument(model)] = cache
     settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     torch.manual_seed(5)
     run = model.generate
@@ -86,8 +94,9 @@ def test_prompts_that_keep_different_parts(hybrid, keeps):
     cache = apr.Cache(hybrid, max_tokens=1024)
     settings = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     options = {"generation_config": settings, "max_new_tokens": 6, "do_sample": False}
-    hybrid.generate(first, past_key_values=cache, **options)
-    got = hybrid.generate(torch.tensor(other), past_key_values=cache, **options)
+    given = {argument(hybrid): cache}
+    hybrid.generate(first, **given, **options)
+    got = hybrid.generate(torch.tensor(other), **given, **options)
     assert torch.equal(got, hybrid.generate(torch.tensor(other), **options))
     cache.close()
 

@@ -260,11 +260,19 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
+def int8(model: Any) -> Any:
+    """With the weights of its linear layers in eight bits."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
 # What users do to a model before they bring it, by the word behind the comma of a name.
-VARIANTS = {"adapters": adapted, "offloaded": offloaded, "compiled": compiled}
+VARIANTS = {"adapters": adapted, "offloaded": offloaded, "compiled": compiled, "int8": int8}
 VARIED = [
     f"{name}, {way}" for name in ("llama", "gemma3_text", "lfm2", "bloom") for way in VARIANTS
-]
+] + ["deepseek_v3, int8"]
 
 
 def build(name: str, std: float | None = 0.15, seed: int = 1) -> Any:

@@ -332,7 +332,7 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
         window = chunk = None
         if masked.mask_pointer is not None:
             if masked.mask_pointer not in masking.mask_functions:
-                raise refuse(model, "it changes the attention mask after making it")
+                raise refuse(model, "it makes its attention mask by itself")
             function = masking.mask_functions[masked.mask_pointer]
             window, chunk = _measure_visibility(model, function)
         rotation = found if isinstance(found, Rotation) else None
