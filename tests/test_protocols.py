@@ -238,6 +238,9 @@ def test_control_words_are_found_however_they_are_split(data):
         def convert_ids_to_tokens(self, ids):
             return [spelled[i] for i in ids]
 
+        def get_added_vocab(self):
+            return {}
+
         def decode(self, ids, **_):
             return "".join(spelled[i] for i in ids)
 

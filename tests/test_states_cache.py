@@ -206,6 +206,62 @@ def test_threads_of_a_cache_go_on_in_a_session(lfm2):
     cache.close()
 
 
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "minimax"])
+@pytest.mark.parametrize("argument", ["past_key_values", "cache", "cache_params"])
+def test_a_cache_by_any_of_its_names(name, argument):
+    """A model overlooks names that are not its own, and would begin anew."""
+    model = built(name)
+    cache = apr.Cache(model, max_tokens=512)
+    with torch.no_grad():
+        for ids in (PROMPT, A[:1], A[1:2]):
+            out = model(torch.tensor([ids]), **{argument: cache})
+    assert distance(out.logits[0, -1], stock(model, PROMPT + A[:2])[-1]) < CLOSE
+    assert cache.threads[0].tokens == PROMPT + A[:2]
+    cache.close()
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "minimax", "llama"])
+@pytest.mark.parametrize("stored", [0, 5])
+def test_a_call_inside_of_a_forward_is_refused(name, stored):
+    model = built(name)
+    cache = apr.Cache(model, max_tokens=512)
+    given = {argument(model): cache}
+    if stored:
+        model(torch.tensor([PROMPT[:stored]]), **given)
+
+    def call(*_):
+        if not inside:
+            inside.append(True)
+            model(torch.tensor([A]))
+
+    inside: list[bool] = []
+    part = next(m for n, m in model.named_modules() if n.endswith("layers.0"))
+    hook = part.register_forward_hook(call)
+    with pytest.raises(apr.InvalidInput, match="inside of its own forward"):
+        model(torch.tensor([PROMPT[stored : stored + 1]]), **given)
+    hook.remove()
+    with torch.no_grad():
+        out = model(torch.tensor([PROMPT[stored : stored + 1]]), **given)
+    assert distance(out.logits[0, -1], stock(model, PROMPT[: stored + 1])[-1]) < CLOSE
+    cache.close()
+
+
+def test_positions_that_count_padding_are_refused():
+    """MiniMax counts so by itself; with positions of its tokens padded rows are right."""
+    model = built("minimax")
+    cache = apr.Cache(model, max_tokens=512)
+    ids, mask = torch.tensor([A, [0, 0, *A[:-2]]]), torch.ones(2, len(A), dtype=torch.long)
+    mask[1, :2] = 0
+    given = {argument(model): cache, "attention_mask": mask}
+    with torch.no_grad():
+        with pytest.raises(apr.InvalidInput, match="count the tokens without padding"):
+            model(ids, **given)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        out = model(ids, position_ids=places, **given)
+    assert distance(out.logits[1, -1], stock(model, A[:-2])[-1]) < CLOSE
+    cache.close()
+
+
 def test_a_model_that_attends_by_itself_is_refused():
     with pytest.raises(apr.UnsupportedModel, match=r"apr\.Session"):
         apr.Cache(built("bloom"), max_tokens=256)

@@ -24,9 +24,8 @@ class LayerStates {
   }
   void retain(StateId id) { ++references_.at(id); }
   void release(StateId id) {
-    const auto found = references_.find(id);
-    if (--found->second > 0) return;
-    references_.erase(found);
+    if (--references_.at(id) > 0) return;
+    references_.erase(id);
     freed_.push_back(id);
   }
   void release_all(const SegmentStates& states) {

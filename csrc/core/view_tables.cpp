@@ -53,8 +53,7 @@ void ViewTables::commit(ThreadTable& table) {
 
 void ViewTables::forget(ThreadTable& table) {
   version_ = kNever;
-  for (const StateId state : ends_) table.segments().states().release(state);
-  ends_.clear();
+  release_ends(table);
   table.touch();
 }
 
@@ -69,25 +68,36 @@ bool ViewTables::find_starts(const ThreadTable& table) {
 }
 
 const std::vector<StateId>& ViewTables::name_ends(ThreadTable& table) {
-  ends_.clear();
+  release_ends(table);
   for (size_t row = 0; row < tails_.size(); ++row) {
     ends_.push_back(table.segments().states().create());
   }
   return ends_;
 }
 
+void ViewTables::release_ends(ThreadTable& table) {
+  for (const StateId state : ends_) table.segments().states().release(state);
+  ends_.clear();
+}
+
 void ViewTables::commit_states(ThreadTable& table) {
   LayerStates& held = table.segments().states();
+  // Rows may go on from one state that only one of their tails refers to.
+  for (const StateId state : starts_) held.retain(state);
   for (size_t row = 0; row < tails_.size(); ++row) {
     SegmentStates& states = tails_[row]->states;
     const int64_t count = tails_[row]->encoded;
     states[count + 1] = ends_[row];
-    const auto [start, is_new] = states.emplace(count, starts_[row]);
-    if (is_new) held.retain(starts_[row]);
-    if (table.keeps_state_after(count)) continue;
-    held.release(start->second);
-    states.erase(start);
+    if (!table.keeps_state_after(count)) {
+      const auto former = states.find(count);
+      if (former == states.end()) continue;
+      held.release(former->second);
+      states.erase(former);
+    } else if (states.emplace(count, starts_[row]).second) {
+      held.retain(starts_[row]);
+    }
   }
+  for (const StateId state : starts_) held.release(state);
   ends_.clear();
 }
 

@@ -41,6 +41,7 @@ class ViewTables {
 
   bool build(ThreadTable& table, const std::vector<ThreadId>& threads);
   bool add_row(ThreadTable& table, const Thread& thread);
+  void release_ends(ThreadTable& table);
   bool find_starts(const ThreadTable& table);
   void commit_states(ThreadTable& table);
   bool awaited(ThreadTable& table, ThreadId writer) const;

@@ -38,6 +38,7 @@ class Step:
         self.queued: dict[Thread, list[int]] = {}
         self.core: _core.Step | None = None
         self.forward: BatchForward | None = None
+        self.lent: Any = None  # to the model, where it keeps layer states
         self.now = stored  # which tokens of the call are real
         self.extras = False  # the call brings more than token ids
         self._former = {thread: len(thread) for thread in threads}

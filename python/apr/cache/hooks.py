@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         raise InvalidInput("crop: a layer holds no tokens of its own; crop the cache")
 
 
+_CALL = torch.nn.Module._call_impl.__code__
+
+
 class _Hook:
     """A hook on the model that must not keep the cache alive; a copy of the model has one that does
     nothing.
@@ -81,6 +85,16 @@ def check_dropped(cache: Cache, arguments: dict[str, Any]) -> None:
         cache.session.spec.check_position(furthest)
 
 
+def _is_nested(module: Any) -> bool:
+    """Whether this call of a module comes from inside of another one."""
+    frame, calls = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        # The hook's own call is one.
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+    return calls > 1
+
+
 class Before(_Hook):
     def __init__(self, cache: Cache | None = None, model: Any = None) -> None:
         super().__init__(cache)
@@ -93,7 +107,12 @@ class Before(_Hook):
             return None
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if cache._step is not None:
-            cache._finish()
+            if _is_nested(module):
+                raise InvalidInput(
+                    "apr.Cache: the model is called inside of its own forward with this cache; "
+                    "make that call before or after it, or of a copy of the model"
+                )
+            cache._finish()  # an interrupt has left it
         if cache_of(arguments) is cache:
             return (), cache._before(module, arguments)
         if cache.session.spec.position_limit is not None:

@@ -12,6 +12,7 @@ from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.cache_rows import leaves, rebuild
 from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.layer_states import adopt, empty_cache, lend
+from apr.hf.packed import changed
 
 if TYPE_CHECKING:
     from apr.cache.cache import Cache
@@ -46,11 +47,21 @@ class BatchStates:
         elif any(map(len, step.threads)) and not bool(call.real.all()):
             what = "padding behind stored tokens"
         else:
-            return
+            return self._check_positions(call, step)
         raise InvalidInput(
             f"apr.Cache: got {what}, which would enter the layer states of this model; expected "
             "padding on the left of the first call alone"
         )
+
+    def _check_positions(self, call: Call, step: Step) -> None:
+        at = torch.tensor([[step.threads[owner].position] for owner in step.owners])
+        assert call.positions is not None
+        if bool(((at + call.real.cumsum(1) - 1 != call.positions) & call.real).any()):
+            raise InvalidInput(
+                "apr.Cache: got positions that do not go on by one from token to token, where this "
+                "model's layer states read one line; give position_ids that count the tokens "
+                "without padding"
+            )
 
     def lend(self, cache: Cache, call: Call, step: Step) -> None:
         """Give the model a cache of its own, with what the rows of a step begin with, in the place
@@ -76,8 +87,9 @@ class BatchStates:
             lent = lend(held.gather(starts), self.spec)
         elif self.spec.starts_empty:
             lent = empty_cache(self._session.attachment.model, self.spec)
-        name = next(name for name, given in call.arguments.items() if given is cache)
-        call.arguments[name] = lent
+        for name in [name for name, given in call.arguments.items() if given is cache]:
+            del call.arguments[name]  # a model may overlook other names than its own
+        call.arguments[self.spec.argument] = step.lent = lent
 
     def keep(self, cache: Cache, step: Step, output: Any) -> Any:
         """Hold what a forward left in its cache, a row for each thread; returns its output, with
@@ -86,6 +98,8 @@ class BatchStates:
         held = self._session.table.states
         assert held is not None and step.core is not None
         after, output = _exchange(output, cache)
+        if step.lent is not None and after is not step.lent:
+            raise changed(self._session.model, "other")
         after = adopt(after, self.spec.attends)
         rows = [step.owners.index(i) for i in range(len(step.threads))]
         if len(rows) < len(step.owners):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import regex  # type: ignore[import-untyped]  # comes with transformers; it can give up
 
@@ -23,6 +23,16 @@ MOST_RESERVED = 1 << 16  # positions; a model may write any number
 LONGEST_SEARCH = 1.0  # seconds; some patterns take quadratic time, or worse, on some texts
 
 Say = Callable[[str], None]
+
+
+class Part(NamedTuple):
+    """A part of what is put into a thread."""
+
+    text: str
+    written: bool  # by some thread; else it is the grammar's
+
+
+_WRITTEN = ("{outline}", "{message}")
 
 
 @dataclass(frozen=True)
@@ -162,11 +172,15 @@ class Grammar:
         # Of an empty outline nothing could be made where it is all that a child begins with.
         return [outline for outline in found if outline or self.child.strip() != "{outline}"]
 
-    def fill(self, words: str, n: int, outline: str, depth: int) -> str:
+    def filled(
+        self, words: str, n: int, outline: str, depth: int, message: str | None = None
+    ) -> list[Part]:
         """Words of a child with its fields put in."""
         fields = {"{n}": str(n), "{index}": str(n - 1), "{depth}": str(depth), "{outline}": outline}
-        filled: str = regex.sub(r"\{(?:n|index|depth|outline)\}", lambda m: fields[m[0]], words)
-        return filled
+        if message is not None:
+            fields["{message}"] = message
+        parts = regex.split(r"(\{(?:n|index|depth|outline|message)\})", words)
+        return [Part(fields.get(x, x), x in fields and x in _WRITTEN) for x in parts if x]
 
     def reserved(self, outline: str, say: Say) -> int:
         """Positions that a parent leaves free for a child; 0 where what is found is no number."""

@@ -25,7 +25,7 @@ def fork_child(
 ) -> Worker:
     """A child with its first words queued; it does not write yet."""
     record, depth = parent.record, parent.depth + 1
-    head = words.encode(grammar.fill(grammar.child, n, outline, depth))
+    head = words.spell(grammar.filled(grammar.child, n, outline, depth))
     if grammar.context == "fresh":
         start = getattr(words.tokenizer, "bos_token_id", None)
         head = [*([] if start is None else [start]), *head]
@@ -41,7 +41,9 @@ def fork_child(
             thread.trim(block.head)
         own = record.pieces[parent.piece]
         piece = record.after(parent.piece, len(own.ids) - cut, thread=len(record.pieces))
-    end = None if grammar.end is None else grammar.fill(grammar.end, n, outline, depth)
+    end = grammar.end
+    if end is not None:
+        end = "".join(part.text for part in grammar.filled(end, n, outline, depth))
     child = Worker(
         thread,
         parent.request,
@@ -136,8 +138,8 @@ def take(
             message = grammar.message_of(child.text, child.request.say)
             lost = grammar.otherwise is not None and not child.succeeded(grammar)
             form = grammar.otherwise if lost and grammar.otherwise is not None else grammar.each
-            filled = grammar.fill(form, child.n, child.outline, child.depth)
-            parent.put_in(words.encode(filled.replace("{message}", message)))
+            filled = grammar.filled(form, child.n, child.outline, child.depth, message)
+            parent.put_in(words.spell(filled))
     parent.put_in(words.encode(grammar.after))
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
+
+import regex  # type: ignore[import-untyped]  # comes with transformers
 
 from apr.errors import InvalidInput
 from apr.loop.text import continued
+from apr.protocols.grammar import Part
 
 _WINDOW = 48  # tokens; a control word that is spelled with more is not found
 
@@ -28,6 +32,9 @@ class Words:
                     f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the "
                     "model knows"
                 )
+        added = [word for word in tokenizer.get_added_vocab() if len(word) > 1]
+        # Where one of them begins; nothing matches where there are none.
+        self._whole = regex.compile("|".join(map(regex.escape, added)) or r"(?!)")
         last = {word[-1] for word in self.words}
         # Vocabularies spell ASCII as it is, and other characters in ways of their own; "}" ends a
         # field.
@@ -52,6 +59,22 @@ class Words:
         with.
         """
         return continued(self.tokenizer, text)
+
+    def spell(self, parts: Sequence[Part]) -> list[int]:
+        """The same for text of several parts. What threads have written is text: a special token
+        that it names is spelled with others, so that nobody reads it as the grammar's word.
+        """
+        if not any(part.written and self._whole.search(part.text) for part in parts):
+            return self.encode("".join(part.text for part in parts))
+        ids: list[int] = []
+        for part in parts:
+            cuts = [0, len(part.text)]
+            if part.written:
+                found = self._whole.finditer(part.text, overlapped=True)
+                cuts[1:1] = [match.start() + 1 for match in found]
+            for begin, end in pairwise(cuts):
+                ids += self.encode(part.text[begin:end])
+        return ids
 
     def spellings(self, word: str) -> list[list[int]]:
         """The ways in which a tokenizer spells a word by itself and behind other text."""
