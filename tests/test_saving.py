@@ -9,8 +9,9 @@ import torch
 
 import apr
 from apr import _core
+from conftest import built
 from core_table import PAGE, step
-from models import CLOSE, build, distance, tokens
+from models import CLOSE, build, distance, stock, tokens
 
 SIZES = {"max_tokens": 2048}
 SAMPLED = {"do_sample": True, "eos_token_id": [], "max_new_tokens": 8}
@@ -188,6 +189,77 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(llama, tmp_path, monke
             s.save(tmp_path / "file", {"root": root})
     assert (tmp_path / "file").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def lines(s):
+    """A tree of lines: a long prefix, forks of forks, short heads that were copied, a trim, and
+    tokens that have not run.
+    """
+    root = s.thread(tokens(40))
+    kids = root.fork(3)
+    apr.decode(s, kids, **{**SAMPLED, "max_new_tokens": 3})
+    grandchild = kids[1].fork()[0]
+    apr.decode(s, [grandchild], **{**SAMPLED, "max_new_tokens": 2})
+    kids[2].trim(41)
+    root.join(kids[:1], reencode=True)
+    root.extend([7, 8])
+    other = s.thread(tokens(9, 4))
+    s.step([other])
+    return {"root": root, "kid": kids[1], "cut": kids[2], "deep": grandchild, "other": other}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "lfm2", "falcon_h1", "mamba", "bloom"])
+@pytest.mark.filterwarnings("ignore:.*runs by rows:UserWarning")
+def test_tokens_alone(name, tmp_path):
+    """What is not in the file is run again when it is opened, or, of states, by the next step."""
+    model = built(name)
+    with apr.Session(model, **SIZES, page_size=16, seed=5) as s:
+        named = lines(s)
+        s.save(tmp_path / "tree", named, keys=False)
+        texts = {name: thread.tokens for name, thread in named.items()}
+        queued = {name: thread.queued for name, thread in named.items()}
+        want = [o.tokens for o in apr.decode(s, list(named.values()), **SAMPLED)]
+    opened, saved = apr.Session.open(tmp_path / "tree", model, **SIZES)
+    found = {name: saved[name] for name in named}
+    with opened as s:
+        assert {name: thread.tokens for name, thread in found.items()} == texts
+        assert {name: thread.queued for name, thread in found.items()} == queued
+        stored = s.stats.stored_tokens
+        assert [o.tokens for o in apr.decode(s, list(found.values()), **SAMPLED)] == want
+        for thread in found.values():
+            thread.extend([5])
+        for thread, logits in zip(found.values(), s.step(list(found.values())), strict=True):
+            assert distance(logits, stock(model, thread.tokens)[-1]) < 5 * CLOSE
+        s.check()
+        assert stored < sum(map(len, texts.values()))  # what they share lies there once
+        found["kid"].join([found["deep"]], reencode=True)
+        s.step([found["kid"]])
+
+
+def test_a_file_of_tokens_is_small(llama, tmp_path):
+    with apr.Session(llama, **SIZES) as s:
+        kids = s.thread(tokens(1000)).fork(2)
+        s.step(kids)
+        for keys in (True, False):
+            s.save(tmp_path / f"{keys}", {"a": kids[0], "b": kids[1]}, keys=keys)
+        held = s.stats.used_pages * s.page_size * s.spec.bytes_per_token
+    sizes = [(tmp_path / f"{keys}").stat().st_size for keys in (True, False)]
+    assert sizes[0] > held and sizes[1] < 32 * 1000
+
+
+def test_what_tokens_do_not_tell_is_refused(llama, tmp_path):
+    with apr.Session(llama, **SIZES) as s:
+        joined, dropped = s.thread(tokens(20)), s.thread(tokens(20))
+        joined.join(joined.fork(2))
+        s.step([dropped])
+        dropped.drop(4, 9)
+        for one in (joined, dropped, s.segment(tokens(5)), s.thread([3], view=[s.segment([4])])):
+            with pytest.raises(apr.InvalidInput, match="keys=False"):
+                s.save(tmp_path / "file", {"x": one}, keys=False)
+    hybrid = apr.Session(built("lfm2"), **SIZES)
+    with hybrid as s, pytest.raises(apr.UnsupportedModel, match="keys=False"):
+        s.save(tmp_path / "file", {"x": s.thread(tokens(5))})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_saved_is_refused(llama, tmp_path):

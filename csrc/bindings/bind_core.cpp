@@ -250,6 +250,10 @@ void bind_table(py::module_& module) {
           },
           py::arg("threads"), py::arg("segments"))
       .def(
+          "stored_slots",
+          [](const ThreadTable& t, ThreadId id) { return array_of(stored_slots(t, id)); },
+          py::arg("thread"))
+      .def(
           "load",
           [](const Table& t, const std::vector<int64_t>& numbers) {
             return load(*t, numbers).pages;

@@ -172,7 +172,6 @@ void take_pages(ThreadTable& table, Segment& segment, int64_t slots,
 
 Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
              const std::vector<SegmentId>& segments) {
-  if (table.keeps_states()) invalid("save: tables with layer states are not saved");
   table.touch();
   const std::set<ThreadId> chosen(threads.begin(), threads.end());
   const std::set<SegmentId> kept = reached(table, chosen, segments);
@@ -218,9 +217,23 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
   return out;
 }
 
+std::vector<int64_t> stored_slots(const ThreadTable& table, ThreadId id) {
+  const int64_t page_size = table.pool().page_size();
+  std::vector<int64_t> slots;
+  for (const Entry& entry : table.at(id).view) {
+    const Segment& segment = table.segments().at(entry.segment);
+    const int64_t end = visible_end(entry, segment, IdleReader{table.at(id).tail});
+    for (int64_t i = entry.lo; i < std::min(end, segment.encoded); ++i) {
+      const int64_t slot = segment.copied + i;
+      slots.push_back(segment.pages[slot / page_size] * page_size + slot % page_size);
+    }
+  }
+  return slots;
+}
+
 Archive load(ThreadTable& table, const std::vector<int64_t>& numbers) {
-  if (table.num_threads() > 0 || table.segments().size() > 0 || table.keeps_states()) {
-    invalid("open: expected a table that is empty, and keeps no layer states");
+  if (table.num_threads() > 0 || table.segments().size() > 0) {
+    invalid("open: expected a table that is empty");
   }
   Archive out;
   Reader reader(numbers);

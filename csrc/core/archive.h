@@ -19,6 +19,10 @@ struct Archive {
 Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
              const std::vector<SegmentId>& segments);
 
+// Where the keys and values of a thread's visible tokens lie, in view order, as page * page_size +
+// slot; those of queued tokens lie nowhere.
+std::vector<int64_t> stored_slots(const ThreadTable& table, ThreadId id);
+
 // The same in an empty table, with pages of its own. Throws kInvalidInput for what no save wrote,
 // kOutOfPages where the pool is too small; the table is then empty again.
 Archive load(ThreadTable& table, const std::vector<int64_t>& numbers);

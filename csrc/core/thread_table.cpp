@@ -108,7 +108,7 @@ ThreadId ThreadTable::create(const std::vector<int32_t>& tokens) {
 ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes,
                                        Visibility visibility, const std::vector<int32_t>& tokens) {
   touch();
-  check_view(view, writes);
+  check_given_view(view, writes);
   if (writes != kNone) {
     check_writable(writes, kNone);
     const bool listed =
@@ -147,7 +147,7 @@ SegmentId ThreadTable::create_segment(const std::vector<int32_t>& tokens, int64_
                                       std::vector<Entry> after) {
   touch();
   if (tokens.empty()) invalid("segment: got no tokens; a sealed segment needs at least one");
-  check_view(after, kNone);
+  check_given_view(after, kNone);
   const SegmentId id = segments_.create(base, 1);
   Segment& segment = segments_.at(id);
   segment.tokens = tokens;
@@ -270,6 +270,7 @@ void ThreadTable::settle_placed(ThreadId next_thread, SegmentId next_segment) {
   });
   for (const auto& [id, thread] : threads_) {
     check_view(thread.view, thread.tail);
+    if (keeps_states_ && !thread.is_line) invalid("open: layer states have read lines alone");
     retain_view(thread.view);
     for (const Entry& entry : thread.view) {
       const bool is_tail = entry.segment == thread.tail;
@@ -299,7 +300,7 @@ std::vector<ThreadId> ThreadTable::clear() {
 void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
   touch();
   Thread& thread = at(id);
-  check_view(view, thread.tail);
+  check_given_view(view, thread.tail);
   const bool listed = std::any_of(view.begin(), view.end(),
                                   [&](const Entry& e) { return e.segment == thread.tail; });
   if (!listed) {
@@ -334,7 +335,7 @@ void ThreadTable::set_writes(ThreadId id, SegmentId segment_id) {
     entry.segment = segment_id;
     view.push_back(entry);
   }
-  check_view(view, segment_id);
+  check_given_view(view, segment_id);
   check_rotation(view, segment_id);
   detach_writer(id);
   if (!listed) segments_.retain(segment_id);

@@ -170,6 +170,7 @@ class ThreadTable {
   friend class Step;
 
   void check_view(const std::vector<Entry>& view, SegmentId own) const;
+  void check_given_view(const std::vector<Entry>& view, SegmentId own) const;  // by a user
   void check_writable(SegmentId id, ThreadId writer) const;
   void check_rotation(const std::vector<Entry>& view, SegmentId own) const;
   void retain_view(const std::vector<Entry>& view);

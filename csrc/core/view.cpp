@@ -20,10 +20,14 @@ int64_t ThreadTable::tail_offset(const Thread& thread) const {
   return found;
 }
 
-void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) const {
+void ThreadTable::check_given_view(const std::vector<Entry>& view, SegmentId own) const {
   if (keeps_states_ && !view.empty()) {
     invalid("view: this table keeps layer states, which have read no keys of others; fork instead");
   }
+  check_view(view, own);
+}
+
+void ThreadTable::check_view(const std::vector<Entry>& view, SegmentId own) const {
   std::unordered_map<SegmentId, int64_t> seen;  // up to which token
   for (const Entry& entry : view) {
     const Segment& segment = segments_.at(entry.segment);

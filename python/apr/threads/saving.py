@@ -25,7 +25,7 @@ from apr.threads.thread import Segment, Thread
 if TYPE_CHECKING:
     from apr.threads.session import Session
 
-FORMAT = "apr threads 2"
+FORMAT = "apr threads 3"
 _SAMPLES = 64  # elements of each weight that tell one model from another
 # Of the spread of its logits: what other machines and batches make of the same model.
 _SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -33,15 +33,17 @@ _SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
 Named = Mapping[str, Thread | Segment]
 
 
-def save(session: Session, path: str | Path, named: Named) -> None:
+def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     """`Session.save`."""
-    if session.spec.states is not None:
+    if keys and session.spec.states is not None:
         raise UnsupportedModel(
-            "save: this model keeps a state of all that a thread has read, which is not saved yet; "
-            "keep thread.tokens, and run them again"
+            "save: this model keeps a state of all that a thread has read, which no file holds; "
+            "save its tokens, with keys=False"
         )
     core = session.table.edit()
     threads, segments = _sort(session, named)
+    if not keys:
+        _check_lines(threads, segments)
     if any(session.table.vectors.get(thread._id) for thread in threads.values()):
         raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
     if session.table.offload is not None:
@@ -55,13 +57,14 @@ def save(session: Session, path: str | Path, named: Named) -> None:
     tensors["answers"] = _answers(session.spec, session.attachment.model)
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
     slots = torch.arange(session.page_size) < torch.tensor(filled).reshape(-1, 1)
-    for i, pool in enumerate(session.pools):
+    for i, pool in enumerate(session.pools if keys else ()):
         for name, side in (("k", pool.k), *([] if pool.v is pool.k else [("v", pool.v)])):
             kept = side[index].cpu()
             # What lies behind the last token is somebody else's, or nobody's.
             tensors[f"{i}.{name}"] = kept.masked_fill(~slots[:, None, :, None], 0)
     told = {
         "page_size": session.page_size,
+        "keys": keys,
         "seed": session.table.seed,
         "requests": session.table.requests,
         "model": _model_facts(session.spec, session.attachment.model),
@@ -95,6 +98,21 @@ def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, 
     if not named:
         raise InvalidInput("save: got nothing; expected threads or segments by name")
     return threads, segments
+
+
+def _check_lines(threads: dict[str, Thread], segments: dict[str, Segment]) -> None:
+    """Raise InvalidInput for what its tokens alone do not tell."""
+    if segments:
+        raise InvalidInput(
+            f"save: got the segment {next(iter(segments))!r} with keys=False; what its tokens have "
+            "read is not known any more: save it with its keys, or threads that see it"
+        )
+    for name, thread in threads.items():
+        if not thread.is_line:
+            raise InvalidInput(
+                f"save: got {name!r} with keys=False, a thread with a view of its own, with joined "
+                "keys or with a part dropped, which its tokens do not tell; save it with its keys"
+            )
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
@@ -204,13 +222,53 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return told, tensors
 
 
+def _run_again(session: Session, threads: list[Thread]) -> None:
+    """Fill the pages of threads that are lines: what they have in common is run once, in a session
+    that is closed behind it.
+    """
+    core, size = session.table.ask(), session.page_size
+    stored = [(core.stored_slots(t._id).tolist(), t.tokens) for t in threads]
+    # In this order each has the most in common with the one before.
+    lines = sorted((slots, tokens[: len(slots)]) for slots, tokens in stored if slots)
+    if not lines:
+        return
+    pages = len({slot // size for slots, _ in lines for slot in slots}) + 2 * len(lines)
+    with type(session)(
+        session.model, pages * size, size, session.step_tokens, session.invariant, self_test=False
+    ) as other:
+        runs: list[Thread] = []
+        before: list[int] = []
+        for slots, tokens in lines:
+            pairs = enumerate(zip(before, slots, strict=False))
+            most = min(len(before), len(slots))
+            same = next((i for i, (was, now) in pairs if was != now), most)
+            run = runs[-1].fork(1)[0] if same else other.thread()
+            run.trim(same)
+            run.extend(tokens[same:])
+            runs.append(run)
+            before = slots
+        other.step(runs)
+        for (slots, _), run in zip(lines, runs, strict=True):
+            _copy(session, slots, other, other.table.ask().stored_slots(run._id).tolist())
+
+
+def _copy(session: Session, slots: list[int], other: Session, theirs: list[int]) -> None:
+    """Take the keys and values of another session's slots into those of this one."""
+    now, was = (torch.tensor(x, device=session.spec.device) for x in (slots, theirs))
+    size = session.page_size
+    for pool, ran in zip(session.pools, other.pools, strict=True):
+        pool.k[now // size, :, now % size] = ran.k[was // size, :, was % size]
+        if pool.v is not pool.k:
+            pool.v[now // size, :, now % size] = ran.v[was // size, :, was % size]
+
+
 def _place(
     session: Session, told: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> dict[str, Thread | Segment]:
     table, core = session.table, session.table.edit()
     pages = core.load(tensors["table"].tolist())
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
-    for i, pool in enumerate(session.pools):
+    for i, pool in enumerate(session.pools if told["keys"] else ()):
         pool.k[index] = tensors[f"{i}.k"].to(pool.k.device)
         if pool.v is not pool.k:
             pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
@@ -226,5 +284,7 @@ def _place(
         named[name] = threads[number]
     for name, number in told["segments"].items():
         named[name] = table.segment_of(number)
+    if session.pools and not told["keys"]:
+        _run_again(session, list(threads.values()))
     session.check()
     return named

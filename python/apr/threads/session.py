@@ -5,7 +5,7 @@ together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from apr.hf.spec import ModelSpec
 from apr.ops.arena import Arena
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
 from apr.threads.offload import Offload, check_on_full
-from apr.threads.saving import open_saved, save
+from apr.threads.saving import Named, open_saved, save
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Segment, Thread, TokenIds, ViewLike, check_integer
 from apr.threads.trace import Stats, Trace
@@ -184,14 +184,15 @@ class Session:
 
     # ---- saving ----------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, named: Mapping[str, Thread | Segment]) -> None:
+    def save(self, path: str | Path, named: Named, *, keys: bool = True) -> None:
         """Write threads and segments to a file, by names of yours, with all that they see: tokens,
         keys and values, what is queued, and where their random numbers stand. The file is written
-        as a whole or not at all.
+        as a whole or not at all. keys=False: without keys and values, which `open` then makes anew.
 
-        Raises UnsupportedModel for models with layer states; ForeignThread, ThreadReleased.
+        Raises InvalidInput with keys=False for all but threads that are lines; UnsupportedModel
+        without it for models with layer states; ForeignThread, ThreadReleased.
         """
-        save(self, path, named)
+        save(self, path, named, keys)
 
     @classmethod
     def open(
@@ -343,9 +344,7 @@ class Session:
             self.step(lacking)
 
     def begin_step(self, threads: Sequence[Thread], step_tokens: int, who: object) -> _core.Step:
-        """A step for a caller that runs the forward itself (`apr.Cache`): it must `end_step`,
-        whatever happens.
-        """
+        """A step whose forward the caller runs (`apr.Cache`): it must `end_step`, always."""
         self.table.turn.take(who)
         with self.ranks.taking_part():
             numbers = [t._id for t in threads]
