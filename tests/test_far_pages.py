@@ -44,6 +44,7 @@ def kernels(request):
     _core.force_instruction_set("")
 
 
+@pytest.mark.trap(14)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_and_append(kernels, dtype):
     pool, generator = make(DTYPES[dtype], 2, 64)

@@ -124,22 +124,6 @@ def test_far_positions(far):
     assert (off.double() - want[0]).abs().max().item() > 0.25
 
 
-@pytest.mark.trap(14)
-def test_pools_beyond_two_to_the_31_elements():
-    """Reserved, not touched, but for one page at the far end and one at the front."""
-    emulate(90)
-    pages = 2**31 // (8 * 64 * 256) + 2
-    pool = ops.empty_pool(pages, 8, 256, torch.bfloat16)
-    views = [View([0], 0, 40, 0, 0), View([pages - 1], 0, 30, 40, 40, own=True)]
-    generator = torch.Generator().manual_seed(0)
-    for page in (0, pages - 1):
-        for side in (pool.k, pool.v):
-            side[page].copy_(torch.randn(side[page].shape, generator=generator))
-    for count in (1, 30):
-        got, want, *_ = run([(count, views)], pool, 8, generator)
-        check(got, want, torch.bfloat16)
-
-
 def test_long_prefills_run_in_several_passes():
     """More partial results than one pass may hold: rows that see two segments each."""
     emulate(90, blocks=1, part_bytes=1 << 20)

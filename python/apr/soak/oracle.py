@@ -77,7 +77,7 @@ class Oracle:
             sees[i, : len(row.sees)] = row.sees
             distance[i, : len(row.sees)] = np.asarray(row.places) - row.at
             hidden[i, : len(row.sees)] = False
-        angle = distance[..., None] * self._frequencies
+        angle = self._angles(distance, sees, [row.at for row in rows])
         turn = np.cos(angle)[:, :, None], np.sin(angle)[:, :, None]
         x = self._weights["model.embed_tokens.weight"][[row.token for row in rows]]
         for layer in range(self._layers):
@@ -86,6 +86,11 @@ class Oracle:
         x = self._norm(x, "model.norm.weight")
         logits: Array = x @ self._weights["lm_head.weight"].T
         return logits
+
+    def _angles(self, distance: Array, sees: Any, at: list[int]) -> Array:
+        """[rows, seen, pairs] by how much each key is turned for each row that sees it."""
+        angles: Array = distance[..., None] * self._frequencies
+        return angles
 
     def _make_room(self, cells: int) -> None:
         while cells > self._keys.shape[1]:
