@@ -63,8 +63,10 @@ cross:
 reliability: $(VENV)/installed
 	$(RUN) tools/reliability.py
 
+# Memory and threads; CI has the first.
+CHECKS = memory threads
 sanitize: $(VENV)/installed
-	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh
+	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh $(CHECKS)
 
 # The site of docs/, in site/; pictures of the idea are drawn anew by tools/picture.py.
 docs:

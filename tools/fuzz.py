@@ -149,8 +149,15 @@ class Fuzzer:
         else:
             getattr(step, name)()
         if r > 0.97:
-            self.views.refresh(self.table, self.some(self.number))
-            self.views.commit()
+            self.view_calls()
+
+    def view_calls(self) -> None:
+        """What a replayed step does, and any other order of it, on any table."""
+        if self.views.refresh(self.table, self.some(self.number)):
+            self.views.name_ends(self.table)
+        for _ in range(self.rng.randrange(3)):
+            table = self.table if self.rng.random() < 0.8 else _core.ThreadTable(8, 16, True)
+            getattr(self.views, self.rng.choice(("commit", "commit", "forget", "name_ends")))(table)
 
     def look(self, plan: Any) -> None:
         for name in ("ids", "positions", "slots", "writers", "rotations", "copies", "pages_needed"):
@@ -191,6 +198,8 @@ class Fuzzer:
 def child(seed: int, calls: int, note: str) -> None:
     """Make calls; what is about to be made stands in a file that outlives the process."""
     torch.set_num_threads(1)
+    if seed % 3 == 0 and _core.gpu(True) is not None:
+        _core.force_instruction_set("cuda_emulated")
     fuzzer = Fuzzer(seed)
     with open(note, "r+b") as file, mmap.mmap(file.fileno(), 16) as now:
         for i in range(calls):

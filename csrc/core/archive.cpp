@@ -6,6 +6,7 @@
 #include <unordered_set>
 
 #include "core/error.h"
+#include "core/plan.h"
 #include "core/view.h"
 
 namespace apr {
@@ -224,8 +225,7 @@ std::vector<int64_t> stored_slots(const ThreadTable& table, ThreadId id) {
     const Segment& segment = table.segments().at(entry.segment);
     const int64_t end = visible_end(entry, segment, IdleReader{table.at(id).tail});
     for (int64_t i = entry.lo; i < std::min(end, segment.encoded); ++i) {
-      const int64_t slot = segment.copied + i;
-      slots.push_back(segment.pages[slot / page_size] * page_size + slot % page_size);
+      slots.push_back(slot_of(segment.pages, segment.copied + i, page_size));
     }
   }
   return slots;

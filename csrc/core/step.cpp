@@ -161,6 +161,16 @@ void Step::check_unchanged() {
 bool Step::next() {
   check_unchanged();
   if (table_.keeps_states() ? pieces_.empty() : next_run_ >= runs_.size()) return false;
+  try {
+    plan_next();
+  } catch (...) {
+    plan_.clear(table_.pool().page_size());  // half of one is nobody's
+    throw;
+  }
+  return true;
+}
+
+void Step::plan_next() {
   chunk_ = fresh_stamp();
   plan_.clear(table_.pool().page_size());
   plan_.copies.swap(copies_);
@@ -177,7 +187,6 @@ bool Step::next() {
   }
   plan_.finish();
   collect_logits_rows();
-  return true;
 }
 
 void Step::next_runs() {

@@ -91,6 +91,7 @@ class Step {
   std::pair<const std::vector<Entry>*, Visibility> encoder_of(const Segment& segment) const;
   bool sees_as(const Thread& thread, const std::vector<Entry>& view, Visibility visibility) const;
 
+  void plan_next();
   void next_runs();
   void cut_into_pieces();
   void require_state(SegmentId id, int64_t count, const std::vector<Entry>& view);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/digest.h"
+#include "core/error.h"
 #include "core/step.h"
 #include "core/view.h"
 
@@ -22,7 +23,7 @@ int64_t pages_ahead(const PagePool& pool, int64_t threads) {
 }  // namespace
 
 bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& threads) {
-  changed_ = version_ != table.version() || threads != threads_;
+  changed_ = version_ != table.version() || table_ != &table || threads != threads_;
   if (!changed_) {
     for (const Segment* tail : tails_) {
       const auto room = static_cast<int64_t>(tail->pages.size()) * page_size_;
@@ -37,6 +38,8 @@ bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& thread
     version_ = kNever;
     return false;
   }
+  table_ = &table;
+  ready_ = true;
   max_position_ = 0;
   for (size_t row = 0; row < tails_.size(); ++row) {
     const Segment& tail = *tails_[row];
@@ -46,14 +49,22 @@ bool ViewTables::refresh(ThreadTable& table, const std::vector<ThreadId>& thread
   return true;
 }
 
+void ViewTables::check(const ThreadTable& table) const {
+  if (!ready_ || table_ != &table || version_ != table.version()) {
+    invalid("views: expected the table that was refreshed from, as it was then, once");
+  }
+}
+
 void ViewTables::commit(ThreadTable& table) {
+  check(table);
   if (table.keeps_states()) commit_states(table);
   for (Segment* tail : tails_) ++tail->encoded;
+  ready_ = false;
 }
 
 void ViewTables::forget(ThreadTable& table) {
   version_ = kNever;
-  release_ends(table);
+  if (table_ == &table) release_ends(table);
   table.touch();
 }
 
@@ -68,6 +79,7 @@ bool ViewTables::find_starts(const ThreadTable& table) {
 }
 
 const std::vector<StateId>& ViewTables::name_ends(ThreadTable& table) {
+  check(table);
   release_ends(table);
   for (size_t row = 0; row < tails_.size(); ++row) {
     ends_.push_back(table.segments().states().create());
@@ -81,6 +93,7 @@ void ViewTables::release_ends(ThreadTable& table) {
 }
 
 void ViewTables::commit_states(ThreadTable& table) {
+  if (ends_.size() != tails_.size()) invalid("views: name_ends comes before commit");
   LayerStates& held = table.segments().states();
   // Rows may go on from one state that only one of their tails refers to.
   for (const StateId state : starts_) held.retain(state);

@@ -41,6 +41,7 @@ class ViewTables {
 
   bool build(ThreadTable& table, const std::vector<ThreadId>& threads);
   bool add_row(ThreadTable& table, const Thread& thread);
+  void check(const ThreadTable& table) const;
   void release_ends(ThreadTable& table);
   bool find_starts(const ThreadTable& table);
   void commit_states(ThreadTable& table);
@@ -49,6 +50,8 @@ class ViewTables {
   bool turns(const ThreadTable& table, const Thread& thread) const;
 
   uint64_t version_ = kNever;
+  const ThreadTable* table_ = nullptr;  // that was refreshed from
+  bool ready_ = false;                  // refreshed, and not committed since
   bool changed_ = false;
   std::vector<ThreadId> threads_;
   std::vector<Segment*> tails_;
