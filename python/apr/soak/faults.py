@@ -81,6 +81,23 @@ def fault(model: Any, kind: str, number: int) -> Any:
     return _signalled(1e-6 * (1 + number % 4000))
 
 
+class Tears:
+    """A streamer that fails at the n-th token of a run."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+
+    def put(self, value: torch.Tensor) -> None:
+        """A prompt, or the next token."""
+        if value.ndim == 1 and value.numel() == 1:
+            self._left -= 1
+        if self._left == 0:
+            raise Injected("on purpose")
+
+    def end(self) -> None:
+        """Nothing."""
+
+
 class Breaks(LogitsProcessor):  # type: ignore[misc]
     """A processor that fails in its n-th call."""
 

@@ -13,7 +13,7 @@ import torch
 
 import apr
 from apr.soak.edits import EXPECTED, STEP_TOKENS, Edits, Failure, Tally
-from apr.soak.faults import Breaks, fault
+from apr.soak.faults import Breaks, Injected, Tears, fault
 from apr.soak.oracle import Oracle, Row
 from apr.soak.plain import Crew, Item, Writer
 
@@ -155,6 +155,8 @@ class Player(Edits):
         numbers = [n for n in self.some(a, 4) if self.world.lines[n].ready] if self.threads else []
         if not numbers:
             return
+        if b % 7 == 3:
+            return self.decode_live(numbers, 1 + c % (4 * len(numbers)))
         threads = [self.threads[n] for n in numbers]
         breaks = [Breaks(1 + b % 4)] if b % 5 == 0 else []
         with apr.stream(
@@ -165,6 +167,25 @@ class Player(Edits):
                 step = self.one_step(run, numbers, kind if left == 1 + b % 3 else "", c)
                 if step is not None:
                     self.compare(*step)
+
+    def decode_live(self, numbers: list[int], fails: int) -> None:
+        """A run whose streamer fails: where it does, every thread has taken the same steps."""
+        lengths = [len(self.world.lines[n].items) for n in numbers]
+        threads, tears = [self.threads[n] for n in numbers], Tears(fails)
+        try:
+            apr.decode(
+                self.session, threads, max_new_tokens=3, do_sample=True, eos_token_id=[],
+                streamer=lambda thread: tears,
+            )  # fmt: skip
+        except EXPECTED as error:
+            self.tally.faults["streamer" if isinstance(error, Injected) else "OutOfPages"] += 1
+        taken = [thread.tokens[k:] for thread, k in zip(threads, lengths, strict=True)]
+        if len({len(tokens) for tokens in taken}) > 1 and self.session.on_full == "raise":
+            raise Failure(f"a run whose streamer failed gave its threads {taken}")
+        for number, tokens in zip(numbers, taken, strict=True):
+            self.world.extend(number, tokens, self.cells)
+        if wrong := self.differs(self.world):
+            raise Failure(wrong)
 
     def one_step(self, run: apr.Stream, numbers: list[int], kind: str, where: int) -> Any:
         """A step of a run: its logits, and those wanted; where it is interrupted nobody has taken a
