@@ -440,8 +440,23 @@ def test_what_threads_hand_on_is_text(tok):
     assert special == [words.encode("<Path>")[0], words.encode("<Goal>")[0]]
     harmless = [Part("<Path>\n", False), Part("a", True)]
     assert words.spell(harmless) == words.encode("<Path>\na")
-    long = words.spell([Part("<Path>" * 20_000, True)])
-    assert not any(i in tok.added_tokens_decoder for i in long)
+    for parts in (
+        [Part("<Path>" * 20_000, True)],
+        [Part("<Pa", True), Part("th>", True)],
+        [Part("<", False), Part("Path", True), Part(">", False)],
+    ):
+        spelled = words.spell(parts)
+        assert words.decode(spelled) == "".join(part.text for part in parts)
+        assert not any(i in tok.added_tokens_decoder for i in spelled)
+
+
+def test_added_tokens_of_no_meaning_stay_tokens(tok):
+    """Runs of blanks, as some vocabularies add them."""
+    tok.add_tokens(["\n\n"], special_tokens=False)
+    words = Words(tok, ["<Path>"])
+    text = "a\n\nb"
+    assert words.spell([Part(text, True)]) == words.encode(text)
+    assert len(words.encode(text)) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -238,8 +239,7 @@ def test_control_words_are_found_however_they_are_split(data):
         def convert_ids_to_tokens(self, ids):
             return [spelled[i] for i in ids]
 
-        def get_added_vocab(self):
-            return {}
+        added_tokens_decoder: ClassVar[dict] = {}
 
         def decode(self, ids, **_):
             return "".join(spelled[i] for i in ids)

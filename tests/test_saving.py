@@ -236,6 +236,70 @@ def test_tokens_alone(name, tmp_path):
         s.step([found["kid"]])
 
 
+def test_what_nobody_sees_is_left_out(llama, tmp_path):
+    """Of a parent that stays behind, what stands behind a fork's last token."""
+    with apr.Session(llama, **SIZES, page_size=16) as s:
+        parent = s.thread(tokens(60))
+        s.step([parent])
+        (kid,) = parent.fork(1)
+        kid.trim(33)
+        s.save(tmp_path / "kid", {"kid": kid}, keys=False)
+    opened, found = apr.Session.open(tmp_path / "kid", llama, **SIZES)
+    with opened as s:
+        part = found["kid"].view[0].segment
+        assert part.tokens == tokens(60)[:33]
+        reader = s.thread([9], view=[part])
+        assert distance(s.step([reader])[0], stock(llama, [*tokens(60)[:33], 9])[-1]) < CLOSE
+
+
+def test_tokens_are_saved_of_a_pool_that_was_too_small(llama, tmp_path):
+    """Without keys nothing has to come back for it."""
+    with apr.Session(llama, 256, page_size=16, on_full="offload") as s:
+        threads = {str(i): s.thread(tokens(91, i)) for i in range(4)}
+        for thread in threads.values():
+            s.step([thread])
+        s.save(tmp_path / "file", threads, keys=False)
+    opened, found = apr.Session.open(tmp_path / "file", llama, **SIZES)
+    with opened as s:
+        for i, thread in found.items():
+            assert thread.tokens == tokens(91, int(i))
+            thread.extend([5])
+            assert distance(s.step([thread])[0], stock(llama, thread.tokens)[-1]) < CLOSE
+
+
+def test_keys_that_tokens_do_not_tell_are_refused(llama, tmp_path):
+    """Vectors and embeddings, also of threads that have none themselves; a file remembers it."""
+    size = (2, llama.config.num_key_value_heads, llama.config.hidden_size // 4)
+    with apr.Session(llama, **SIZES) as s:
+        thread = s.thread(tokens(20))
+        thread.vectors = apr.PathVectors(torch.randn(size), torch.randn(size))
+        s.step([thread])
+        (kid,) = thread.fork(1)
+        with pytest.raises(apr.InvalidInput, match="do not tell"):
+            s.save(tmp_path / "file", {"kid": kid}, keys=False)
+        s.save(tmp_path / "file", {"kid": kid})
+    opened, found = apr.Session.open(tmp_path / "file", llama, **SIZES)
+    with opened as s, pytest.raises(apr.InvalidInput, match="do not tell"):
+        s.save(tmp_path / "other", found, keys=False)
+    cache = apr.Cache(llama, **SIZES)
+    llama(inputs_embeds=torch.randn(1, 5, llama.config.hidden_size), past_key_values=cache)
+    with pytest.raises(apr.InvalidInput, match="do not tell"):
+        cache.session.save(tmp_path / "other", {"row": cache.threads[0]}, keys=False)
+    cache.close()
+
+
+def test_a_fork_whose_queued_tokens_another_view_made_is_no_line(llama):
+    with apr.Session(llama, **SIZES) as s:
+        parent = s.thread(tokens(20))
+        s.step([parent])
+        parent.extend(tokens(6, 1))
+        before, waits = parent.fork(2)
+        before.trim(20)
+        parent.view = [s.segment([4, 5, 6]), *parent.view]
+        waits.extend([8])
+        assert not waits.is_line and before.is_line
+
+
 def test_a_file_of_tokens_is_small(llama, tmp_path):
     with apr.Session(llama, **SIZES) as s:
         kids = s.thread(tokens(1000)).fork(2)

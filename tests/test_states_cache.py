@@ -246,18 +246,18 @@ def test_a_call_inside_of_a_forward_is_refused(name, stored):
     cache.close()
 
 
-def test_positions_that_count_padding_are_refused():
-    """MiniMax counts so by itself; with positions of its tokens padded rows are right."""
-    model = built("minimax")
+@pytest.mark.parametrize("name", ["minimax", "lfm2", "jamba"])
+def test_positions_that_count_padding_are_refused(name):
+    """Left to the cache they count tokens, and padded rows are right."""
+    model = built(name)
     cache = apr.Cache(model, max_tokens=512)
     ids, mask = torch.tensor([A, [0, 0, *A[:-2]]]), torch.ones(2, len(A), dtype=torch.long)
     mask[1, :2] = 0
     given = {argument(model): cache, "attention_mask": mask}
     with torch.no_grad():
         with pytest.raises(apr.InvalidInput, match="count the tokens without padding"):
-            model(ids, **given)
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        out = model(ids, position_ids=places, **given)
+            model(ids, position_ids=torch.arange(len(A))[None], **given)
+        out = model(ids, **given)
     assert distance(out.logits[1, -1], stock(model, A[:-2])[-1]) < CLOSE
     cache.close()
 

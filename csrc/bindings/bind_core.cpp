@@ -244,11 +244,11 @@ void bind_table(py::module_& module) {
       .def(
           "save",
           [](ThreadTable& t, const std::vector<ThreadId>& threads,
-             const std::vector<SegmentId>& segments) {
-            const Archive archive = save(t, threads, segments);
+             const std::vector<SegmentId>& segments, bool keys) {
+            const Archive archive = save(t, threads, segments, keys);
             return std::make_tuple(array_of(archive.numbers), archive.pages, archive.filled);
           },
-          py::arg("threads"), py::arg("segments"))
+          py::arg("threads"), py::arg("segments"), py::arg("keys") = true)
       .def(
           "stored_slots",
           [](const ThreadTable& t, ThreadId id) { return array_of(stored_slots(t, id)); },

@@ -2,6 +2,7 @@
 #include "core/archive.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <unordered_set>
 
@@ -154,6 +155,34 @@ Segment without_writer(const ThreadTable& table, const Segment& segment) {
   return copy;
 }
 
+// Up to which token of each segment some of these threads see.
+std::map<SegmentId, int64_t> seen_of(const ThreadTable& table, const std::set<ThreadId>& threads) {
+  std::map<SegmentId, int64_t> seen;
+  for (const ThreadId id : threads) {
+    for (const Entry& entry : table.at(id).view) {
+      const Segment& segment = table.segments().at(entry.segment);
+      int64_t& end = seen[entry.segment];
+      end = std::max(end, visible_end(entry, segment, IdleReader{table.at(id).tail}));
+    }
+  }
+  return seen;
+}
+
+// Leaves out what stands behind the first `length` tokens of a segment.
+void cut(const ThreadTable& table, Segment& segment, int64_t length,
+         std::map<SegmentId, int64_t>& seen) {
+  const int64_t page_size = table.pool().page_size();
+  if (length < segment.length()) {
+    segment.tokens.resize(static_cast<size_t>(segment.copied + length));
+    segment.encoded = std::min(segment.encoded, length);
+    const int64_t slots = segment.copied + segment.encoded;
+    segment.pages.resize(static_cast<size_t>((slots + page_size - 1) / page_size));
+  }
+  for (Entry& entry : segment.context) {
+    if (entry.hi != kLive) entry.hi = std::min(entry.hi, seen[entry.segment]);
+  }
+}
+
 // Pages for the first slots of a segment, but those that were dropped.
 void take_pages(ThreadTable& table, Segment& segment, int64_t slots,
                 const std::vector<int64_t>& dropped) {
@@ -172,7 +201,7 @@ void take_pages(ThreadTable& table, Segment& segment, int64_t slots,
 }  // namespace
 
 Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
-             const std::vector<SegmentId>& segments) {
+             const std::vector<SegmentId>& segments, bool keys) {
   table.touch();
   const std::set<ThreadId> chosen(threads.begin(), threads.end());
   const std::set<SegmentId> kept = reached(table, chosen, segments);
@@ -184,6 +213,8 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
   writer.number(page_size);
   writer.number(next_thread);
   writer.number(next_segment);
+  std::map<SegmentId, int64_t> seen;
+  if (!keys) seen = seen_of(table, chosen);
   std::vector<SegmentId> segment_ids(kept.begin(), kept.end());
   std::vector<ThreadId> thread_ids(chosen.begin(), chosen.end());
   writer.list(segment_ids, [&](SegmentId& id) {
@@ -191,8 +222,9 @@ Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
     Segment segment = table.segments().at(id);
     const bool orphaned = segment.writer != kNone && chosen.count(segment.writer) == 0;
     if (orphaned) segment = without_writer(table, segment);
+    if (!keys) cut(table, segment, seen[id], seen);
     segment_fields(writer, segment);
-    if (segment.away_pages > 0) invalid("save: pages are away; bring them back first");
+    if (keys && segment.away_pages > 0) invalid("save: pages are away; bring them back first");
     std::vector<int64_t> dropped;
     for (size_t i = 0; i < segment.pages.size(); ++i) {
       const int64_t before = static_cast<int64_t>(i) * page_size;

@@ -15,9 +15,10 @@ struct Archive {
 };
 
 // These threads and segments, and what they lead to. Nothing is changed, but for pages that were
-// granted ahead.
+// granted ahead. Without keys there are no segments, and of what the threads lead to only what one
+// of them sees.
 Archive save(ThreadTable& table, const std::vector<ThreadId>& threads,
-             const std::vector<SegmentId>& segments);
+             const std::vector<SegmentId>& segments, bool keys);
 
 // Where the keys and values of a thread's visible tokens lie, in view order, as page * page_size +
 // slot; those of queued tokens lie nowhere.

@@ -318,6 +318,14 @@ void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
   thread.is_line = false;
   ++thread.edits;
   const Segment& tail = segments_.at(thread.tail);
+  // Forks that wait for queued tokens get them as the new view makes them.
+  for (auto& [number, other] : threads_) {
+    if (tail.queued() == 0) break;
+    const auto waits = [&](const Entry& entry) {
+      return entry.segment == thread.tail && entry.hi > tail.encoded;
+    };
+    if (std::any_of(other.view.begin(), other.view.end(), waits)) other.is_line = false;
+  }
   thread.logits_segment = tail.queued() > 0 ? thread.tail : kNone;
   thread.logits_index = tail.length() - 1;
 }

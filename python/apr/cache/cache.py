@@ -60,7 +60,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._begun = False  # a generate() has begun, and fed nothing yet
         self._answered = False  # its prefill was told to leave nothing out
         self._embedded = False  # some stored tokens came as embeddings, images or the like
-        self._counts_padding: bool | None = None
+        # Layer states read lines, in which padding leaves no gap.
+        self._counts_padding = None if self._states is None else False
         self._sharers = sharers  # caches on the same session; the last one to close closes it
         sharers.add(self)
         self._hook(session.attachment.model)
@@ -199,8 +200,6 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """[batch, width] positions: those given, or those that the model would give."""
         if call.positions is not None:
             return call.positions
-        if not self.session.spec.takes_positions:
-            return call.own_positions(counts_padding=False)
         if self._counts_padding is None and not (call.real.all() and call.past.all()):
             self._counts_padding = counts_padding(self.session.attachment.model)
         return call.own_positions(self._counts_padding is not False)
@@ -257,6 +256,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             step.forward.stop()
             if not step.forward.is_complete:
                 raise changed(self.session.model, "fewer")
+            self.session.table.tokens_tell &= not step.extras
             if self._states is not None:
                 output = self._states.keep(self, step, output)
             self.session.end_step(step.core, step, commit=True)

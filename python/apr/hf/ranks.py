@@ -86,7 +86,7 @@ class Ranks:
         is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         if not is_number or not timeout > 0:
             raise InvalidInput(f"rank_timeout: got {timeout!r}; expected seconds above 0")
-        self._group, self._timeout = group, timeout
+        self._group, self.timeout = group, timeout
         self.size, self.number = 1, 0
         if group is not None:
             self.size, self.number = len(group.members), group.members.index(dist.get_rank())
@@ -102,7 +102,7 @@ class Ranks:
             digest = zlib.crc32(values.view(torch.uint8).numpy().tobytes())
             rows = self._exchange(_CHOSE, digest)
             if any(row[3] != rows[0][3] for row in self._same_kind(rows)):
-                self._group.from_first(values, self._timeout)
+                self._group.from_first(values, self.timeout)
         return values
 
     def first_number(self, value: float) -> float:
@@ -179,7 +179,7 @@ class Ranks:
     def _exchange(self, kind: int, digest: int) -> list[list[int]]:
         """Of each rank: how many exchanges it has made, in which session, kind, digest."""
         assert self._group is not None
-        return self._group.exchange([self._session, kind, digest], self._timeout)
+        return self._group.exchange([self._session, kind, digest], self.timeout)
 
 
 def _is_of_others(error: RuntimeError) -> bool:

@@ -79,7 +79,9 @@ def close_text(words: Words, grammar: Grammar, worker: Worker, reason: str) -> s
         return text
     if reason == "eos":
         cut_to(worker, len(worker.thread) - 1)
-    worker.put_in(words.encode(worker.end or ""))
+    if grammar.end is not None:
+        parts = grammar.filled(grammar.end, worker.n, worker.outline, worker.depth)
+        worker.put_in(words.spell(parts))
     return text
 
 

@@ -32,9 +32,14 @@ class Words:
                     f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the "
                     "model knows"
                 )
-        added = [word for word in tokenizer.get_added_vocab() if len(word) > 1]
+        named = {
+            i: token.content
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content in self.words
+        }
+        self._special = frozenset(named)
         # Where one of them begins; nothing matches where there are none.
-        self._whole = regex.compile("|".join(map(regex.escape, added)) or r"(?!)")
+        self._named = regex.compile("|".join(map(regex.escape, named.values())) or r"(?!)")
         last = {word[-1] for word in self.words}
         # Vocabularies spell ASCII as it is, and other characters in ways of their own; "}" ends a
         # field.
@@ -64,16 +69,30 @@ class Words:
         """The same for text of several parts. What threads have written is text: a special token
         that it names is spelled with others, so that nobody reads it as the grammar's word.
         """
-        if not any(part.written and self._whole.search(part.text) for part in parts):
-            return self.encode("".join(part.text for part in parts))
-        ids: list[int] = []
-        for part in parts:
-            cuts = [0, len(part.text)]
-            if part.written:
-                found = self._whole.finditer(part.text, overlapped=True)
-                cuts[1:1] = [match.start() + 1 for match in found]
-            for begin, end in pairwise(cuts):
-                ids += self.encode(part.text[begin:end])
+        whole = self.encode("".join(part.text for part in parts))
+        own = [self.encode(part.text) for part in parts if not part.written]
+        if self._specials(whole) == sum(map(self._specials, own)):
+            return whole
+        return [
+            i
+            for part in parts
+            for i in (self._plainly(part.text) if part.written else self.encode(part.text))
+        ]
+
+    def _specials(self, ids: Sequence[int]) -> int:
+        return sum(i in self._special for i in ids)
+
+    def _plainly(self, text: str) -> list[int]:
+        """Text without special tokens: cut behind the first character of each that it names, or,
+        where a tokenizer finds some in other spellings, behind every character.
+        """
+        ids = self.encode(text)
+        if self._specials(ids):
+            found = self._named.finditer(text, overlapped=True)
+            cuts = [0, *(match.start() + 1 for match in found), len(text)]
+            ids = [i for begin, end in pairwise(cuts) for i in self.encode(text[begin:end])]
+        if self._specials(ids):
+            ids = [i for character in text for i in self.encode(character)]
         return ids
 
     def spellings(self, word: str) -> list[list[int]]:

@@ -43,15 +43,16 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     core = session.table.edit()
     threads, segments = _sort(session, named)
     if not keys:
-        _check_lines(threads, segments)
+        _check_lines(session, threads, segments)
     if any(session.table.vectors.get(thread._id) for thread in threads.values()):
         raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
-    if session.table.offload is not None:
+    if keys and session.table.offload is not None:
         handles = [segment._id for segment in segments.values()]
         session.table.offload.make_room(core, [t._id for t in threads.values()], handles)
     numbers, pages, filled = core.save(
         [thread._id for thread in threads.values()],
         [segment._id for segment in segments.values()],
+        keys,
     )
     tensors = {"table": torch.from_numpy(numbers)}
     tensors["answers"] = _answers(session.spec, session.attachment.model)
@@ -65,6 +66,7 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     told = {
         "page_size": session.page_size,
         "keys": keys,
+        "tokens_tell": session.table.tokens_tell,
         "seed": session.table.seed,
         "requests": session.table.requests,
         "model": _model_facts(session.spec, session.attachment.model),
@@ -100,8 +102,15 @@ def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, 
     return threads, segments
 
 
-def _check_lines(threads: dict[str, Thread], segments: dict[str, Segment]) -> None:
+def _check_lines(
+    session: Session, threads: dict[str, Thread], segments: dict[str, Segment]
+) -> None:
     """Raise InvalidInput for what its tokens alone do not tell."""
+    if not session.table.tokens_tell:
+        raise InvalidInput(
+            "save: got keys=False in a session whose threads had vectors, images or embeddings, "
+            "which their tokens do not tell; save them with their keys"
+        )
     if segments:
         raise InvalidInput(
             f"save: got the segment {next(iter(segments))!r} with keys=False; what its tokens have "
@@ -234,8 +243,9 @@ def _run_again(session: Session, threads: list[Thread]) -> None:
         return
     pages = len({slot // size for slots, _ in lines for slot in slots}) + 2 * len(lines)
     with type(session)(
-        session.model, pages * size, size, session.step_tokens, session.invariant, self_test=False
-    ) as other:
+        session.model, pages * size, size, session.step_tokens, session.invariant,
+        self_test=False, rank_timeout=session.ranks.timeout,
+    ) as other:  # fmt: skip
         runs: list[Thread] = []
         before: list[int] = []
         for slots, tokens in lines:
@@ -272,7 +282,7 @@ def _place(
         pool.k[index] = tensors[f"{i}.k"].to(pool.k.device)
         if pool.v is not pool.k:
             pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
-    table.requests = told["requests"]
+    table.requests, table.tokens_tell = told["requests"], told["tokens_tell"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}
     for name, one in told["threads"].items():

@@ -50,6 +50,8 @@ class ThreadTable:
         self._segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self.requests = 0  # root threads that were made: the next one's number
         self.turn = _core.Turn()  # who steps; nothing may change threads meanwhile
+        # Whether a line's tokens tell its keys: not where vectors, images or the like went in.
+        self.tokens_tell = True
         self.offload: Offload | None = None  # where a session lets pages wait elsewhere
 
     # ---- the core's table -----------------------------------------------------------------------
@@ -180,6 +182,7 @@ class ThreadTable:
             self.vectors.pop(number, None)
             return
         self.vectors[number] = vectors
+        self.tokens_tell = False
         while len(self.vectors) > _MOST_VECTORS:
             del self.vectors[next(iter(self.vectors))]
 
