@@ -29,9 +29,9 @@ class BatchStates:
         assert states is not None
         if not states.attends or states.argument not in CACHE_ARGUMENTS:
             raise UnsupportedModel(
-                f"apr.Cache: {type(session.attachment.model).__name__} runs with its own kind of "
-                "cache only, which apr.Session keeps row by row; use apr.Session and apr.decode, "
-                "or the model's own cache"
+                f"apr.Cache: {type(session.attachment.model).__name__} attends by itself, or takes "
+                "its cache in a way of its own, and apr.Session keeps it row by row; use "
+                "apr.Session and apr.decode, or the model's own cache"
             )
         self._session, self.spec = session, states
 

@@ -11,7 +11,7 @@ import transformers
 
 OLDEST, NEWEST = "5.17", "5.24"  # `make test-versions` runs both ends
 
-# How a forward names its cache: 5.24 renamed it inside the models.
+# How a forward names its cache: 5.24 renamed it inside the models, the last of them in Mambas.
 CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params")
 
 
