@@ -123,4 +123,7 @@ class Before(_Hook):
 class After(_Hook):
     def __call__(self, module: Any, args: Any, *rest: Any) -> Any:
         cache = self._cache()
-        return cache._finish(rest[-1]) if len(rest) == 2 and cache is not None else None
+        # Compiled calls of the user's own, whole graphs perhaps, get no further than this.
+        if len(rest) != 2 or cache is None or cache._step is None:
+            return None
+        return cache._finish(rest[-1])
