@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import threading
 import weakref
 
 import pytest
@@ -32,6 +31,7 @@ from transformers import (
 import apr
 from apr.hf import interface
 from models import CLOSE, COMMON, FAR, VOCAB, build, distance, random_weights, stock, tokens
+from threads_program import in_threads
 
 PROMPT = tokens(11)
 IDS = torch.tensor([PROMPT])
@@ -155,24 +155,6 @@ def test_implementations_of_the_parts_come_back_as_they_were(llama):
 
 
 # ---- Python threads ----------------------------------------------------------------------------
-
-
-def in_threads(count, work):
-    errors = []
-
-    def run(i):
-        try:
-            work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -41,7 +41,8 @@ def sessions(model, seed):
         s.check()
 
 
-def at_once(work):
+def in_threads(count, work):
+    """Do work(i) in a Python thread for each i, and raise what one of them raised."""
     errors = []
 
     def guarded(i):
@@ -50,7 +51,7 @@ def at_once(work):
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(THREADS)]
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,7 +64,7 @@ def race():
     pool, _ = make(torch.float32, 2, 64)
     plan = ops.plan(tree(), pool, 4)
     rows = torch.randn(plan.num_rows, 2, 64)
-    at_once(lambda i: [ops.append(rows, rows, pool, plan) for _ in range(500)])
+    in_threads(THREADS, lambda i: [ops.append(rows, rows, pool, plan) for _ in range(500)])
 
 
 if __name__ == "__main__":
@@ -73,6 +74,6 @@ if __name__ == "__main__":
         race()
     else:
         llama = build("llama")
-        at_once(kernels)
-        at_once(lambda i: sessions(llama, i))
+        in_threads(THREADS, kernels)
+        in_threads(THREADS, lambda i: sessions(llama, i))
     print("done", _core.instruction_set())
