@@ -204,3 +204,19 @@ FAR = 1e-2
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
+
+
+def edit_lines(kind: str, thread: Any, threads: list[Any], rng: Any, turn: int) -> None:
+    """One edit that keeps threads lines: "fork", "trim", "join" or "release"; others do nothing."""
+    if kind == "fork" and len(threads) < 6:
+        threads += thread.fork(rng.randint(1, 2))
+    elif kind == "trim" and len(thread) > 2:
+        thread.trim(rng.randint(max(1, len(thread) - 8), len(thread)))
+    elif kind == "join":
+        kids = thread.fork(2)
+        for kid in kids:
+            kid.extend(tokens(2, turn))
+        thread.join(kids, reencode=True)
+    elif kind == "release" and len(threads) > 1:
+        threads.remove(thread)
+        thread.release()

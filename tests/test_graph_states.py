@@ -15,7 +15,7 @@ from apr import _core
 from apr.hf import graph_states
 from conftest import built
 from kernel_cases import emulate
-from models import CLOSE, FAR, STATES, distance, stock, tokens
+from models import CLOSE, FAR, STATES, distance, edit_lines, stock, tokens
 
 if _core.gpu(True) is None:
     pytest.skip("this build has no emulated GPU (APR_EMULATION=ON)", allow_module_level=True)
@@ -92,18 +92,7 @@ def test_random_edits(name, seed, replays):
         for turn in range(60):
             thread = rng.choice(threads)
             kind = rng.choice(["fork", "trim", "join", "release", *["go on"] * 8])
-            if kind == "fork" and len(threads) < 6:
-                threads += thread.fork(rng.randint(1, 2))
-            elif kind == "trim" and len(thread) > 2:
-                thread.trim(rng.randint(max(1, len(thread) - 8), len(thread)))
-            elif kind == "join":
-                kids = thread.fork(2)
-                for kid in kids:
-                    kid.extend(tokens(2, turn))
-                thread.join(kids, reencode=True)
-            elif kind == "release" and len(threads) > 1:
-                threads.remove(thread)
-                thread.release()
+            edit_lines(kind, thread, threads, rng, turn)
             chosen = rng.sample(threads, rng.randint(1, len(threads)))
             # With nothing queued, as after a trim, a step restores what it began with.
             new = step(s, chosen, turn) if rng.random() < 0.8 else s.step(chosen)

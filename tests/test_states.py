@@ -13,7 +13,7 @@ import models
 import scripted
 from apr.hf import cache_rows, layer_states
 from conftest import built
-from models import CLOSE, FAR, STATES, distance, stock, tokens
+from models import CLOSE, FAR, STATES, distance, edit_lines, stock, tokens
 from protocol_scripts import SCRIPTS
 
 PROMPT, A, B, C = tokens(21, 0), tokens(9, 1), tokens(6, 2), tokens(5, 3)
@@ -344,20 +344,9 @@ def test_any_edits(model, seed):
         for turn in range(40):
             thread = rng.choice(threads)
             kind = rng.choice(["fork", "extend", "extend", "extend", "trim", "join", "release"])
-            if kind == "fork" and len(threads) < 6:
-                threads += thread.fork(rng.randint(1, 2))
-            elif kind == "extend":
+            if kind == "extend":
                 thread.extend(tokens(rng.randint(1, 5), 100 * seed + turn))
-            elif kind == "trim" and len(thread) > 2:
-                thread.trim(rng.randint(max(1, len(thread) - 8), len(thread)))
-            elif kind == "join":
-                kids = thread.fork(2)
-                for kid in kids:
-                    kid.extend(tokens(2, turn))
-                thread.join(kids, reencode=True)
-            elif kind == "release" and len(threads) > 1:
-                threads.remove(thread)
-                thread.release()
+            edit_lines(kind, thread, threads, rng, turn)
             chosen = rng.sample(threads, rng.randint(1, len(threads)))
             for thread, logits in zip(chosen, s.step(chosen), strict=True):
                 assert distance(logits, stock(model, thread.tokens)[-1]) < NEAR

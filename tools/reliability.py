@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--ops", type=int, default=200_000)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-sanitizers", action="store_true", help="they take eight minutes")
+    parser.add_argument("--no-sanitizers", action="store_true", help="they take seven minutes")
     options = parser.parse_args()
     python, seed = sys.executable, str(options.seed)
     soak, good = run(
@@ -71,7 +71,15 @@ def main() -> None:
 
     table = Table("what", "how much")
     table.add_row("operations", first(r"(\d+) operations in", soak))
-    for kind in ("before attention", "after attention", "interrupt", "nan", "signal", "OutOfPages"):
+    for kind in (
+        "before attention",
+        "after attention",
+        "interrupt",
+        "nan",
+        "streamer",
+        "signal",
+        "OutOfPages",
+    ):
         table.add_row(f"  faults: {kind}", first(rf"{kind} +(\d+)", soak))
     table.add_row("  rows of logits beside float64", first(r"(\d+) logits rows", soak))
     table.add_row("interrupts by line", lines)

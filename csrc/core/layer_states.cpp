@@ -24,6 +24,13 @@ void each_state(const SegmentStore& segments, const Thread& thread, Found found)
   }
 }
 
+// The state after `count` tokens of a segment; kNone where it is not there.
+StateId state_at(const SegmentStore& segments, SegmentId id, int64_t count) {
+  const SegmentStates& states = segments.at(id).states;
+  const auto found = states.find(count);
+  return found == states.end() ? kNone : found->second;
+}
+
 }  // namespace
 
 void ThreadTable::keep_states(int64_t checkpoint_tokens, bool one_token) {
@@ -45,23 +52,18 @@ void ThreadTable::inherit_state(Thread& child, SegmentId parent_tail) {
 void ThreadTable::inherit_state(SegmentId tail, const Entry* last) {
   Segment& segment = segments_.at(tail);
   if (last == nullptr || segment.states.count(0) != 0) return;
-  const SegmentStates& states = segments_.at(last->segment).states;
-  const auto found = states.find(last->hi);
-  if (found == states.end()) return;
-  segments_.states().retain(found->second);
-  segment.states[0] = found->second;
+  const StateId state = state_at(segments_, last->segment, last->hi);
+  if (state == kNone) return;
+  segments_.states().retain(state);
+  segment.states[0] = state;
 }
 
 StateId ThreadTable::state_before(ThreadId id, int64_t count) const {
   const Thread& thread = at(id);
-  const Segment& tail = segments_.at(thread.tail);
-  auto found = tail.states.find(count);
-  if (found != tail.states.end()) return found->second;
-  const Entry* last = count == -tail.copied ? entry_before(thread.view, thread.tail) : nullptr;
-  if (last == nullptr) return kNone;
-  const SegmentStates& states = segments_.at(last->segment).states;
-  found = states.find(last->hi);
-  return found == states.end() ? kNone : found->second;
+  const StateId own = state_at(segments_, thread.tail, count);
+  if (own != kNone || count != -segments_.at(thread.tail).copied) return own;
+  const Entry* last = entry_before(thread.view, thread.tail);
+  return last == nullptr ? kNone : state_at(segments_, last->segment, last->hi);
 }
 
 int64_t ThreadTable::nearest_state(ThreadId id, int64_t length) const {

@@ -55,9 +55,6 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         raise InvalidInput("crop: a layer holds no tokens of its own; crop the cache")
 
 
-_CALL = torch.nn.Module._call_impl.__code__
-
-
 class _Hook:
     """A hook on the model that must not keep the cache alive; a copy of the model has one that does
     nothing.
@@ -90,8 +87,8 @@ def _is_nested(module: Any) -> bool:
     frame, calls = sys._getframe(), 0
     while frame.f_back is not None:
         frame = frame.f_back
-        # The hook's own call is one.
-        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        # torch's own frame of a call; the one that runs this hook is one.
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
     return calls > 1
 
 

@@ -124,6 +124,12 @@ class CacheRows:
         """What all states must have in common that run in one forward."""
         return self._where[state][0].kind
 
+    def batches_of(self, states: Sequence[int]) -> list[Batch]:
+        """The batches in which these states lie, each once."""
+        return list(
+            {id(batch): batch for batch, _ in map(self._where.__getitem__, states)}.values()
+        )
+
     def bytes_of(self, states: Sequence[int]) -> int:
         """Bytes of these states alone."""
         return sum(self._where[state][0].row_bytes for state in states)

@@ -40,7 +40,8 @@ class GraphStates:
 
     def fits(self, states: Sequence[int]) -> bool:
         """Whether these states can lie here."""
-        return all(self._held.kind_of(state) == self._now.kind for state in states)
+        batches = self._held.batches_of(states)
+        return all(batch is self._now or batch.kind == self._now.kind for batch in batches)
 
     def clear(self) -> None:
         """Copy elsewhere what lies here and is wanted."""

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     written: bool  # by some thread; else it is the grammar's
 
 
-_WRITTEN = ("{outline}", "{message}")
+_WRITTEN = ("{outline}", "{message}")  # fields that hold what a thread wrote
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Grammar:
     def filled(
         self, words: str, n: int, outline: str, depth: int, message: str | None = None
     ) -> list[Part]:
-        """Words of a child with its fields put in."""
+        """Words of a child with its fields put in; {message} is one where there is a message."""
         fields = {"{n}": str(n), "{index}": str(n - 1), "{depth}": str(depth), "{outline}": outline}
         if message is not None:
             fields["{message}"] = message

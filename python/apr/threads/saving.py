@@ -114,7 +114,7 @@ def _check_lines(
     if segments:
         raise InvalidInput(
             f"save: got the segment {next(iter(segments))!r} with keys=False; what its tokens have "
-            "read is not known any more: save it with its keys, or threads that see it"
+            "read is not known any more: save it with its keys"
         )
     for name, thread in threads.items():
         if not thread.is_line:
