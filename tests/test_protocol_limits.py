@@ -450,6 +450,17 @@ def test_what_threads_hand_on_is_text(tok):
         assert not any(i in tok.added_tokens_decoder for i in spelled)
 
 
+def test_a_tokenizer_that_tells_no_added_tokens(tok, monkeypatch):
+    """As MistralCommonBackend of transformers."""
+
+    def refuse(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(tok), "added_tokens_decoder", property(refuse))
+    words = Words(tok, ["<Path>"])
+    assert words.spell([Part("a", False), Part("b", True)]) == words.encode("ab")
+
+
 def test_added_tokens_of_no_meaning_stay_tokens(tok):
     """Runs of blanks, as some vocabularies add them."""
     tok.add_tokens(["\n\n"], special_tokens=False)

@@ -32,9 +32,13 @@ class Words:
                     f"grammar: this tokenizer cannot spell {word!r}; use a grammar whose words the "
                     "model knows"
                 )
+        try:
+            added = tokenizer.added_tokens_decoder
+        except NotImplementedError:  # mistral-common's, which makes no special token of text
+            added = {}
         named = {
             i: token.content
-            for i, token in tokenizer.added_tokens_decoder.items()
+            for i, token in added.items()
             if token.special or token.content in self.words
         }
         self._special = frozenset(named)
