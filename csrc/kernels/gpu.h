@@ -14,6 +14,7 @@ namespace apr {
 // What a layer's attention is, apart from its tensors.
 struct AttentionKind {
   DType dtype;
+  Codes codes;
   int64_t q_heads, kv_heads, head_dim_k, head_dim_v, page_size;
   int64_t window, chunk;  // 0: none
   bool invariant;
@@ -32,7 +33,8 @@ struct GpuDevice {
 struct GpuKernel {
   std::string name;
   int head_dim, item_rows, stages, threads, shared_bytes;
-  bool wide;
+  bool wide;   // wgmma and TMA
+  bool coded;  // reads codes of 8 bits
 };
 
 // One pass over a plan's rows. The caller owns the memory.

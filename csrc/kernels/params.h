@@ -15,6 +15,14 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// How a pool keeps numbers: as they are, or as codes of 8 bits with a scale for each token and
+// head. A code stands for code * scale, rounded to the pool's dtype; float8 is e4m3 (OCP 8-bit
+// floating point, arXiv 2209.05433).
+enum class Codes : int32_t { kNone, kInt8, kFloat8 };
+
+// What the largest number of a token and head becomes: its scale is that number over this.
+inline float highest_code(Codes codes) { return codes == Codes::kInt8 ? 127.f : 448.f; }
+
 // The flat arrays of a Plan (core/plan.h).
 struct PlanArrays {
   const PlanRun* runs;
@@ -38,16 +46,22 @@ struct ViewArrays {
   int64_t num_rows, num_entries, num_segments, num_pages;
 };
 
-// Keys and values of one layer: [page, kv_head, page_size, head_dim], contiguous.
+// Keys and values of one layer: [page, kv_head, page_size, head_dim], contiguous; scales of codes
+// [page, kv_head, page_size].
 struct Pool {
   void* k;
   void* v;
+  float* k_scales;  // nullptr without codes
+  float* v_scales;
   int64_t num_pages;
   int64_t kv_heads;
   int64_t page_size;
   int64_t head_dim_k;
   int64_t head_dim_v;
   DType dtype;
+  Codes codes;
+
+  int64_t stored_size() const { return codes == Codes::kNone ? element_size(dtype) : 1; }
 };
 
 // [rows, heads, dim] with the last dimension contiguous; strides in elements.

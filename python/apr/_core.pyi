@@ -12,6 +12,7 @@ __all__: list[str] = [
     "AWAY_PAGE",
     "AttentionCall",
     "AttentionKind",
+    "Codes",
     "DType",
     "GpuBackend",
     "GpuCounts",
@@ -95,6 +96,44 @@ class DType:
     @property
     def value(self) -> int: ...
 
+class Codes:
+    """
+    How pools keep numbers: as they are, or in 8 bits.
+
+    Members:
+
+      none
+
+      int8
+
+      float8
+    """
+
+    __members__: typing.ClassVar[dict[str, Codes]]
+    float8: typing.ClassVar[Codes]
+    int8: typing.ClassVar[Codes]
+    none: typing.ClassVar[Codes]
+    @typing.overload
+    def __eq__(self, other: Codes) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Codes) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 class Rows:
     """
     [rows, heads, dim], the last dimension contiguous.
@@ -115,12 +154,15 @@ class Pool:
         *,
         k: typing.SupportsInt | typing.SupportsIndex,
         v: typing.SupportsInt | typing.SupportsIndex,
+        k_scales: typing.SupportsInt | typing.SupportsIndex,
+        v_scales: typing.SupportsInt | typing.SupportsIndex,
         num_pages: typing.SupportsInt | typing.SupportsIndex,
         kv_heads: typing.SupportsInt | typing.SupportsIndex,
         page_size: typing.SupportsInt | typing.SupportsIndex,
         head_dim_k: typing.SupportsInt | typing.SupportsIndex,
         head_dim_v: typing.SupportsInt | typing.SupportsIndex,
         dtype: DType,
+        codes: Codes,
     ) -> None: ...
 
 class RotationTable:
@@ -166,6 +208,7 @@ class AttentionKind:
         self,
         *,
         dtype: DType,
+        codes: Codes,
         q_heads: typing.SupportsInt | typing.SupportsIndex,
         kv_heads: typing.SupportsInt | typing.SupportsIndex,
         head_dim_k: typing.SupportsInt | typing.SupportsIndex,

@@ -176,7 +176,7 @@ void attend_matrix(const TileJob& job) {
 
   for (int64_t slot = Pairs::first_slot(job), tokens; slot < job.end; slot += tokens) {
     tokens = tile_tokens(job, slot);
-    const Tile tile = tile_at(job, slot, tokens, 2);
+    const Tile tile = tile_at<BFloat16>(job, slot, tokens);
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const int64_t pairs = (tokens + 1) / 2;
     const char* k = whole_tile(tile.k, tokens, dim_k * 2, tail);

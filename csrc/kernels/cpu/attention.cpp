@@ -114,19 +114,22 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
   const int64_t lanes = (item.end_visit - item.first_visit) * group;
   const int64_t padded = (lanes + kLaneAlign - 1) / kLaneAlign * kLaneAlign;
   const int64_t floats = scratch_floats(padded, pool.head_dim_k, pool.head_dim_v);
+  const int64_t dims = pool.head_dim_k + pool.head_dim_v;
+  const int64_t decoded = pool.codes == Codes::kNone ? 0 : kTile * dims;
 
   thread_local Scratch memory;
   TileJob job{};
-  job.scratch = memory.get(floats + padded * (pool.head_dim_k + pool.head_dim_v + 4));
+  job.scratch = memory.get(floats + padded * (dims + 4) + decoded);
   job.out = job.scratch + floats;
   float* q = job.out + padded * pool.head_dim_v;
   job.max = q + padded * pool.head_dim_k;
   job.sum = job.max + padded;
   auto* lane_lo = reinterpret_cast<int32_t*>(job.sum + padded);
   int32_t* lane_hi = lane_lo + padded;
+  job.decoded = reinterpret_cast<char*>(lane_hi + padded);
   gather_lanes(call, pool, schedule, item, kv_head, q, lane_lo, lane_hi);
 
-  const int64_t size = element_size(pool.dtype);
+  const int64_t size = pool.stored_size();
   const int64_t first_chunk = item.lo / item.chunk;
   job.q = q;
   job.lane_lo = lane_lo;
@@ -149,6 +152,12 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
   job.page_bytes_v = pool.kv_heads * pool.page_size * pool.head_dim_v * size;
   job.k = static_cast<const char*>(pool.k) + kv_head * pool.page_size * pool.head_dim_k * size;
   job.v = static_cast<const char*>(pool.v) + kv_head * pool.page_size * pool.head_dim_v * size;
+  job.codes = pool.codes;
+  job.page_scales = pool.kv_heads * pool.page_size;
+  if (pool.codes != Codes::kNone) {
+    job.k_scales = pool.k_scales + kv_head * pool.page_size;
+    job.v_scales = pool.v_scales + kv_head * pool.page_size;
+  }
   instruction_set().attend[static_cast<int>(pool.dtype)](job);
 
   const Output output{call, pool};

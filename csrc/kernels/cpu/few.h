@@ -110,7 +110,7 @@ void attend_few_rows(const TileJob& job) {
 
   for (int64_t slot = job.begin, tokens; slot < job.end; slot += tokens) {
     tokens = tile_tokens(job, slot);
-    const Tile tile = tile_at(job, slot, tokens, size);
+    const Tile tile = tile_at<T>(job, slot, tokens);
     int64_t t = 0;
     const int64_t step = tile.next_k.step(tokens / kTokens);
     for (int64_t at = 0; t + kTokens <= tokens; t += kTokens, at += step) {

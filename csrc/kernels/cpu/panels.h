@@ -3,6 +3,7 @@
 // sums stay in the nearest caches while a tile of tokens passes.
 #pragma once
 
+#include "kernels/cpu/codes.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/softmax.h"
 
@@ -163,7 +164,10 @@ struct Tile {
   Ahead next_k, next_v;
 };
 
-inline Tile tile_at(const TileJob& job, int64_t slot, int64_t tokens, int64_t size) {
+// Keys and values as rows of T, whatever the pool stores.
+template <class T>
+inline Tile tile_at(const TileJob& job, int64_t slot, int64_t tokens) {
+  const int64_t size = job.codes == Codes::kNone ? int64_t{sizeof(typename T::Storage)} : 1;
   const auto k = [&](int64_t at) {
     return job.k + job.pages[at / job.page_size] * job.page_bytes_k +
            at % job.page_size * job.head_dim_k * size;
@@ -184,13 +188,19 @@ inline Tile tile_at(const TileJob& job, int64_t slot, int64_t tokens, int64_t si
     tile.next_k = {k(next), count * job.head_dim_k * size};
     tile.next_v = {v(next), count * job.head_dim_v * size};
   }
+  if (job.codes != Codes::kNone) {
+    const int64_t first = job.pages[slot / job.page_size] * job.page_scales + slot % job.page_size;
+    char* values = job.decoded + kTile * job.head_dim_k * int64_t{sizeof(typename T::Storage)};
+    tile.k =
+        decode<T>(job.codes, tile.k, job.k_scales + first, tokens, job.head_dim_k, job.decoded);
+    tile.v = decode<T>(job.codes, tile.v, job.v_scales + first, tokens, job.head_dim_v, values);
+  }
   return tile;
 }
 
 template <class T, class P>
 inline void attend_panels(const TileJob& job) {
   typedef typename P::Element Element;
-  const int64_t size = sizeof(typename T::Storage);
   const int64_t dim_k = job.head_dim_k, dim_v = job.head_dim_v;
   const int64_t padded = round_up(job.lanes, kWidth);
   const int64_t units = dim_k / P::kUnit;
@@ -210,7 +220,7 @@ inline void attend_panels(const TileJob& job) {
 
   for (int64_t slot = P::first_slot(job), tokens; slot < job.end; slot += tokens) {
     tokens = tile_tokens(job, slot);
-    const Tile tile = tile_at(job, slot, tokens, size);
+    const Tile tile = tile_at<T>(job, slot, tokens);
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const Element* keys = P::keys(tile.k, tokens, dim_k, wide_keys);
     const Element* values =

@@ -67,6 +67,7 @@ const InstructionSet kTable = {
     merge,
     {load_row<Float32>, load_row<BFloat16>, load_row<Float16>},
     {store_row<Float32>, store_row<BFloat16>, store_row<Float16>},
+    encode_row,
     {score_passes<Float32>(), score_passes<BFloat16>(), score_passes<Float16>()}};
 
 }  // namespace apr::cpu::APR_ISA

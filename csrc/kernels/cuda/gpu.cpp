@@ -75,14 +75,19 @@ AttentionWork tables_of(const Layout& layout, const AttentionKind& kind, void* b
 void set_tensors(AttentionWork& work, const AttentionKind& kind, const AttentionCall& call,
                  const Pool& pool, int64_t rows) {
   const int64_t wide = halves(kind.dtype);
-  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size * wide;
+  const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
   work.num_pages = static_cast<int32_t>(pool.num_pages);
   work.q = {static_cast<const uint16_t*>(call.q.data),
             extent(call.q, rows, kind.q_heads, kind.head_dim_k) * wide};
   work.out = {static_cast<uint16_t*>(call.out.data),
               extent(call.out, rows, kind.q_heads, kind.head_dim_v) * wide};
-  work.k = {static_cast<const uint16_t*>(pool.k), tokens * pool.head_dim_k};
-  work.v = {static_cast<const uint16_t*>(pool.v), tokens * pool.head_dim_v};
+  work.k = {static_cast<const uint16_t*>(pool.k),
+            tokens * pool.head_dim_k * pool.stored_size() / 2};
+  work.v = {static_cast<const uint16_t*>(pool.v),
+            tokens * pool.head_dim_v * pool.stored_size() / 2};
+  work.codes = pool.codes;
+  work.k_scales = {pool.k_scales, tokens};
+  work.v_scales = {pool.v_scales, tokens};
   work.lse = {call.lse, rows * kind.q_heads};
   work.sinks = {call.sinks, kind.q_heads};
   work.cos_sin = {call.rotation.cos_sin, call.rotation.rotations * call.rotation.pairs * 2};
@@ -230,16 +235,17 @@ class Views final : public Tables<GpuViews> {
   GpuDevice device_;
 };
 
-// The pool that AppendWork and CopyWork write, in 16-bit numbers.
+// The pool that AppendWork and CopyWork write, from elements of `size` bytes.
 template <typename Work>
-void set_pool(Work& work, const Pool& pool) {
-  const int64_t wide = halves(pool.dtype);
+void set_pool(Work& work, const Pool& pool, int64_t size) {
   const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
-  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k * wide};
-  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v * wide};
+  work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k * pool.stored_size() / 2};
+  work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v * pool.stored_size() / 2};
+  work.k_scales = {pool.k_scales, tokens};
+  work.v_scales = {pool.v_scales, tokens};
   work.kv_heads = static_cast<int32_t>(pool.kv_heads);
-  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k * wide);
-  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v * wide);
+  work.head_dim_k = static_cast<int32_t>(pool.head_dim_k * size / 2);
+  work.head_dim_v = static_cast<int32_t>(pool.head_dim_v * size / 2);
   work.page_shift = log2_of(pool.page_size);
 }
 
@@ -251,7 +257,7 @@ class Backend final : public GpuBackend {
     std::vector<GpuKernel> all;
     for (const Instance* one : instances()) {
       all.push_back({one->name, one->head_dim, one->item_rows, one->stages, one->threads,
-                     one->shared_bytes, one->wide});
+                     one->shared_bytes, one->wide, one->coded});
     }
     return all;
   }
@@ -295,16 +301,20 @@ void Backend::append(const Rows& k, const Rows& v, const Pool& pool, const int64
   work.k_head_stride = k.head_stride * wide;
   work.v_row_stride = v.row_stride * wide;
   work.v_head_stride = v.head_stride * wide;
-  set_pool(work, pool);
+  set_pool(work, pool, element_size(pool.dtype));
   work.slots = {slots, rows};
   work.rows = static_cast<int32_t>(rows);
-  run_append(work, stream);
+  if (pool.codes == Codes::kNone) {
+    run_append(work, stream);
+  } else {
+    run_append_codes(work, pool.dtype, pool.codes, stream);
+  }
 }
 
 void Backend::copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count,
                           void* stream) const {
   CopyWork work{};
-  set_pool(work, pool);
+  set_pool(work, pool, pool.stored_size());
   work.copies = {copies, count};
   work.count = static_cast<int32_t>(count);
   run_copy(work, stream);

@@ -9,10 +9,11 @@
 namespace apr::APR_GPU {
 
 template <typename Shape>
-constexpr Instance instance_of(DType dtype, int stages, bool wide,
+constexpr Instance instance_of(DType dtype, int stages, bool wide, bool coded,
                                void (*run)(const AttentionWork&, const Launch&)) {
-  return {APR_TEXT(APR_INSTANCE), dtype, APR_DIM, Shape::kRows, stages, wide, Shape::kThreads,
-          Shape::kSharedBytes,    run};
+  return {
+      APR_TEXT(APR_INSTANCE), dtype, APR_DIM, Shape::kRows, stages, wide, coded, Shape::kThreads,
+      Shape::kSharedBytes,    run};
 }
 
 extern const Instance APR_INSTANCE;

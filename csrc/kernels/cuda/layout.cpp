@@ -124,6 +124,7 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
   // In the order of preference: the widest is best for many rows, the narrowest that fits for few.
   for (const Instance* one : instances()) {
     if (one->dtype != kind.dtype || one->head_dim < dim) continue;
+    if (one->coded != (kind.codes != Codes::kNone)) continue;
     // Invariant bits need one kernel whatever the number of lanes.
     const bool may_be_wide = device.capability == 90 && !kind.invariant;
     if (one->wide && (!may_be_wide || lanes <= 32)) continue;
@@ -150,7 +151,8 @@ const Instance& choose_instance(const AttentionKind& kind, int64_t lanes, const 
         "no GPU kernel for head_dim " + std::to_string(dim) + " with " +
         std::to_string(device.shared_per_block / 1024) +
         " KiB of shared memory for a block: expected a multiple of 8 up to 576, on GPUs with 99 "
-        "KiB up to 256 in float32; convert the model, e.g. model.to(torch.bfloat16)");
+        "KiB up to 256 in float32, and with 8 bits up to 256 in bfloat16 and float16; convert the "
+        "model, e.g. model.to(torch.bfloat16)");
   }
   return *best;
 }

@@ -16,6 +16,6 @@ void run(const AttentionWork& work, const Launch& launch) {
 
 }  // namespace
 
-const Instance APR_INSTANCE = instance_of<Shape>(kNumber<Number>, APR_STAGES, false, run);
+const Instance APR_INSTANCE = instance_of<Shape>(kNumber<Number>, APR_STAGES, false, false, run);
 
 }  // namespace apr::APR_GPU

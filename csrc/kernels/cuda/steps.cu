@@ -17,13 +17,15 @@ int64_t blocks_for(int64_t items, int64_t of_a_block) {
   return (items + of_a_block - 1) / of_a_block;
 }
 
+std::invalid_argument too_many(int64_t tokens) {
+  return std::invalid_argument("append: " + std::to_string(tokens) +
+                               " tokens are too many for one step; set step_tokens");
+}
+
 // A thread for every 16 bytes; dims are counted in 16-bit numbers.
 int64_t copy_blocks(int64_t tokens, int64_t kv_heads, int64_t dims) {
   const int64_t chunks = tokens * kv_heads * (dims / 8);
-  if (chunks > INT32_MAX) {
-    throw std::invalid_argument("append: " + std::to_string(tokens) +
-                                " tokens are too many for one step; set step_tokens");
-  }
+  if (chunks > INT32_MAX) throw too_many(tokens);
   return blocks_for(chunks, kCopyThreads);
 }
 
@@ -60,6 +62,22 @@ void run_turn(const TurnWork& work, void* stream) {
 void run_append(const AppendWork& work, void* stream) {
   const int64_t blocks = copy_blocks(work.rows, work.kv_heads, work.head_dim_k + work.head_dim_v);
   start(append_tokens, {"append_tokens", blocks, kCopyThreads, 0, stream, false}, work);
+}
+
+void run_append_codes(const AppendWork& work, DType dtype, Codes codes, void* stream) {
+  const int64_t rows = static_cast<int64_t>(work.rows) * work.kv_heads * 2;
+  if (rows > INT32_MAX / 32) throw too_many(work.rows);
+  const Launch launch{"append_codes", blocks_for(rows, kCopyThreads / 32), kCopyThreads, 0, stream,
+                      false};
+  if (dtype == DType::kBFloat16) {
+    start(codes == Codes::kInt8 ? append_codes<BFloat16, Codes::kInt8>
+                                : append_codes<BFloat16, Codes::kFloat8>,
+          launch, work);
+  } else {
+    start(codes == Codes::kInt8 ? append_codes<Float16, Codes::kInt8>
+                                : append_codes<Float16, Codes::kFloat8>,
+          launch, work);
+  }
 }
 
 void run_copy(const CopyWork& work, void* stream) {

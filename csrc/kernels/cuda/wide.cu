@@ -60,6 +60,6 @@ void run(const AttentionWork& work, const Launch& launch) {
 
 }  // namespace
 
-const Instance APR_INSTANCE = instance_of<Shape>(kNumber<Number>, APR_STAGES, true, run);
+const Instance APR_INSTANCE = instance_of<Shape>(kNumber<Number>, APR_STAGES, true, false, run);
 
 }  // namespace apr::APR_GPU

@@ -75,6 +75,7 @@ struct AttentionWork {
 
   // Tensors.
   Array<const uint16_t> q, k, v;
+  Array<const float> k_scales, v_scales;  // of codes
   Array<uint16_t> out;
   Array<float> lse;          // may be empty
   Array<const float> sinks;  // may be empty
@@ -82,6 +83,7 @@ struct AttentionWork {
   int64_t q_row_stride, q_head_stride, out_row_stride, out_head_stride;
   int32_t q_heads, kv_heads, group, head_dim_k, head_dim_v;
   int32_t page_shift, num_pages;
+  Codes codes;
   int32_t rotation_first, rotation_pairs, interleaved;
   int32_t window, chunk;
   int32_t unit_tiles;            // 1, or kInvariantTiles
@@ -113,18 +115,21 @@ struct TurnWork {
   int32_t frequencies;
 };
 
-// What the kernels that write the pool are given. They only copy: dims and strides are in 16-bit
-// numbers, of which a float32 is two.
+// What the kernels that write the pool are given. Those that only copy take dims and strides in
+// 16-bit numbers, of which a float32 is two and two codes are one; those that encode get 16-bit
+// numbers.
 struct AppendWork {
   Array<const uint16_t> k, v;  // [rows, kv_heads, head_dim]
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
   Array<uint16_t> pool_k, pool_v;
-  Array<const int64_t> slots;  // [rows]: page * page_size + slot, -1: nothing to append
+  Array<float> k_scales, v_scales;  // of codes
+  Array<const int64_t> slots;       // [rows]: page * page_size + slot, -1: nothing to append
   int32_t rows, kv_heads, head_dim_k, head_dim_v, page_shift;
 };
 
 struct CopyWork {
   Array<uint16_t> pool_k, pool_v;
+  Array<float> k_scales, v_scales;  // of codes
   Array<const PlanCopy> copies;
   int32_t count, kv_heads, head_dim_k, head_dim_v, page_shift;
 };
@@ -166,7 +171,8 @@ struct Instance {
   int head_dim;  // at most, of keys and values
   int item_rows;
   int stages;
-  bool wide;  // wgmma and TMA: compute capability 9.0
+  bool wide;   // wgmma and TMA: compute capability 9.0
+  bool coded;  // reads codes of 8 bits
   int threads;
   int shared_bytes;
   void (*run)(const AttentionWork& work, const Launch& launch);

@@ -90,7 +90,7 @@ class PackedForward:
         layer, pool = self.layer(module)
         if self._vectors is not None:
             k, v = self._vectors.add(self._next_layer - 1, k, v)
-        given, stored = q.dtype, pool.k.dtype  # they differ under autocast
+        given, stored = q.dtype, pool.dtype  # they differ under autocast
         ops.append(k.to(stored), v.to(stored), pool, self._plan)
         sinks = next((options[n] for n in SINKS if options.get(n) is not None), None)
         out, _ = ops.attention(

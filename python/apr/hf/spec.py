@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from apr.errors import UnsupportedRope
+from apr.errors import InvalidInput, UnsupportedRope
 from apr.hf.far import Reach
 from apr.hf.latent import Latent
 from apr.hf.layer_states import StateSpec
 from apr.ops import Pool, Rotation, empty_pool
+from apr.ops.codes import check_kv_dtype
 
 # Names under which attention calls bring their sinks.
 SINKS = ("s_aux", "sinks")
@@ -46,6 +47,8 @@ class ModelSpec:
     keeps_rows: bool  # the forward takes `logits_to_keep`
     takes_positions: bool = True  # the forward takes `position_ids`
     states: StateSpec | None = None  # where more is kept for a thread than keys and values
+    # What a session keeps keys and values in, where that is not the dtype that they come in.
+    kv_dtype: torch.dtype | None = None
 
     @property
     def by_rows(self) -> bool:
@@ -74,10 +77,26 @@ class ModelSpec:
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
-        size = torch.empty((), dtype=self.dtype).element_size()
-        return size * sum(
-            x.kv_heads * (x.head_dim + (0 if x.latent else x.head_dim_v)) for x in self.layers
+        kept = self.dtype if self.kv_dtype is None else self.kv_dtype
+        scale = 0 if self.kv_dtype is None else torch.float32.itemsize
+        return sum(
+            x.kv_heads * (dim * kept.itemsize + scale)
+            for x in self.layers
+            for dim in ((x.head_dim,) if x.latent else (x.head_dim, x.head_dim_v))
         )
+
+    def kept_in(self, kv_dtype: torch.dtype | None) -> ModelSpec:
+        """The same for a session that keeps keys and values so; raises InvalidInput where it
+        cannot.
+        """
+        check_kv_dtype(kv_dtype)
+        if kv_dtype is not None and (self.by_rows or not self.layers):
+            why = self.why or "it has no attention"
+            raise InvalidInput(
+                f"kv_dtype: got {kv_dtype} for a model whose keys and values lie in no pages "
+                f"({why}); leave it out"
+            )
+        return replace(self, kv_dtype=kv_dtype)
 
     def linears(self, model: nn.Module) -> list[nn.Linear | None]:
         """Of each layer that keeps latents, the linear layer that they go through; raises
@@ -97,6 +116,7 @@ class ModelSpec:
                 page_size,
                 x.head_dim_v,
                 x.latent is not None,
+                self.kv_dtype,
             )
             for x in self.layers
         ]

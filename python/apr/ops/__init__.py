@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apr.ops.calls import append, attention, copy_tokens, merge
+from apr.ops.codes import decode, encode
 from apr.ops.draws import Draws, Sampled, sample
 from apr.ops.machine import Kernels, kernels
 from apr.ops.plans import Plan, Rotation, View, plan
@@ -19,7 +20,9 @@ __all__ = [
     "append",
     "attention",
     "copy_tokens",
+    "decode",
     "empty_pool",
+    "encode",
     "kernels",
     "merge",
     "plan",

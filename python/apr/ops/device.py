@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apr import _core
 from apr.errors import InvalidInput
+from apr.ops.codes import codes_of, is_coded
 from apr.ops.pages import check_page_size
 
 if TYPE_CHECKING:
@@ -59,19 +60,25 @@ def _also_cuda() -> str:
     return "" if built is None else f", cuda ({built.architectures})"
 
 
-def check_pool(k: Tensor, v: Tensor) -> None:
+def check_pool(k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
     """Raise InvalidInput where no GPU kernel serves a pool of these."""
     dims = (int(k.shape[3]), int(v.shape[3]))
-    if k.dtype not in _DTYPES or any(d % 8 or d > MOST_HEAD_DIM for d in dims):
+    if any(d % 8 or d > MOST_HEAD_DIM for d in dims):
         raise InvalidInput(
-            f"pool: got {k.dtype} with head_dim {dims[0]} and {dims[1]}; the GPU kernels take "
-            f"float32, bfloat16 or float16 and head_dim a multiple of 8 up to {MOST_HEAD_DIM}; "
-            "run the model on the CPU"
+            f"pool: got head_dim {dims[0]} and {dims[1]}; the GPU kernels take a multiple of 8 up "
+            f"to {MOST_HEAD_DIM}; run the model on the CPU"
+        )
+    halves = dtype in (torch.bfloat16, torch.float16)
+    if is_coded(k.dtype) and not (halves and all(d % 16 == 0 and d <= 256 for d in dims)):
+        raise InvalidInput(
+            f"pool: got {k.dtype} of {dtype} with head_dim {dims[0]} and {dims[1]}; in 8 bits the "
+            "GPU kernels take bfloat16 or float16 and head_dim a multiple of 16 up to 256; leave "
+            "kv_dtype out, or convert the model"
         )
     check_page_size(int(k.shape[2]))
     gpu = backend(k.device)
     assert gpu is not None, "a pool that the CPU kernels serve"
-    kind = Kind(k.dtype, 1, 1, *dims, int(k.shape[2]), 0, 0, False)
+    kind = Kind(dtype, codes_of(k.dtype), 1, 1, *dims, int(k.shape[2]), 0, 0, False)
     try:
         gpu.check(kind.core, k.device.index or 0)
     except ValueError as error:
@@ -107,6 +114,7 @@ class Kind(NamedTuple):
     """What a layer's attention is, apart from its tensors; window, chunk 0: none."""
 
     dtype: torch.dtype
+    codes: _core.Codes
     q_heads: int
     kv_heads: int
     head_dim_k: int
@@ -124,7 +132,7 @@ class Kind(NamedTuple):
 def kind_of(pool: Pool, heads: int, window: int, chunk: int, invariant: bool) -> Kind:
     """The kind of a layer with so many query heads."""
     dims = (pool.num_kv_heads, pool.head_dim, pool.head_dim_v, pool.page_size)
-    return Kind(pool.dtype, heads, *dims, window, chunk, invariant)
+    return Kind(pool.dtype, codes_of(pool.k.dtype), heads, *dims, window, chunk, invariant)
 
 
 def memory_of(core: _core.GpuPlan, device: torch.device) -> Pass:

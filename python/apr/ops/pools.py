@@ -10,6 +10,7 @@ from torch import Tensor
 from apr import _core
 from apr.errors import InvalidInput
 from apr.ops import device as gpu
+from apr.ops.codes import check_kv_dtype, codes_of, decode, is_coded
 from apr.ops.pages import PAGE_SIZE
 
 _DTYPES = {
@@ -29,10 +30,21 @@ def dtype_of(dtype: torch.dtype, who: str) -> _core.DType:
 
 
 class Pool:
-    """Keys and values of one layer: k [pages, kv_heads, page_size, head_dim], v likewise."""
+    """Keys and values of one layer: k [pages, kv_heads, page_size, head_dim], v likewise.
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        dtype = dtype_of(k.dtype, "pool")
+    Where they are int8 or float8_e4m3fn they are codes (`ops.encode`): `scales` are those of k and
+    of v, [pages, kv_heads, page_size] in float32, and `dtype` is what attention reads them as.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        scales: tuple[Tensor, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = k.dtype if dtype is None else dtype
+        number = dtype_of(self.dtype, "pool")
         on_gpu = gpu.backend(k.device) is not None
         same = (v.dtype, v.device, v.shape[:3]) == (k.dtype, k.device, k.shape[:3])
         if k.ndim != 4 or v.ndim != 4 or not (same and k.is_contiguous() and v.is_contiguous()):
@@ -45,47 +57,92 @@ class Pool:
                 f"pool: got k {list(k.shape)} and v {list(v.shape)}; expected at least one KV "
                 "head, slot and dimension"
             )
+        _check_scales(k, v, scales, self.dtype)
         if on_gpu:
-            gpu.check_pool(k, v)
-        self.k, self.v = k, v
+            gpu.check_pool(k, v, self.dtype)
+        self.k, self.v, self.scales = k, v, scales
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k.shape
         self.head_dim_v = int(v.shape[3])
-        self._memory = (k.data_ptr(), v.data_ptr())
+        self._memory = self._addresses()
+        k_scales, v_scales = (x.data_ptr() for x in scales) if scales else (0, 0)
         self.core = _core.Pool(
             k=k.data_ptr(),
             v=v.data_ptr(),
+            k_scales=k_scales,
+            v_scales=v_scales,
             num_pages=self.num_pages,
             kv_heads=self.num_kv_heads,
             page_size=self.page_size,
             head_dim_k=self.head_dim,
             head_dim_v=self.head_dim_v,
-            dtype=dtype,
+            dtype=number,
+            codes=codes_of(k.dtype),
         )
 
+    @property
+    def sides(self) -> dict[str, Tensor]:
+        """Every tensor that pages lie in, [pages, kv_heads, page_size, ...], by name."""
+        own_values = self.v is not self.k
+        named = {"k": self.k, "v": self.v} if own_values else {"k": self.k}
+        for name, scales in zip(list(named), self.scales or (), strict=False):
+            named[f"{name}_scales"] = scales
+        return named
+
+    def _addresses(self) -> list[int]:
+        return [side.data_ptr() for side in self.sides.values()]
+
+    def read(self, pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, kv_heads, head_dim] of tokens at (page, slot), as attention
+        reads them.
+        """
+        k, v = self.k[pages, :, slots], self.v[pages, :, slots]
+        if self.scales is None:
+            return k, v
+        of_k, of_v = (x[pages, :, slots] for x in self.scales)
+        return decode(k, of_k, self.dtype), decode(v, of_v, self.dtype)
+
     def check_memory(self) -> None:
-        """Raise InvalidInput where k or v are no longer the tensors that the pool was made of."""
-        if (self.k.data_ptr(), self.v.data_ptr()) != self._memory:
+        """Raise InvalidInput where its tensors are no longer those that the pool was made of."""
+        if self._addresses() != self._memory:
             raise InvalidInput(
                 "pool: its tensors were resized or replaced; make a new Pool of the tensors that "
                 "hold the tokens"
             )
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of keys and values: float32, bfloat16 or float16."""
-        return self.k.dtype
-
-    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token in this layer."""
-        dims = self.head_dim + (0 if self.v is self.k else self.head_dim_v)
-        return self.num_kv_heads * dims * self.k.element_size()
+        return sum(side[0, :, 0].nbytes for side in self.sides.values())
 
     def populate(self, first: int, end: int) -> None:
         """Make the memory of pages [first, end) present, unchanged, while others may use it."""
-        for side in (self.k, self.v):
+        for side in self.sides.values():
             page_bytes = side[0].numel() * side.element_size()
             _core.populate(side.data_ptr() + first * page_bytes, (end - first) * page_bytes)
+
+
+def _check_scales(
+    k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> None:
+    if not is_coded(k.dtype):
+        if scales is not None or dtype != k.dtype:
+            raise InvalidInput(
+                f"pool: got scales or dtype {dtype} with numbers of {k.dtype}; expected them with "
+                "codes (int8 or float8_e4m3fn) alone"
+            )
+        return
+    for x in scales or ():
+        same = (x.dtype, x.device, x.shape) == (torch.float32, k.device, k.shape[:3])
+        if not (same and x.is_contiguous()):
+            raise InvalidInput(
+                f"pool: got scales {list(x.shape)} {x.dtype} on {x.device}; expected contiguous "
+                f"{list(k.shape[:3])} in float32 on {k.device}"
+            )
+    if scales is None or len(scales) != 2 or (v is k) != (scales[0] is scales[1]):
+        raise InvalidInput(
+            f"pool: got codes ({k.dtype}) without the scales of keys and of values; give "
+            "(k_scales, v_scales), of which one tensor where k and v are one"
+        )
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -106,21 +163,28 @@ def empty_pool(
     page_size: int = PAGE_SIZE,
     head_dim_v: int | None = None,
     values_are_keys: bool = False,
+    kv_dtype: torch.dtype | None = None,
 ) -> Pool:
     """A pool of uninitialised pages, on huge pages of memory where the system gives them.
 
     `head_dim_v` is given where values are narrower than keys; with `values_are_keys` both are one
-    tensor.
+    tensor. `kv_dtype`: int8 or float8_e4m3fn keeps numbers of `dtype` as codes.
     """
+    check_kv_dtype(kv_dtype)
     dims_v = head_dim if head_dim_v is None else head_dim_v
     if values_are_keys and dims_v != head_dim:
         raise InvalidInput(
             f"pool: got head_dim_v {dims_v} with values_are_keys; expected head_dim {head_dim}"
         )
     shape = (num_pages, num_kv_heads, page_size)
-    k = _untouched((*shape, head_dim), dtype, device)
-    v = k if values_are_keys else _untouched((*shape, dims_v), dtype, device)
-    pool = Pool(k, v)
-    for side in {k, v} if k.device.type == "cpu" else ():
+    kept = dtype if kv_dtype is None else kv_dtype
+    k = _untouched((*shape, head_dim), kept, device)
+    v = k if values_are_keys else _untouched((*shape, dims_v), kept, device)
+    scales = None
+    if kv_dtype is not None:
+        of_k = _untouched(shape, torch.float32, device)
+        scales = (of_k, of_k if values_are_keys else _untouched(shape, torch.float32, device))
+    pool = Pool(k, v, scales, dtype)
+    for side in pool.sides.values() if k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())
     return pool

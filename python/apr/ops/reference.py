@@ -74,8 +74,7 @@ def attention(
                     keep.append(j)
                 index = torch.tensor(keep, dtype=torch.long)
                 pages = torch.tensor(list(view.pages), dtype=torch.long)[index // pool.page_size]
-                k = pool.k[pages, :, index % pool.page_size].double()  # [tokens, kv_heads, dim]
-                v = pool.v[pages, :, index % pool.page_size].double()
+                k, v = (x.double() for x in pool.read(pages, index % pool.page_size))
                 turn = own_difference - (view.offset - view.base)
                 query = q[row].double()
                 if rotation is not None and turn:

@@ -81,7 +81,7 @@ class Offload:
     """Moves segments out of the pool and back, those first that were read longest ago."""
 
     def __init__(self, pools: Sequence[Pool]) -> None:
-        self._sides = list({id(x): x for pool in pools for x in (pool.k, pool.v)}.values())
+        self._sides = [side for pool in pools for side in pool.sides.values()]
         self._page_bytes = sum(side[0].nbytes for side in self._sides)
         self._slabs: list[_Slab] = []
         self._kept: dict[int, _Kept] = {}

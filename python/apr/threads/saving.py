@@ -25,7 +25,8 @@ from apr.threads.thread import Segment, Thread
 if TYPE_CHECKING:
     from apr.threads.session import Session
 
-FORMAT = "apr threads 3"
+FORMAT = "apr threads 4"
+_KV_DTYPES = {None: "", torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 _SAMPLES = 64  # elements of each weight that tell one model from another
 # Of the spread of its logits: what other machines and batches make of the same model.
 _SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -57,14 +58,17 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     tensors = {"table": torch.from_numpy(numbers)}
     tensors["answers"] = _answers(session.spec, session.attachment.model)
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
-    slots = torch.arange(session.page_size) < torch.tensor(filled).reshape(-1, 1)
+    behind = torch.arange(session.page_size) >= torch.tensor(filled).reshape(-1, 1)
+    page, slot = behind.nonzero(as_tuple=True)
     for i, pool in enumerate(session.pools if keys else ()):
-        for name, side in (("k", pool.k), *([] if pool.v is pool.k else [("v", pool.v)])):
+        for name, side in pool.sides.items():
             kept = side[index].cpu()
             # What lies behind the last token is somebody else's, or nobody's.
-            tensors[f"{i}.{name}"] = kept.masked_fill(~slots[:, None, :, None], 0)
+            kept[page, :, slot] = 0
+            tensors[f"{i}.{name}"] = kept
     told = {
         "page_size": session.page_size,
+        "kv_dtype": _KV_DTYPES[session.spec.kv_dtype],
         "keys": keys,
         "tokens_tell": session.table.tokens_tell,
         "seed": session.table.seed,
@@ -182,12 +186,13 @@ def _answers(spec: ModelSpec, model: Any) -> torch.Tensor:
 
 def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[str, Any]) -> Any:
     """`Session.open`."""
-    for name in ("page_size", "seed"):
+    for name in ("page_size", "seed", "kv_dtype"):
         if name in options:
             raise InvalidInput(f"open: got {name}; it is the file's, leave it out")
     path = own_file(Path(path), unwrap(model))
     told, tensors = _read(path)
-    session = kind(model, page_size=told["page_size"], seed=told["seed"], **options)
+    kept = next(dtype for dtype, name in _KV_DTYPES.items() if name == told["kv_dtype"])
+    session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)
         wrong = [name for name, value in told["model"].items() if facts.get(name) != value]
@@ -244,7 +249,7 @@ def _run_again(session: Session, threads: list[Thread]) -> None:
     pages = len({slot // size for slots, _ in lines for slot in slots}) + 2 * len(lines)
     with type(session)(
         session.model, pages * size, size, session.step_tokens, session.invariant,
-        self_test=False, rank_timeout=session.ranks.timeout,
+        self_test=False, rank_timeout=session.ranks.timeout, kv_dtype=session.spec.kv_dtype,
     ) as other:  # fmt: skip
         runs: list[Thread] = []
         before: list[int] = []
@@ -267,9 +272,8 @@ def _copy(session: Session, slots: list[int], other: Session, theirs: list[int])
     now, was = (torch.tensor(x, device=session.spec.device) for x in (slots, theirs))
     size = session.page_size
     for pool, ran in zip(session.pools, other.pools, strict=True):
-        pool.k[now // size, :, now % size] = ran.k[was // size, :, was % size]
-        if pool.v is not pool.k:
-            pool.v[now // size, :, now % size] = ran.v[was // size, :, was % size]
+        for name, side in pool.sides.items():
+            side[now // size, :, now % size] = ran.sides[name][was // size, :, was % size]
 
 
 def _place(
@@ -279,9 +283,8 @@ def _place(
     pages = core.load(tensors["table"].tolist())
     index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
     for i, pool in enumerate(session.pools if told["keys"] else ()):
-        pool.k[index] = tensors[f"{i}.k"].to(pool.k.device)
-        if pool.v is not pool.k:
-            pool.v[index] = tensors[f"{i}.v"].to(pool.v.device)
+        for name, side in pool.sides.items():
+            side[index] = tensors[f"{i}.{name}"].to(side.device)
     table.requests, table.tokens_tell = told["requests"], told["tokens_tell"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}

@@ -45,8 +45,9 @@ class Session:
     `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. rank_timeout: seconds that
     a rank of a model in parts waits for the others at a step (docs/scale.md). on_full: where a step
     needs more pages than are free, "raise" OutOfPages, or "offload" what it does not read until it
-    is read (docs/reliability.md). Raises UnsupportedModel with the reason where the model cannot be
-    attached; `self_test=False` skips the proof (a dozen tiny forwards, once a model).
+    is read (docs/reliability.md). kv_dtype: torch.int8 or torch.float8_e4m3fn keeps keys and values
+    in 8 bits (docs/performance.md). Raises UnsupportedModel with the reason where the model cannot
+    be attached; `self_test=False` skips the proof (a dozen tiny forwards, once a model).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Session:
         self_test: bool = True,
         rank_timeout: float = 60.0,
         on_full: str = "raise",
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
@@ -74,7 +76,7 @@ class Session:
         self._checkpoint_tokens = checkpoint_tokens
         self.page_size = page_size
         self.attachment = attach(model, prove=self_test)
-        spec = self.spec
+        self.spec = spec = self.attachment.spec.kept_in(kv_dtype)
         self._check_states(spec)
         check_on_full(on_full, spec)
         self.on_full = on_full
@@ -115,11 +117,6 @@ class Session:
         self._graphs = step_graphs(
             self._cuda_graphs, self.attachment, self.pools, self.invariant, self.ranks
         )
-
-    @property
-    def spec(self) -> ModelSpec:
-        """What was measured of the model."""
-        return self.attachment.spec
 
     @property
     def trace(self) -> Trace:
@@ -163,23 +160,23 @@ class Session:
         """
         table = self.table.edit()
         # It was proved, or not, when this was opened; that rows must be kept is found by the proof.
-        now = attach(self.model, prove=self.spec.by_rows)
-        was, states = self.spec, now.spec.states
-        if (now.spec.can_rotate, states is None) != (was.can_rotate, was.states is None):
+        now, was = attach(self.model, prove=self.spec.by_rows), self.spec
+        spec = now.spec.kept_in(was.kv_dtype)
+        if (spec.can_rotate, spec.states is None) != (was.can_rotate, was.states is None):
             raise InvalidInput(
                 "refresh: how the model's positions enter, or what is kept of a thread, changed; "
                 "open a new apr.Session"
             )
-        self._check_states(now.spec)
+        self._check_states(spec)
         self.table.release_all()
         self._graphs = None
-        if now.spec != self.spec or not self.pools:
+        if spec != was or not self.pools:
             self._arena.close()
             # Let go before others are made; where that fails, refresh again.
             self.pools, self.table.offload = [], None
-            self._make_pools(now.spec, table.num_pages)
-        self.attachment = now
-        self.table.renew(now.spec)
+            self._make_pools(spec, table.num_pages)
+        self.attachment, self.spec = now, spec
+        self.table.renew(spec)
         self._make_graphs()
 
     # ---- saving ----------------------------------------------------------------------------------

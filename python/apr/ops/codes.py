@@ -1,0 +1,53 @@
+"""Keys and values in 8 bits: how numbers become codes, and codes numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apr import _core
+from apr.errors import InvalidInput
+
+_CODES = {torch.int8: _core.Codes.int8, torch.float8_e4m3fn: _core.Codes.float8}
+_HIGHEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def is_coded(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype hold codes."""
+    return dtype in _CODES
+
+
+def codes_of(dtype: torch.dtype) -> _core.Codes:
+    """The extension's name of how numbers are kept in a dtype."""
+    return _CODES.get(dtype, _core.Codes.none)
+
+
+def check_kv_dtype(kv_dtype: object) -> None:
+    """Raise InvalidInput for what pages cannot keep numbers in."""
+    if kv_dtype is not None and kv_dtype not in _CODES:
+        names = ", ".join(map(str, _CODES))
+        raise InvalidInput(
+            f"kv_dtype: got {kv_dtype!r}; expected None (as the model computes) or one of {names}"
+        )
+
+
+def encode(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers [..., head_dim] as codes of the same shape and scales [...] in float32.
+
+    A scale is the largest magnitude of its row over the highest code (127, or 448 in e4m3); codes
+    are the numbers over it, rounded to nearest, ties to even. A row that is not finite gets the
+    scale NaN. What `append` does, bit by bit.
+    """
+    check_kv_dtype(kv_dtype)
+    numbers = x.float()
+    highest = _HIGHEST[kv_dtype]
+    top = numbers.abs().amax(-1)
+    scales = torch.where(top.isfinite(), top / highest, torch.nan)
+    over = (numbers / scales[..., None]).clamp(-highest, highest)
+    over = torch.where(scales[..., None] > 0, over, 0.0)
+    return (over.round() if kv_dtype == torch.int8 else over).to(kv_dtype), scales
+
+
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that codes [..., head_dim] stand for, as attention reads them."""
+    return (codes.float() * scales[..., None]).to(dtype)
