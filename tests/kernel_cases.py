@@ -58,11 +58,15 @@ def force(name: str) -> None:
         _core.force_instruction_set(name)
 
 
-def make(dtype, kv_heads, head_dim, pages=40, seed=0, page_size=64):
+def make(dtype, kv_heads, head_dim, pages=40, seed=0, page_size=64, kv_dtype=None):
     generator = torch.Generator().manual_seed(seed)
-    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype, page_size=page_size)
-    pool.k.copy_(torch.randn(pool.k.shape, generator=generator))
-    pool.v.copy_(torch.randn(pool.v.shape, generator=generator))
+    pool = ops.empty_pool(pages, kv_heads, head_dim, dtype, page_size=page_size, kv_dtype=kv_dtype)
+    for side, name in ((pool.k, "k_scales"), (pool.v, "v_scales")):
+        numbers = torch.randn(side.shape, generator=generator)
+        if kv_dtype is not None:
+            numbers, scales = ops.encode(numbers, kv_dtype)
+            pool.sides[name].copy_(scales)
+        side.copy_(numbers)
     return pool, generator
 
 

@@ -15,20 +15,11 @@ import apr
 from apr import _core, ops
 from apr.errors import InvalidInput, NonFiniteLogits
 from apr.ops import View, reference
-from kernel_cases import UNIT, check, emulate, paged_tree, rope, rounds_weights, run, tree
+from kernel_cases import UNIT, check, emulate, make, paged_tree, rope, rounds_weights, run, tree
 from models import build, distance, stock, tokens
 
 CODED = [torch.int8, torch.float8_e4m3fn]
 HALVES = (torch.bfloat16, torch.float16)
-
-
-def coded_pool(kv_dtype, dtype, head_dim, page_size):
-    pool = ops.empty_pool(60, 2, head_dim, dtype, page_size=page_size, kv_dtype=kv_dtype)
-    generator = torch.Generator().manual_seed(3)
-    for side, scales in zip((pool.k, pool.v), pool.scales, strict=True):
-        codes, of = ops.encode(torch.randn(side.shape, generator=generator), kv_dtype)
-        side.copy_(codes), scales.copy_(of)
-    return pool, generator
 
 
 def served(name, dtype, head_dim):
@@ -97,7 +88,7 @@ def test_attention_reads_what_the_codes_stand_for(kv_dtype, dtype, head_dim, ins
     if not served(instruction_set, dtype, head_dim):
         return
     for row_sets, page_size in ((tree(rotated=True), 64), (paged_tree(16, torch.Generator()), 16)):
-        pool, generator = coded_pool(kv_dtype, dtype, head_dim, page_size)
+        pool, generator = make(dtype, 2, head_dim, 60, 0, page_size, kv_dtype)
         rotation = rope(head_dim)
         turned = dtype if rounds_weights(dtype, instruction_set) else None
         got, want, q, plan = run(
@@ -258,7 +249,7 @@ def test_replayed_steps_are_planned_steps(twin):
 def test_what_cannot_be_honoured_is_refused(twin):
     kv_dtype, model, _ = twin
     for wrong in (torch.int16, torch.float8_e5m2, "int8", 8):
-        with pytest.raises(InvalidInput, match="kv_dtype: got .*expected None"):
+        with pytest.raises(InvalidInput, match=r"kv_dtype: got .*expected None"):
             apr.Session(model, kv_dtype=wrong)
     with pytest.raises(InvalidInput, match="lie in no pages"):
         apr.Session(build("mamba"), kv_dtype=kv_dtype)

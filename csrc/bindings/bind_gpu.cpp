@@ -159,7 +159,8 @@ void bind_gpu(py::module_& module) {
       .def_readonly("stages", &GpuKernel::stages)
       .def_readonly("threads", &GpuKernel::threads)
       .def_readonly("shared_bytes", &GpuKernel::shared_bytes)
-      .def_readonly("wide", &GpuKernel::wide);
+      .def_readonly("wide", &GpuKernel::wide)
+      .def_readonly("coded", &GpuKernel::coded);
   py::class_<GpuBackend>(module, "GpuBackend", "The kernels of a GPU, or of the emulated one.")
       .def_property_readonly("architectures", &GpuBackend::architectures)
       .def_property_readonly("kernels", &GpuBackend::kernels)

@@ -1,27 +1,22 @@
 // Attention of up to 32 rows on mma.sync, from compute capability 8.0 on. Each warp owns 16 of
 // every kWarps * 16 tokens and a ring of copies of its own, so that the loop over keys needs no
-// barrier of the block; warps merge once a span, in a fixed order. Pages of codes pass through the
-// ring as they are; a warp decodes the tokens that it comes to.
+// barrier of the block; warps merge once a span, in a fixed order.
 #pragma once
 
-#include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/spans.cuh"
+#include "kernels/cuda/small_ring.cuh"
 
 namespace apr::APR_GPU {
 
-template <int kDim, int kRowTiles, int kStages, bool kCoded>
+template <typename T, int kDim, int kRowTiles, int kStages, bool kCoded>
 struct SmallShape {
+  using Ring = SmallRing<T, kDim, kStages, kCoded>;
   static constexpr int kWarps = kDim > 128 ? 2 : 4;  // two fit 99 KB at 256 dimensions
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kRows = kRowTiles * 16;
   static constexpr int kStep = kWarps * 16;     // tokens of a step of the block
   static constexpr int kSteps = kTile / kStep;  // steps of a tile
-  static constexpr int kSlice = 16 * kDim * 2;  // bytes of a warp's keys, or values
-  static constexpr int kStored = kCoded ? 16 * kDim + 16 * 4 : kSlice;  // the same in the ring
-  static constexpr int kDecoded = kCoded ? 2 * kSlice : 0;
-  static constexpr int kWarpBytes = kStages * 2 * kStored + kDecoded;
   static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kRingBytes = kWarps * kWarpBytes;
+  static constexpr int kRingBytes = kWarps * Ring::kBytes;
   static constexpr int kPitch = kDim + 8;  // floats of a row of sums in the merge: no bank twice
   static constexpr int kMergeBytes = kWarps * kRows * (kPitch + 2) * 4;
   static constexpr int kBody =
@@ -30,16 +25,9 @@ struct SmallShape {
   static constexpr int kSharedBytes = kBody + kBoundsBytes;
 };
 
-// Byte of 16-byte chunk c of row r: chunks of eight rows change places so that neither copies nor
-// ldmatrix meet on a bank.
-template <int kDim>
-APR_DEVICE uint32_t swizzled(int r, int c) {
-  return static_cast<uint32_t>(r * (kDim * 2) + ((c ^ (r & 7)) << 4));
-}
-
 template <typename T, int kDim, int kRowTiles, int kStages, bool kCoded>
 class SmallAttention {
-  using Shape = SmallShape<kDim, kRowTiles, kStages, kCoded>;
+  using Shape = SmallShape<T, kDim, kRowTiles, kStages, kCoded>;
   static constexpr int kDepth = kDim / 16, kColumns = kDim / 8;
   // Queries stay in registers where there are enough: 32 rows of 128 are read again from shared
   // memory.
@@ -51,11 +39,12 @@ class SmallAttention {
         warp_(thread_index() / 32),
         lane_(thread_index() % 32),
         shared_(shared_address(shared_memory())),
-        ring_(shared_ + Shape::kQueryBytes + static_cast<uint32_t>(warp_ * Shape::kWarpBytes)) {}
+        ring_(work,
+              shared_ + Shape::kQueryBytes + static_cast<uint32_t>(warp_ * Shape::Ring::kBytes),
+              lane_) {}
 
   APR_DEVICE void run(const Span& span) {
     span_ = span;
-    first_page_ = span.reach.first_page;
     reach_ = span.reach;
     const auto [first, end] = steps_of<Shape::kStep>(work_, span);
 #pragma unroll
@@ -69,119 +58,12 @@ class SmallAttention {
   // lo and hi of each row.
   APR_DEVICE auto bounds() const { return shared_array<int32_t>(shared_ + Shape::kBody); }
 
-  APR_DEVICE uint32_t stored_at(int stage) const {
-    return ring_ + static_cast<uint32_t>(stage * 2 * Shape::kStored);
-  }
+  APR_DEVICE int slot_of(int step) const { return step * Shape::kStep + warp_ * 16; }
 
-  // Keys and values of the warp's 16 tokens, while the queries are still on their way. Tokens that
-  // no row sees are zeros: what a page holds there may be no number, and 0 times that is none.
+  // The warp's tokens of a step, while the queries are still on their way.
   APR_DEVICE void fetch(int step, int stage, int end) {
-    if (step < end) {
-      const int slot = step * Shape::kStep + warp_ * 16;
-      int page = 0;  // past the end there may be none
-      if (slot < reach_.hi) {
-        page = work_.page_table[first_page_ + (slot >> work_.page_shift)];
-      }
-      const int64_t token =
-          ((static_cast<int64_t>(page) * work_.kv_heads + span_.head) << work_.page_shift) +
-          (slot & ((1 << work_.page_shift) - 1));
-      if constexpr (kCoded) {
-        fetch_codes(slot, token, stored_at(stage));
-      } else {
-        fetch_numbers(slot, token, stored_at(stage));
-      }
-    }
+    if (step < end) ring_.fetch(reach_, span_.head, slot_of(step), stage);
     copy_async_commit();
-  }
-
-  // `first` is the row of the pool that the first of the warp's tokens has.
-  APR_DEVICE void fetch_numbers(int slot, int64_t first, uint32_t keys) {
-    // A lane copies one chunk of every kRowsAtOnce rows: known to the compiler, so that it keeps
-    // no counter and works out one address.
-    constexpr int kRowsAtOnce = 32 / kColumns;
-    const int row = lane_ / kColumns, column = lane_ % kColumns * 8;
-    const int64_t token = first + row;
-    int64_t key = token * work_.head_dim_k + column, value = token * work_.head_dim_v + column;
-    const auto seen = static_cast<uint32_t>(reach_.hi - reach_.lo);
-    const uint32_t seen_keys = column < work_.head_dim_k ? seen : 0;
-    const uint32_t seen_values = column < work_.head_dim_v ? seen : 0;
-#pragma unroll
-    for (int r = 0; r < 16; r += kRowsAtOnce) {
-      const uint32_t to = keys + swizzled<kDim>(row + r, column / 8);
-      const auto in_reach = static_cast<uint32_t>(slot + row + r - reach_.lo);
-      copy_async16(to, work_.k, key, in_reach < seen_keys);
-      copy_async16(to + Shape::kSlice, work_.v, value, in_reach < seen_values);
-      key += kRowsAtOnce * work_.head_dim_k;
-      value += kRowsAtOnce * work_.head_dim_v;
-    }
-  }
-
-  // Codes as they lie, then the scales of the 16 tokens.
-  APR_DEVICE void fetch_codes(int slot, int64_t first, uint32_t keys) {
-    constexpr int kChunks = kDim / 16, kRowsAtOnce = 32 / kChunks;
-    const Array<const uint8_t> codes[2] = {work_.k.as<const uint8_t>(),
-                                           work_.v.as<const uint8_t>()};
-    const Array<const float> scales[2] = {work_.k_scales, work_.v_scales};
-    const int dims[2] = {work_.head_dim_k, work_.head_dim_v};
-    const int row = lane_ / kChunks, column = lane_ % kChunks * 16;
-    const int four = lane_ % 4 * 4;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const uint32_t to = keys + static_cast<uint32_t>(side * Shape::kStored);
-#pragma unroll
-      for (int r = 0; r < 16; r += kRowsAtOnce) {
-        const bool valid = is_seen(slot + row + r) && column < dims[side];
-        copy_async16(to + static_cast<uint32_t>((row + r) * kDim + column), codes[side],
-                     (first + row + r) * dims[side] + column, valid);
-      }
-      if (lane_ / 4 == side) {
-        const bool valid = slot + four < reach_.hi && slot + four + 4 > reach_.lo;
-        copy_async16(to + static_cast<uint32_t>(16 * kDim + four * 4), scales[side], first + four,
-                     valid);
-      }
-    }
-  }
-
-  APR_DEVICE bool is_seen(int slot) const {
-    return static_cast<uint32_t>(slot - reach_.lo) < static_cast<uint32_t>(reach_.hi - reach_.lo);
-  }
-
-  // The keys and values of a stage as numbers; where they lie.
-  APR_DEVICE uint32_t numbers_of(int slot, int stage) {
-    if constexpr (kCoded) {
-      const uint32_t to = stored_at(kStages);
-      if (work_.codes == Codes::kInt8) {
-        decode<Codes::kInt8>(slot, stored_at(stage), to);
-      } else {
-        decode<Codes::kFloat8>(slot, stored_at(stage), to);
-      }
-      sync_warp();
-      return to;
-    } else {
-      static_cast<void>(slot);
-      return stored_at(stage);
-    }
-  }
-
-  // Eight numbers a lane, so that lanes that store together meet on no bank. The scales of tokens
-  // that no row sees may be no numbers.
-  template <Codes kCodes>
-  APR_DEVICE void decode(int slot, uint32_t from, uint32_t to) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-#pragma unroll
-      for (int i = 0; i < 16 * kColumns; i += 32) {
-        const int row = (i + lane_) / kColumns, chunk = (i + lane_) % kColumns;
-        const uint2 codes =
-            shared_array<uint2>(from + static_cast<uint32_t>(row * kDim + chunk * 8))[0];
-        const float scale = shared_array<float>(from + static_cast<uint32_t>(16 * kDim))[row];
-        const bool seen = is_seen(slot + row);
-        shared_array<uint4>(to + swizzled<kDim>(row, chunk))[0] =
-            decode_chunk<T, kCodes>(codes, seen ? scale : 0.f);
-      }
-      from += Shape::kStored;
-      to += Shape::kSlice;
-    }
   }
 
   APR_DEVICE void load_queries() {
@@ -227,8 +109,8 @@ class SmallAttention {
       sync_warp();  // every lane's copies are there, and nobody still reads the stage that comes
                     // next
       fetch(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1, end);
-      const int slot = step * Shape::kStep + warp_ * 16;
-      const uint32_t keys = numbers_of(slot, stage);
+      const int slot = slot_of(step);
+      const uint32_t keys = ring_.numbers(reach_, slot, stage);
       float score[kRowTiles][2][4];
       scores(keys, score);
       // Stream-K may begin inside a step of 256 dimensions only at a whole tile, so no unit is cut
@@ -236,7 +118,7 @@ class SmallAttention {
       if (slot < reach_.all_lo || slot + 16 > reach_.all_hi) mask(slot, score);
       uint32_t weights[kRowTiles][4];
       soften(score, weights);
-      accumulate(keys + Shape::kSlice, weights);
+      accumulate(keys + Shape::Ring::kSlice, weights);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     copy_async_wait<0>();
@@ -418,16 +300,16 @@ class SmallAttention {
 
   const AttentionWork& work_;
   int warp_, lane_;
-  uint32_t shared_, ring_;
+  uint32_t shared_;
+  typename Shape::Ring ring_;
   Span span_;
-  int first_page_;
   Reach reach_;
   uint32_t q_[kRowTiles][kKept > 0 ? kKept : 1][4];
   float out_[kRowTiles][kColumns][4], max_[kRowTiles][2], sum_[kRowTiles][2];
 };
 
 template <typename T, int kDim, int kRowTiles, int kStages, bool kCoded>
-APR_KERNEL APR_BOUNDS((SmallShape<kDim, kRowTiles, kStages, kCoded>::kThreads), 1)
+APR_KERNEL APR_BOUNDS((SmallShape<T, kDim, kRowTiles, kStages, kCoded>::kThreads), 1)
     attention_small(APR_GRID_CONSTANT AttentionWork work) {
   launch_dependents();  // they wait for the end of this kernel
   SmallAttention<T, kDim, kRowTiles, kStages, kCoded> attention(work);

@@ -8,7 +8,7 @@ namespace apr::APR_GPU {
 namespace {
 
 using Number = APR_NUMBER;
-using Shape = SmallShape<APR_DIM, APR_ROWS / 16, APR_STAGES, APR_CODED>;
+using Shape = SmallShape<Number, APR_DIM, APR_ROWS / 16, APR_STAGES, APR_CODED>;
 
 void run(const AttentionWork& work, const Launch& launch) {
   start(attention_small<Number, APR_DIM, APR_ROWS / 16, APR_STAGES, APR_CODED>, launch, work);
