@@ -13,7 +13,7 @@ from apr import _core, ops
 from apr.bench import problems
 from apr.errors import InvalidInput
 from apr.ops import View, reference
-from kernel_cases import check, emulate
+from kernel_cases import check, emulate, make
 
 if _core.gpu(True) is None:
     pytest.skip("this build has no emulated GPU (APR_EMULATION=ON)", allow_module_level=True)
@@ -96,6 +96,24 @@ def test_what_is_seen_in_part_is_read_in_part(rows, dims):
         traffic = counts[name].traffic[side]
         assert traffic.bytes == tokens * dim * 2
         assert traffic.sectors == traffic.least_sectors
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_codes_are_read_once_and_decoded_without_conflicts(rows, dim):
+    emulate(90, blocks=3)
+    pool, _ = make(torch.bfloat16, 1, dim, pages=8, kv_dtype=torch.int8)
+    sets = [(1, [View([3, 1, 5], 21, 150, 0, 0, own=True)]) for _ in range(rows)]
+    plan = ops.plan(sets, pool, 4)
+    q = torch.randn(rows, 4, dim).bfloat16()
+    counts = counted(lambda: ops.attention(q, pool, plan, 0.1))
+    (name,) = (x for x in counts if x.startswith("coded"))
+    for side in ("keys", "values"):
+        traffic = counts[name].traffic[side]
+        assert traffic.bytes == (150 - 21) * dim
+        assert traffic.sectors == traffic.least_sectors
+    assert counts[name].operands.rounds == counts[name].operands.least_rounds
+    assert counts[name].other.rounds <= 1.05 * counts[name].other.least_rounds
 
 
 def test_counting_changes_no_result_afterwards():

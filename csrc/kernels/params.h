@@ -16,12 +16,13 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // How a pool keeps numbers: as they are, or as codes of 8 bits with a scale for each token and
-// head. A code stands for code * scale, rounded to the pool's dtype; float8 is e4m3 (OCP 8-bit
-// floating point, arXiv 2209.05433).
+// head. A code stands for code * scale, rounded to the pool's dtype; float8 is e4m3 (arXiv
+// 2209.05433), whose NaN nobody writes: it may be read as any number.
 enum class Codes : int32_t { kNone, kInt8, kFloat8 };
 
-// What the largest number of a token and head becomes: its scale is that number over this.
-inline float highest_code(Codes codes) { return codes == Codes::kInt8 ? 127.f : 448.f; }
+// A scale is the largest magnitude of its token and head over this.
+template <Codes kCodes>
+inline constexpr float kHighestCode = kCodes == Codes::kInt8 ? 127.f : 448.f;
 
 // The flat arrays of a Plan (core/plan.h).
 struct PlanArrays {

@@ -30,9 +30,7 @@ struct Float8 {
     const VecBits magnitude = x & 0x7fu;
     const Vec normal = Vec((magnitude << 20) + 0x3c000000u);
     const Vec tiny = __builtin_convertvector(VecInt(magnitude), Vec) * 0x1p-9f;
-    VecBits bits = VecBits(magnitude < 8u ? tiny : normal);
-    bits = magnitude == 0x7fu ? VecBits{} + 0x7fc00000u : bits;
-    return Vec(bits | (x & 0x80u) << 24);
+    return Vec(VecBits(magnitude < 8u ? tiny : normal) | (x & 0x80u) << 24);
   }
   // To nearest, ties to even: the mantissa is rounded in place; below the normal numbers adding
   // 2^14, whose last bit is 2^-9, leaves the rounded mantissa in the lowest bits.
@@ -83,8 +81,11 @@ inline void encode_as(const float* from, float highest_code, int64_t count, void
 }
 
 void encode_row(Codes codes, const float* from, int64_t count, void* to, float* scale) {
-  if (codes == Codes::kInt8) return encode_as<Int8>(from, highest_code(codes), count, to, scale);
-  encode_as<Float8>(from, highest_code(codes), count, to, scale);
+  if (codes == Codes::kInt8) {
+    encode_as<Int8>(from, kHighestCode<Codes::kInt8>, count, to, scale);
+  } else {
+    encode_as<Float8>(from, kHighestCode<Codes::kFloat8>, count, to, scale);
+  }
 }
 
 template <class T, class C>

@@ -64,7 +64,7 @@ APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_codes(APR_GRID_CONSTANT AppendWork
   }
 #pragma unroll
   for (int by = 1; by < 32; by *= 2) top = maximum(top, shuffle_xor(top, by));
-  const float highest = highest_code(kCodes);
+  constexpr float highest = kHighestCode<kCodes>;
   const float scale = top < infinity() ? top / highest : infinity() - infinity();
   const int64_t to = pool_at(slot, head, work.kv_heads, work.page_shift, 1);
   if (lane == 0) (side == 0 ? work.k_scales : work.v_scales)[to] = scale;

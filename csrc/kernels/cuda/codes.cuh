@@ -7,16 +7,16 @@
 
 namespace apr::APR_GPU {
 
+// The number of byte i of a word, exactly.
 template <Codes kCodes>
-APR_DEVICE float number_of(uint32_t code) {
+APR_DEVICE float number_of(uint32_t word, int i) {
   if constexpr (kCodes == Codes::kInt8) {
-    return static_cast<float>(static_cast<int8_t>(code));
+    // 128 more than the code is no negative number, and the last bits of 2^23 and that.
+    return float_of_bits(0x4b000000u | (((word ^ 0x80808080u) >> (8 * i)) & 0xffu)) - 8388736.f;
   } else {
-    const uint32_t magnitude = code & 0x7fu;
-    const float tiny = static_cast<float>(magnitude) * 0x1p-9f;
-    uint32_t bits = magnitude < 8u ? bits_of_float(tiny) : (magnitude << 20) + 0x3c000000u;
-    bits = magnitude == 0x7fu ? 0x7fc00000u : bits;
-    return float_of_bits(bits | (code & 0x80u) << 24);
+    // Exponent and mantissa move into place, the multiplication re-biases.
+    const auto top = static_cast<int32_t>(word << (24 - 8 * i));
+    return float_of_bits(static_cast<uint32_t>(top >> 4) & 0x87f00000u) * 0x1p120f;
   }
 }
 
@@ -39,9 +39,9 @@ APR_DEVICE uint4 decode_chunk(const uint2& codes, float scale) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = (i < 2 ? codes.x : codes.y) >> (i % 2 * 16);
-    words[i] = pack<T>(number_of<kCodes>(pair & 0xffu) * scale,
-                       number_of<kCodes>(pair >> 8 & 0xffu) * scale);
+    const uint32_t word = i < 2 ? codes.x : codes.y;
+    words[i] = pack<T>(number_of<kCodes>(word, i % 2 * 2) * scale,
+                       number_of<kCodes>(word, i % 2 * 2 + 1) * scale);
   }
   return {words[0], words[1], words[2], words[3]};
 }

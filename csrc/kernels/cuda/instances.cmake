@@ -2,7 +2,8 @@
 # names. For each kind and size, those that ask for less come first.
 set(shapes_bf16 small_64_16_4 small_64_32_4 small_128_16_2 small_128_16_3 small_128_32_2 small_128_32_3 small_256_16_2
   wide_64_128_8 wide_128_128_5 wide_256_128_2 plain_576_16_2
-  coded_64_16_4 coded_64_32_4 coded_128_16_3 coded_128_32_3 coded_256_16_3)
+  coded_64_16_4 coded_64_32_4 coded_128_16_2 coded_128_16_3 coded_128_32_2 coded_128_32_3 coded_256_16_2
+  coded_256_16_3)
 set(shapes_fp16 ${shapes_bf16})
 set(shapes_fp32 plain_128_16_3 plain_256_16_2 plain_576_16_2)
 set(type_bf16 BFloat16)
@@ -21,14 +22,8 @@ foreach(number bf16 fp16 fp32)
     if(kind STREQUAL wide)
       set(compiled_for 90a-real)
     endif()
-    set(source ${kind})
-    set(coded false)
-    if(kind STREQUAL "coded")  # pages of 8 bits
-      set(source small)
-      set(coded true)
-    endif()
-    apr_gpu_instance(${source} ${name} "${compiled_for}" APR_NUMBER=${type_${number}} APR_DIM=${dim} APR_ROWS=${rows}
-      APR_STAGES=${stages} APR_CODED=${coded})
+    apr_gpu_instance(${kind} ${name} "${compiled_for}" APR_NUMBER=${type_${number}} APR_DIM=${dim} APR_ROWS=${rows}
+      APR_STAGES=${stages})
     string(APPEND APR_INSTANCES "one(${name}) ")
   endforeach()
 endforeach()

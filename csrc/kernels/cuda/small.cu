@@ -1,8 +1,11 @@
-// One instance of the kernel for few rows: compiled once for each dtype, size and number of stages,
-// and for pages of numbers or of codes.
+// One instance of the kernel for few rows: compiled once for each dtype, size and number of stages.
 #include "kernels/cuda/attention_small.cuh"
 #include "kernels/cuda/instance.h"
 #include "kernels/cuda/launch.h"
+
+#ifndef APR_CODED
+#define APR_CODED false  // coded.cu
+#endif
 
 namespace apr::APR_GPU {
 namespace {

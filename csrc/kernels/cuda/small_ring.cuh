@@ -93,25 +93,25 @@ class SmallRing {
 
   APR_DEVICE void fetch_codes(const Reach& reach, int slot, int64_t first, uint32_t keys) {
     constexpr int kChunks = kDim / 16, kRowsAtOnce = 32 / kChunks;
-    const Array<const uint8_t> codes[2] = {work_.k.as<const uint8_t>(),
-                                           work_.v.as<const uint8_t>()};
-    const Array<const float> scales[2] = {work_.k_scales, work_.v_scales};
-    const int dims[2] = {work_.head_dim_k, work_.head_dim_v};
     const int row = lane_ / kChunks, column = lane_ % kChunks * 16;
-    const int four = lane_ % 4 * 4;  // scales that a lane copies
+    const int64_t token = first + row;
+    int64_t key = token * work_.head_dim_k + column, value = token * work_.head_dim_v + column;
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const uint32_t to = keys + static_cast<uint32_t>(side * kStored);
-#pragma unroll
-      for (int r = 0; r < 16; r += kRowsAtOnce) {
-        copy_async16(to + static_cast<uint32_t>((row + r) * kDim + column), codes[side],
-                     (first + row + r) * dims[side] + column,
-                     sees(reach, slot + row + r) && column < dims[side]);
-      }
-      if (lane_ / 4 == side) {
-        copy_async16(to + static_cast<uint32_t>(kCodes + four * 4), scales[side], first + four,
-                     slot + four < reach.hi && slot + four + 4 > reach.lo);
-      }
+    for (int r = 0; r < 16; r += kRowsAtOnce) {
+      const uint32_t to = keys + static_cast<uint32_t>((row + r) * kDim + column);
+      const bool seen = sees(reach, slot + row + r);
+      copy_async16(to, work_.k.as<const uint8_t>(), key, seen && column < work_.head_dim_k);
+      copy_async16(to + kStored, work_.v.as<const uint8_t>(), value,
+                   seen && column < work_.head_dim_v);
+      key += kRowsAtOnce * work_.head_dim_k;
+      value += kRowsAtOnce * work_.head_dim_v;
+    }
+    if (lane_ < 4) {  // four scales each
+      const uint32_t to = keys + static_cast<uint32_t>(kCodes + lane_ * 16);
+      const int from = slot + lane_ * 4;
+      const bool seen = from < reach.hi && from + 4 > reach.lo;
+      copy_async16(to, work_.k_scales, first + lane_ * 4, seen);
+      copy_async16(to + kStored, work_.v_scales, first + lane_ * 4, seen);
     }
   }
 
@@ -125,7 +125,7 @@ class SmallRing {
   APR_DEVICE void decode(const Reach& reach, int slot, uint32_t from, uint32_t to) const {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < 16 * kColumns; i += 32) {
         const int row = (i + lane_) / kColumns, chunk = (i + lane_) % kColumns;
         const uint2 codes =
