@@ -9,28 +9,33 @@ namespace {
 
 typedef int8_t VecInt8 __attribute__((vector_size(kWidth), aligned(1), may_alias));
 typedef uint8_t VecBytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
+typedef int16_t VecInt16 __attribute__((vector_size(2 * kWidth)));
 
-// Storage types of codes: as in vec.h, with `put` for numbers that were divided by their scale.
+// Storage types of codes: as in vec.h, in units of kUnit, with `put` for numbers that were divided
+// by their scale.
 struct Int8 {
   typedef int8_t Storage;
+  static constexpr float kUnit = 1.f, kHighest = kHighestCode<Codes::kInt8>;
   static Vec many(const int8_t* p) {
-    return __builtin_convertvector(*reinterpret_cast<const VecInt8*>(p), Vec);
+    // In steps: compilers take a conversion over several sizes apart, number by number.
+    const auto half = __builtin_convertvector(*reinterpret_cast<const VecInt8*>(p), VecInt16);
+    return __builtin_convertvector(__builtin_convertvector(half, VecInt), Vec);
   }
   // To nearest, ties to even: adding 1.5 * 2^23 leaves the whole number in the lowest bits.
   static void put(int8_t* to, Vec x) {
     const VecInt whole = VecInt(x + 12582912.f) - 0x4b400000;
-    *reinterpret_cast<VecInt8*>(to) = __builtin_convertvector(whole, VecInt8);
+    const auto half = __builtin_convertvector(whole, VecInt16);
+    *reinterpret_cast<VecInt8*>(to) = __builtin_convertvector(half, VecInt8);
   }
 };
 
 struct Float8 {
   typedef uint8_t Storage;
+  static constexpr float kUnit = 256.f, kHighest = kHighestCode<Codes::kFloat8>;
+  // As a float16 of the same exponent bits and a longer mantissa, whose bias is 8 more.
   static Vec many(const uint8_t* p) {
-    const VecBits x = __builtin_convertvector(*reinterpret_cast<const VecBytes*>(p), VecBits);
-    const VecBits magnitude = x & 0x7fu;
-    const Vec normal = Vec((magnitude << 20) + 0x3c000000u);
-    const Vec tiny = __builtin_convertvector(VecInt(magnitude), Vec) * 0x1p-9f;
-    return Vec(VecBits(magnitude < 8u ? tiny : normal) | (x & 0x80u) << 24);
+    const VecHalf x = __builtin_convertvector(*reinterpret_cast<const VecBytes*>(p), VecHalf);
+    return Float16::of_bits((x & 0x7f) << 7 | (x & 0x80) << 8);
   }
   // To nearest, ties to even: the mantissa is rounded in place; below the normal numbers adding
   // 2^14, whose last bit is 2^-9, leaves the rounded mantissa in the lowest bits.
@@ -39,15 +44,15 @@ struct Float8 {
     const VecBits normal = ((magnitude + 0x7ffffu + odd) >> 20) - 0x3c0u;
     const VecBits tiny = VecBits(Vec(magnitude) + 16384.f) - 0x46800000u;
     const VecBits code = (magnitude < 0x3c800000u ? tiny : normal) | ((u >> 24) & 0x80u);
-    *reinterpret_cast<VecBytes*>(to) = __builtin_convertvector(code, VecBytes);
+    const auto half = __builtin_convertvector(code, VecHalf);
+    *reinterpret_cast<VecBytes*>(to) = __builtin_convertvector(half, VecBytes);
   }
 };
 
 // The scale is the row's largest magnitude over the highest code; that of a row of zeros is 0, and
 // that of one that holds a number which is not finite is NaN, which its numbers then are.
 template <class C>
-inline void encode_as(const float* from, float highest_code, int64_t count, void* to,
-                      float* scale) {
+inline void encode_as(const float* from, int64_t count, void* to, float* scale) {
   Vec top = {};
   VecInt finite = VecInt{} == 0;
   const auto part = [&](int64_t at) {
@@ -61,15 +66,15 @@ inline void encode_as(const float* from, float highest_code, int64_t count, void
     finite &= size <= 3.4028234664e38f;
     top = maximum(size, top);
   }
-  *scale = any(~finite) ? __builtin_nanf("") : highest(top) / highest_code;
+  *scale = any(~finite) ? __builtin_nanf("") : highest(top) / C::kHighest;
   const bool empty = !(*scale > 0.f);
   auto* out = static_cast<typename C::Storage*>(to);
   for (int64_t i = 0; i < count; i += kWidth) {
     // A scale below the normal numbers is not exact: what is divided by it may be larger than it
     // should.
     Vec x = empty ? Vec{} : part(i) / *scale;
-    x = x > highest_code ? spread(highest_code) : x;
-    x = x < -highest_code ? spread(-highest_code) : x;
+    x = x > C::kHighest ? spread(C::kHighest) : x;
+    x = x < -C::kHighest ? spread(-C::kHighest) : x;
     if (i + kWidth <= count) {
       C::put(out + i, x);
     } else {
@@ -81,11 +86,8 @@ inline void encode_as(const float* from, float highest_code, int64_t count, void
 }
 
 void encode_row(Codes codes, const float* from, int64_t count, void* to, float* scale) {
-  if (codes == Codes::kInt8) {
-    encode_as<Int8>(from, kHighestCode<Codes::kInt8>, count, to, scale);
-  } else {
-    encode_as<Float8>(from, kHighestCode<Codes::kFloat8>, count, to, scale);
-  }
+  if (codes == Codes::kInt8) return encode_as<Int8>(from, count, to, scale);
+  encode_as<Float8>(from, count, to, scale);
 }
 
 template <class T, class C>
@@ -93,7 +95,7 @@ inline void decode_as(const char* from, const float* scales, int64_t rows, int64
   const auto* codes = reinterpret_cast<const typename C::Storage*>(from);
   auto* out = reinterpret_cast<typename T::Storage*>(to);
   for (int64_t r = 0; r < rows; ++r, codes += dim, out += dim) {
-    const float scale = loose(scales)[r];
+    const float scale = loose(scales)[r] * C::kUnit;  // a power of two, far from overflow
     int64_t i = 0;
     for (; i + kWidth <= dim; i += kWidth) T::put(out + i, C::many(codes + i) * scale);
     if (i == dim) continue;

@@ -239,15 +239,16 @@ struct Float16 {
     h = magnitude > 0x7f800000u ? VecBits{} + 0x7e00u : h;
     return h | ((u >> 16) & 0x8000u);
   }
-  static Vec many(const uint16_t* p) {
+  static Vec of_bits(VecHalf x) {
 #if defined(__AVX512F__)
-    return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return Vec(_mm512_cvtph_ps(__m256i(x)));
 #elif defined(__F16C__)
-    return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return Vec(_mm256_cvtph_ps(__m128i(x)));
 #else
-    return widen(*reinterpret_cast<const VecHalf*>(p));
+    return widen(x);
 #endif
   }
+  static Vec many(const uint16_t* p) { return of_bits(*reinterpret_cast<const VecHalf*>(p)); }
   static float one(uint16_t x) {
     VecHalf v = {};
     v[0] = x;
