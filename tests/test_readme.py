@@ -48,8 +48,8 @@ def test_commands(command, tmp_path, monkeypatch):
 
 
 def test_commands_were_found():
-    assert len(COMMANDS) == 26
-    assert sum(command in RUN_ELSEWHERE for command in COMMANDS) == 15
+    assert len(COMMANDS) == 27
+    assert sum(command in RUN_ELSEWHERE for command in COMMANDS) == 16
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

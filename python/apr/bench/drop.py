@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apr
 from apr.bench.harness import Figure, ratios
 from apr.bench.loop import half_billion
+from apr.bench.texts import loaded, pages_of
 
 FIRST = 4  # tokens that stay in front: StreamingLLM's sinks
 
@@ -23,17 +23,13 @@ def bench_drop(options: argparse.Namespace) -> Iterator[Figure]:
     """Half of a thread goes: the next token by `drop`, and by running what is left again; with
     --model, also how likely the text goes on behind each.
     """
-    model = half_billion(options.smoke) if not options.model else _loaded(options.model)
+    model = (
+        half_billion(options.smoke) if not options.model else loaded(options.model, torch.float32)
+    )
     for tokens in (options.prefix // 4, options.prefix):
         yield from _costs(model, tokens, 3 if options.smoke else 7)
     if options.model:
         yield from _likelihoods(model, options.model, options.prefix)
-
-
-def _loaded(folder: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).eval()
 
 
 def _report(figure: Figure) -> Figure:
@@ -75,14 +71,7 @@ def _likelihoods(model: Any, folder: str, tokens: int, then: int = 64) -> Iterat
     """Nats a token of how pages of the Python reference go on: in one run, all ways of one page
     side by side.
     """
-    from pydoc_data.topics import topics  # English text that every Python has
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    text = tokenizer("\n\n".join(topics[name] for name in sorted(topics))).input_ids
-    pages = [
-        text[i : i + tokens + then] for i in range(0, len(text) - tokens - then, len(text) // 9)
-    ]
-    half = tokens // 2
+    pages, half = pages_of(folder, tokens, then), tokens // 2
     found: dict[str, list[float]] = {}
     with apr.Session(model, max_tokens=4 * tokens + 4096) as session:
         for page in pages:

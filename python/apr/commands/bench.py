@@ -7,6 +7,7 @@ from pathlib import Path
 
 from apr.bench import (
     adaptive,
+    codes,
     drop,
     gpu,
     harness,
@@ -31,6 +32,7 @@ BENCHES = {
     "plan": sessions.bench_plan,
     "threads": sessions.bench_threads,
     "pages": sessions.bench_pages,
+    "codes": codes.bench_codes,
     "sampling": sampling.bench_sampling,
     "loop": loop.bench_loop,
     "latent": latent.bench_latent,
@@ -52,10 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix",
         type=int,
         default=4096,
-        help="shared tokens of `threads` and `latent`, length of `drop`",
+        help="shared tokens of `threads`, `latent` and `codes`, length of `drop`",
     )
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--model", help="of `loop` and `drop`: a folder, instead of random weights")
+    parser.add_argument(
+        "--model", help="of `loop`, `drop` and `codes`: a folder, instead of random weights"
+    )
     parser.add_argument(
         "--problem",
         action="append",

@@ -1,0 +1,115 @@
+"""Keys and values in 8 bits: what that does to logits, to the cost of a step, and to memory."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apr
+from apr.bench.harness import Figure, in_turn, ratios
+from apr.bench.loop import half_billion
+from apr.bench.texts import loaded, pages_of
+
+KEPT: dict[str, torch.dtype | None] = {
+    "bfloat16": None,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+THEN = 32  # tokens whose logits are compared, behind each prompt
+
+
+def bench_codes(options: argparse.Namespace) -> Iterator[Figure]:
+    """Logits of a text with keys and values in 8 bits beside those in bfloat16 (and those beside a
+    model in float32); then steps of one and of 16 threads in turn. With --model, English text.
+    """
+    if options.model:
+        model = loaded(options.model, torch.bfloat16)
+        texts = pages_of(options.model, options.prefix, THEN)
+    else:
+        model, texts = half_billion(options.smoke), _any_texts(options.prefix + THEN)
+    yield from _errors(model, texts, options.prefix)
+    for threads in (1, 16):
+        yield from _steps(model, options.prefix, threads, options.seconds)
+
+
+def _any_texts(length: int) -> list[list[int]]:
+    return [[(7919 * i + 13 * n) % 500 + 3 for i in range(length)] for n in range(2)]
+
+
+def _logits(model: Any, kv_dtype: torch.dtype | None, text: list[int]) -> Tensor:
+    """Of its last THEN tokens, each in a step of its own: [THEN, vocab]."""
+    with apr.Session(model, len(text), kv_dtype=kv_dtype) as session:
+        thread = session.thread(text[:-THEN])
+        rows = []
+        for token in text[-THEN:]:
+            thread.extend([token])
+            rows.append(session.step([thread])[0])
+    return torch.stack(rows)
+
+
+def _errors(model: Any, texts: list[list[int]], prefix: int) -> Iterator[Figure]:
+    found: dict[str, list[Tensor]] = {}
+    for text in texts:
+        want = _logits(model, None, text)
+        deviation, scores = want.std(-1), want.log_softmax(-1)
+        rows = {name: _logits(model, dtype, text) for name, dtype in KEPT.items() if dtype}
+        rows["a model in float32"] = _logits(model.float(), None, text)
+        model.bfloat16()
+        for name, got in rows.items():
+            off = (got - want).square().mean(-1).sqrt() / deviation
+            most = (got - want).abs().amax(-1) / deviation
+            moved = (scores.exp() * (scores - got.log_softmax(-1))).sum(-1)  # KL divergence, nats
+            same = (got.argmax(-1) == want.argmax(-1)).float()
+            found.setdefault(name, []).append(torch.stack([off, most, moved, same]))
+    for name, parts in found.items():
+        all_parts = torch.cat(parts, 1)
+        off, most, moved, same = all_parts.mean(1).tolist()
+        note = (
+            f"logits off by {off:.4f} of their deviation, at most {float(all_parts[1].max()):.3f}; "
+            f"{moved:.2e} nats; the same first token {same:.1%}"
+        )
+        print(f"{name}, {all_parts.shape[1]} tokens behind {prefix}: {note}", flush=True)
+        facts = {"rms": off, "most": most, "nats": moved, "same": same}
+        yield Figure(name, [0.0], note, facts)
+
+
+def _steps(model: Any, prefix: int, threads: int, seconds: float) -> Iterator[Figure]:
+    with ExitStack() as stack:
+        steps: dict[str, Callable[[], Any]] = {}
+        sizes = {}
+        for name, dtype in KEPT.items():
+            room = prefix + threads * 1024
+            session = stack.enter_context(apr.Session(model, room, kv_dtype=dtype))
+            root = session.thread([(7919 * i) % 500 + 3 for i in range(prefix)])
+            session.step([root])
+            steps[name] = _stepper(session, root.fork(threads))
+            sizes[name] = session.spec.bytes_per_token
+        figures = in_turn(steps, seconds, most=400)
+    plain = figures["bfloat16"]
+    for name, figure in figures.items():
+        median, low, high = ratios(figure, plain)
+        share = sizes[name] / sizes["bfloat16"]
+        figure.name = f"a step of {threads} on {prefix}, {name}"
+        figure.note = (
+            f"x {median:.2f} [{low:.2f}, {high:.2f}]; {sizes[name]} bytes a token, x {share:.2f}"
+        )
+        figure.facts = {"ratio": median, "bytes_per_token": sizes[name]}
+        print(figure.line(), flush=True)
+        yield figure
+
+
+def _stepper(session: apr.Session, threads: list[apr.Thread]) -> Callable[[], Any]:
+    tokens = itertools.count(3)
+
+    def step() -> None:
+        for thread in threads:
+            thread.extend([next(tokens) % 500 + 3])
+        session.advance(threads, lambda logits: logits)
+
+    return step
