@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -55,12 +56,12 @@ def _logits(model: Any, kv_dtype: torch.dtype | None, text: list[int]) -> Tensor
 
 def _errors(model: Any, texts: list[list[int]], prefix: int) -> Iterator[Figure]:
     found: dict[str, list[Tensor]] = {}
+    exact = copy.deepcopy(model).float()  # a model that comes back has lost bits of its frequencies
     for text in texts:
         want = _logits(model, None, text)
         deviation, scores = want.std(-1), want.log_softmax(-1)
         rows = {name: _logits(model, dtype, text) for name, dtype in KEPT.items() if dtype}
-        rows["a model in float32"] = _logits(model.float(), None, text)
-        model.bfloat16()
+        rows["a model in float32"] = _logits(exact, None, text)
         for name, got in rows.items():
             off = (got - want).square().mean(-1).sqrt() / deviation
             most = (got - want).abs().amax(-1) / deviation
