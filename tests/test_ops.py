@@ -194,7 +194,7 @@ def test_a_steps_plan_is_refused_by_a_pool_that_does_not_hold_it():
 
 @pytest.mark.parametrize("how", ["resized", "replaced"])
 def test_a_pool_whose_tensors_are_gone_is_refused(how):
-    pool = ops.empty_pool(64, 2, 16, torch.float32)
+    pool = ops.Pool(torch.zeros(64, 2, 64, 16), torch.zeros(64, 2, 64, 16))
     plan = ops.plan([(3, [View([5], 0, 3, 0, 0, own=True)])], pool, 4)
     k = torch.randn(3, 2, 16)
     if how == "resized":

@@ -168,7 +168,8 @@ class Fuzzer:
         """The kernels by this plan, in a pool that may not be the right one."""
         pages = self.rng.choice((1, 8, 300))
         size, heads = self.rng.choice((16, 16, 32)), self.rng.choice((1, 2))
-        pool = ops.empty_pool(pages, heads, 8, torch.float32, page_size=size)
+        kept = self.rng.choice((None, None, torch.int8, torch.float8_e4m3fn))
+        pool = ops.empty_pool(pages, heads, 8, torch.float32, page_size=size, kv_dtype=kept)
         mine = ops.Plan(plan)
         rows = self.rng.choice((plan.num_rows, plan.num_rows, 1))
         k = torch.randn(rows, heads, 8)
@@ -190,7 +191,8 @@ class Fuzzer:
         elif which == 1:
             ops.merge(x, x, x, x)
         elif which == 2:
-            ops.empty_pool(*(rng.choice((0, 1, 16, self.number())) for _ in range(3)), dtype)
+            sizes = [rng.choice((0, 1, 16, self.number())) for _ in range(3)]
+            ops.empty_pool(*sizes, dtype, kv_dtype=rng.choice((None, torch.int8, dtype)))
         else:
             ops.Draws(rng.choice((0, 3)), top_k=rng.choice((0, 5, -1, None)), top_p=self.number())
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <cerrno>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,16 @@ void bind_machine(py::module_& module) {
         cpu::populate(pointer(data), static_cast<size_t>(bytes));
       },
       py::arg("data"), py::arg("bytes"));
+  module.def(
+      "map_file",
+      [](int64_t data, int64_t bytes, int file, int64_t offset) {
+        const int error = cpu::map_file(pointer(data), static_cast<size_t>(bytes), file, offset);
+        if (error == 0) return;
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("file"), py::arg("offset"));
   module.def("has_openmp", &cpu::has_openmp);
   module.def("force_own_workers", &cpu::force_own_workers, py::arg("own"));
 }

@@ -46,6 +46,7 @@ __all__: list[str] = [
     "has_openmp",
     "instruction_set",
     "instruction_sets",
+    "map_file",
     "merge",
     "most_vocab",
     "plan",
@@ -802,6 +803,12 @@ def gpu(emulated: bool) -> GpuBackend: ...
 def has_openmp() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
+def map_file(
+    data: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    file: typing.SupportsInt | typing.SupportsIndex,
+    offset: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def merge(
     *,
     parts: collections.abc.Sequence[Rows],

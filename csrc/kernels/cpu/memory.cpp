@@ -26,6 +26,13 @@ void use_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+int map_file(void* data, size_t bytes, int file, int64_t offset) {
+  if (bytes == 0) return 0;
+  const int how = MAP_PRIVATE | MAP_FIXED;
+  void* at = mmap(data, bytes, PROT_READ | PROT_WRITE, how, file, static_cast<off_t>(offset));
+  return at == MAP_FAILED ? errno : 0;
+}
+
 void populate(void* data, size_t bytes) {
   if (bytes == 0) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

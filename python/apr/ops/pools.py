@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -150,6 +151,17 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
+    if (
+        torch.device(device).type == "cpu" and size
+    ):  # at a page of memory, so that files can be mapped
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise InvalidInput(
+                f"pool: the system gives no {size >> 20} MiB ({error}); ask for fewer pages "
+                "(max_tokens)"
+            ) from error
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     storage = torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
 

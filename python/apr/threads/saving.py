@@ -1,31 +1,25 @@
-"""Threads in a file: what they are, their keys and values, and of which model: safetensors, with
-JSON in its header.
-"""
+"""Threads in a file: what they are, their keys and values, and of which model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
 from apr.hf.model_state import undisturbed, unwrap
 from apr.hf.ranks import local_part, own_file
 from apr.hf.spec import ModelSpec
+from apr.threads import files
 from apr.threads.thread import Segment, Thread
 
 if TYPE_CHECKING:
     from apr.threads.session import Session
 
-FORMAT = "apr threads 4"
 _KV_DTYPES = {None: "", torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 _SAMPLES = 64  # elements of each weight that tell one model from another
 # Of the spread of its logits: what other machines and batches make of the same model.
@@ -80,9 +74,8 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
         },
         "segments": {name: segment._id for name, segment in segments.items()},
     }
-    text = json.dumps(told, sort_keys=True)
-    header = {"format": FORMAT, "session": text, "digest": _digest(text, tensors)}
-    _write(own_file(Path(path), session.attachment.model), tensors, header)
+    file = own_file(Path(path), session.attachment.model)
+    files.write(file, json.dumps(told, sort_keys=True), tensors)
 
 
 def _sort(session: Session, named: Named) -> tuple[dict[str, Thread], dict[str, Segment]]:
@@ -128,29 +121,6 @@ def _check_lines(
             )
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """All of it, or what was there before."""
-    if not path.parent.is_dir():
-        raise InvalidInput(f"save: {path.parent} is not a folder; make it first")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        save_file(tensors, str(beside), header)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel():
-            digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """What must be the same where the keys and values are used again."""
     digest = hashlib.blake2b(digest_size=16)
@@ -184,13 +154,18 @@ def _answers(spec: ModelSpec, model: Any) -> torch.Tensor:
     return some
 
 
-def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[str, Any]) -> Any:
+def open_saved(
+    kind: type[Session], path: str | Path, model: Any, mapped: bool, options: dict[str, Any]
+) -> Any:
     """`Session.open`."""
     for name in ("page_size", "seed", "kv_dtype"):
         if name in options:
             raise InvalidInput(f"open: got {name}; it is the file's, leave it out")
     path = own_file(Path(path), unwrap(model))
-    told, tensors = _read(path)
+    opened = files.read(path)
+    told, tensors = opened.told, opened.tensors
+    if mapped and not told["keys"]:
+        raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
     kept = next(dtype for dtype, name in _KV_DTYPES.items() if name == told["kv_dtype"])
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
@@ -210,30 +185,15 @@ def open_saved(kind: type[Session], path: str | Path, model: Any, options: dict[
                 f"open: {path} was saved with a model of the same weights that answers otherwise, "
                 f"by {apart:.2g} standard deviations of its logits: with other settings"
             )
-        return session, _place(session, told, tensors)
+        if mapped and session.spec.device.type != "cpu":
+            raise InvalidInput(
+                f"open: got mapped=True for a model on {session.spec.device}, whose memory no file "
+                "can be; leave it out"
+            )
+        return session, _place(session, opened, mapped)
     except BaseException:
         session.close()
         raise
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header and the tensors of a file that is whole."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"open: {path} cannot be read, or is cut short: {error}") from error
-    if header.get("format") != FORMAT:
-        raise InvalidInput(
-            f"open: {path} has the format {header.get('format')!r}; expected {FORMAT!r}, as "
-            "session.save writes it"
-        )
-    text = header.get("session", "")
-    if header.get("digest") != _digest(text, tensors):
-        raise InvalidInput(f"open: {path} was altered since it was saved; save it again")
-    told: dict[str, Any] = json.loads(text)
-    return told, tensors
 
 
 def _run_again(session: Session, threads: list[Thread]) -> None:
@@ -276,15 +236,20 @@ def _copy(session: Session, slots: list[int], other: Session, theirs: list[int])
             side[now // size, :, now % size] = ran.sides[name][was // size, :, was % size]
 
 
-def _place(
-    session: Session, told: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> dict[str, Thread | Segment]:
+def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Thread | Segment]:
     table, core = session.table, session.table.edit()
+    told, tensors = opened.told, opened.tensors
     pages = core.load(tensors["table"].tolist())
-    index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
-    for i, pool in enumerate(session.pools if told["keys"] else ()):
-        for name, side in pool.sides.items():
-            side[index] = tensors[f"{i}.{name}"].to(side.device)
+    pools = enumerate(session.pools if told["keys"] else ())
+    sides = {f"{i}.{name}": side for i, pool in pools for name, side in pool.sides.items()}
+    if mapped:
+        assert pages == list(range(len(pages))), "a pool that was used before"
+        session.arena.wait()
+        files.map_pages(opened, sides)
+    else:
+        index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
+        for name, side in sides.items():
+            side[index] = tensors[name].to(side.device)
     table.requests, table.tokens_tell = told["requests"], told["tokens_tell"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}

@@ -110,8 +110,8 @@ class Session:
     def _make_pools(self, spec: ModelSpec, pages: int) -> None:
         self.pools = spec.make_pools(pages, self.page_size)
         self.table.offload = Offload(self.pools) if self.on_full == "offload" else None
-        self._arena = Arena(self.pools)
-        self._arena.keep_ahead(0, 0)
+        self.arena = Arena(self.pools)
+        self.arena.keep_ahead(0, 0)
 
     def _make_graphs(self) -> None:
         self._graphs = step_graphs(
@@ -148,7 +148,7 @@ class Session:
             self.table.close()
             self._graphs = None
             self.pools = []
-            self._arena.close()
+            self.arena.close()
             self.attachment.switch.put_back()
 
     def refresh(self) -> None:
@@ -171,7 +171,7 @@ class Session:
         self.table.release_all()
         self._graphs = None
         if spec != was or not self.pools:
-            self._arena.close()
+            self.arena.close()
             # Let go before others are made; where that fails, refresh again.
             self.pools, self.table.offload = [], None
             self._make_pools(spec, table.num_pages)
@@ -193,16 +193,19 @@ class Session:
 
     @classmethod
     def open(
-        cls, path: str | Path, model: Any, **options: Any
+        cls, path: str | Path, model: Any, *, mapped: bool = False, **options: Any
     ) -> tuple[Session, dict[str, Thread | Segment]]:
         """A session with what a file holds, by its names; they go on as they would have. `options`
-        are those of a session, but for page_size and seed, which are the file's.
+        are those of a session, but for page_size, seed and kv_dtype, which are the file's.
+
+        mapped: on the CPU, pages are the file's own, in memory that all sessions and processes that
+        map it share; what is written goes to copies. The file must stay as it is meanwhile.
 
         Raises InvalidInput, before anything is used, where the file is cut short or altered, or was
         saved with another model; OutOfPages where the pool is too small.
         """
-        opened: tuple[Session, dict[str, Thread | Segment]] = open_saved(cls, path, model, options)
-        return opened
+        session, named = open_saved(cls, path, model, mapped, options)
+        return session, named
 
     # ---- threads and segments -------------------------------------------------------------------
 
@@ -319,7 +322,7 @@ class Session:
             states,
             self.ranks,
         )
-        self._arena.keep_ahead(table.peak_pages, table.num_threads)
+        self.arena.keep_ahead(table.peak_pages, table.num_threads)
         return ran
 
     def _replay(
@@ -363,7 +366,7 @@ class Session:
                 return
             step.commit()
             table = self.table.ask()
-            self._arena.keep_ahead(table.peak_pages, table.num_threads)
+            self.arena.keep_ahead(table.peak_pages, table.num_threads)
         finally:
             self.table.turn.leave(who)
 
