@@ -104,6 +104,28 @@ def test_attention_reads_what_the_codes_stand_for(kv_dtype, dtype, head_dim, ins
 
 
 @pytest.mark.parametrize("kv_dtype", CODED, ids=str)
+def test_copies_of_tokens_have_their_scales(kv_dtype, instruction_set):
+    """Eight tokens of a child's inherited tail go to the head of its own pages."""
+    half = copy.deepcopy(build("llama")).to(torch.bfloat16)
+    with apr.Session(half, 1024, page_size=16, kv_dtype=kv_dtype, self_test=False) as s:
+        root = s.thread(tokens(30))
+        kid = root.fork(2)[0]
+        kid.extend(tokens(8, seed=1))
+        s.step([kid])
+        grand = kid.fork(2)[0]
+        grand.extend([5])
+        s.step([grand])
+        assert s.stats.copied_tokens == 8
+        core = s.table.ask()
+        now, was = (torch.tensor(core.stored_slots(t._id)[30:38].tolist()) for t in (grand, kid))
+        assert not set(now.tolist()) & set(was.tolist())
+        for pool in s.pools:
+            for side in pool.sides.values():
+                flat = side.transpose(1, 2).flatten(0, 1).float()
+                assert torch.equal(flat[now], flat[was]) and flat[now].any()
+
+
+@pytest.mark.parametrize("kv_dtype", CODED, ids=str)
 def test_values_may_be_the_keys_or_narrower(kv_dtype, instruction_set):
     dtype = torch.bfloat16
     narrow = ops.empty_pool(40, 1, 64, dtype, head_dim_v=32, kv_dtype=kv_dtype)
@@ -220,6 +242,7 @@ def test_generate_takes_what_a_session_takes(twin):
         thread = s.thread(ids[0].tolist())
         apr.decode(s, [thread], max_new_tokens=10, do_sample=False, eos_token_id=[])
         assert thread.tokens == out
+    assert cache.session.pools[0].k.dtype is kv_dtype
     cache.close()
 
 
@@ -248,16 +271,24 @@ def test_replayed_steps_are_planned_steps(twin):
 
 def test_what_cannot_be_honoured_is_refused(twin):
     kv_dtype, model, _ = twin
-    for wrong in (torch.int16, torch.float8_e5m2, "int8", 8):
+    for wrong in (torch.int16, torch.float8_e5m2, "int8", 8, [1]):
         with pytest.raises(InvalidInput, match=r"kv_dtype: got .*expected None"):
             apr.Session(model, kv_dtype=wrong)
     with pytest.raises(InvalidInput, match="lie in no pages"):
         apr.Session(build("mamba"), kv_dtype=kv_dtype)
+    for x, wrong in (
+        (torch.zeros(2, 0), kv_dtype),
+        (torch.tensor(1.0), kv_dtype),
+        (torch.ones(3), None),
+    ):
+        with pytest.raises(InvalidInput, match="encode: got"):
+            ops.encode(x, wrong)
     k = torch.zeros(2, 1, 16, 16, dtype=kv_dtype)
     of = torch.zeros(2, 1, 16)
     for scales, dtype, said in (
         (None, torch.float32, "without the scales"),
-        ((of, of), torch.float32, "one tensor where"),
+        (of, torch.float32, "without the scales"),
+        ((of, of), torch.float32, "got one tensor of two"),
         ((of, of[:1]), torch.float32, "contiguous"),
         ((of, of.double()), torch.float32, "contiguous"),
         ((of, of.clone()), None, "got dtype"),

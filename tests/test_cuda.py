@@ -24,12 +24,8 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 
 
 def on_gpu(pool):
-    copy = ops.empty_pool(
-        pool.num_pages, pool.num_kv_heads, pool.head_dim, pool.dtype, GPU, pool.page_size
-    )
-    copy.k.copy_(pool.k)
-    copy.v.copy_(pool.v)
-    return copy
+    scales = None if pool.scales is None else tuple(x.to(GPU) for x in pool.scales)
+    return ops.Pool(pool.k.to(GPU), pool.v.to(GPU), scales, pool.dtype)
 
 
 def run(
@@ -45,7 +41,8 @@ def run(
     q = torch.randn(plan.num_rows, heads, pool.head_dim, generator=generator).to(pool.dtype)
     ops.append(k.to(GPU), v.to(GPU), far, plan)
     ops.append(k, v, pool, ops.plan(row_sets, pool, heads))
-    assert torch.equal(far.k.cpu(), pool.k) and torch.equal(far.v.cpu(), pool.v)
+    for name, side in far.sides.items():
+        assert torch.equal(side.cpu().view(torch.uint8), pool.sides[name].view(torch.uint8))
     scale = pool.head_dim**-0.5
     moved = {n: x.to(GPU) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     out, lse = ops.attention(q.to(GPU), far, plan, scale, rotation, **moved)
@@ -74,6 +71,15 @@ def test_trees(head_dim, heads, dtype):
     for rotation in (None, rope(head_dim), rope(head_dim, interleaved=True, part=0.5)):
         for sets in (tree(rotated=True)[:4], tree(rotated=True)):
             close(*run(sets, pool, heads, generator, rotation=rotation)[:2], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_codes(head_dim, kv_dtype, dtype):
+    pool, generator = make(dtype, 2, head_dim, kv_dtype=kv_dtype)
+    for sets in (tree(rotated=True)[:4], tree(rotated=True)):
+        close(*run(sets, pool, 6, generator, rotation=rope(head_dim))[:2], dtype)
 
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)

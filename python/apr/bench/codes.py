@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 import apr
+from apr import ops
+from apr.bench import problems
 from apr.bench.harness import Figure, in_turn, ratios
 from apr.bench.loop import half_billion
 from apr.bench.texts import loaded, pages_of
+from apr.ops.codes import KV_DTYPES
 
 KEPT: dict[str, torch.dtype | None] = {
     "bfloat16": None,
@@ -23,6 +26,7 @@ KEPT: dict[str, torch.dtype | None] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 THEN = 32  # tokens whose logits are compared, behind each prompt
+LAYERS = 4  # that kernels go through in turn, so that keys are not in the caches
 
 
 def bench_codes(options: argparse.Namespace) -> Iterator[Figure]:
@@ -37,6 +41,12 @@ def bench_codes(options: argparse.Namespace) -> Iterator[Figure]:
     yield from _errors(model, texts, options.prefix)
     for threads in (1, 16):
         yield from _steps(model, options.prefix, threads, options.seconds)
+    for shape in ((8192, 1, 0), (8192, 8, 256)):
+        for heads in ((32, 8, 128), (14, 2, 64)):
+            for dtype in (torch.bfloat16, torch.float32):
+                yield from _kernels(
+                    (256, 2, 9) if options.smoke else shape, heads, dtype, options.seconds / 4
+                )
 
 
 def _any_texts(length: int) -> list[list[int]]:
@@ -70,13 +80,13 @@ def _errors(model: Any, texts: list[list[int]], prefix: int) -> Iterator[Figure]
             found.setdefault(name, []).append(torch.stack([off, most, moved, same]))
     for name, parts in found.items():
         all_parts = torch.cat(parts, 1)
-        off, most, moved, same = all_parts.mean(1).tolist()
+        mean, furthest = all_parts.mean(1).tolist(), float(all_parts[1].max())
         note = (
-            f"logits off by {off:.4f} of their deviation, at most {float(all_parts[1].max()):.3f}; "
-            f"{moved:.2e} nats; the same first token {same:.1%}"
+            f"logits off by {mean[0]:.4f} of their deviation, at most {furthest:.3f}; {mean[2]:.2e} "
+            f"nats; the same first token {mean[3]:.1%}"
         )
         print(f"{name}, {all_parts.shape[1]} tokens behind {prefix}: {note}", flush=True)
-        facts = {"rms": off, "most": most, "nats": moved, "same": same}
+        facts = {"rms": mean[0], "most": furthest, "nats": mean[2], "same": mean[3]}
         yield Figure(name, [0.0], note, facts)
 
 
@@ -114,3 +124,43 @@ def _stepper(session: apr.Session, threads: list[apr.Thread]) -> Callable[[], An
         session.advance(threads, lambda logits: logits)
 
     return step
+
+
+def _kernels(
+    shape: tuple[int, int, int], heads: tuple[int, int, int], dtype: torch.dtype, seconds: float
+) -> Iterator[Figure]:
+    """Attention, and the append of a prompt, of one layer on pages of each kind."""
+    problem = problems.make("tree", shape, heads, dtype, torch.device("cpu"), LAYERS)
+    whole = str(dtype).removeprefix("torch.")
+    pools = {whole: problem.pools}
+    for kept in (x for x in KV_DTYPES if x is not None):
+        coded = [_encoded(pool, kept) for pool in problem.pools]
+        pools[f"{whole} in {str(kept).removeprefix('torch.')}"] = coded
+    size = problem.pools[0].page_size
+    tokens = min(1024, problem.pools[0].num_pages * size)
+    sets = [(tokens, [ops.View(range(tokens // size), 0, tokens, 0, 0, own=True)])]
+    k = torch.randn(tokens, heads[1], heads[2]).to(dtype)
+    turns = itertools.count()
+
+    def attend(kind: str) -> Callable[[], Any]:
+        plan, q = problem.plan(), problem.q[0]
+        return lambda: ops.attention(q, pools[kind][next(turns) % LAYERS], plan, problem.scale)
+
+    def append(kind: str) -> Callable[[], Any]:
+        plan = ops.plan(sets, pools[kind][0], heads[0])
+        return lambda: ops.append(k, k, pools[kind][next(turns) % LAYERS], plan)
+
+    for what, action in ((problem.name, attend), (f"append {tokens}, {heads}", append)):
+        figures = in_turn({kind: action(kind) for kind in pools}, seconds)
+        for kind, figure in figures.items():
+            median, low, high = ratios(figure, figures[whole])
+            figure.name = f"{what}, {kind}"
+            figure.note = f"x {median:.2f} [{low:.2f}, {high:.2f}]"
+            figure.facts = {"ratio": median}
+            print(figure.line(), flush=True)
+            yield figure
+
+
+def _encoded(pool: ops.Pool, kept: torch.dtype) -> ops.Pool:
+    (k, k_scales), (v, v_scales) = ops.encode(pool.k, kept), ops.encode(pool.v, kept)
+    return ops.Pool(k, v, (k_scales, v_scales), pool.dtype)

@@ -140,6 +140,10 @@ class Ranks:
         if any(row != rows[0] for row in rows):
             self._differ(rows)
 
+    def agree_on(self, *settings: object) -> None:
+        """Raise RanksDiffer, on all ranks, where one has other settings."""
+        self.agree(lambda: zlib.crc32(repr(settings).encode()))
+
     def _same_kind(self, rows: list[list[int]]) -> list[list[int]]:
         """The rows, where all ranks are about the same thing, in the same session, as often."""
         failed = [rank for rank, row in enumerate(rows) if row[2] == _FAILED]
@@ -157,9 +161,9 @@ class Ranks:
         raise RanksDiffer(
             f"rank {self.number} of {self.size}: rank {other} is about to do something else "
             f"({rows[other]}, here {rows[self.number]}: exchanges so far, session, kind, and a "
-            "digest of threads, tokens, positions and views), so this step was taken back. Ranks "
-            "make the same calls, with the same tokens and seeds, in one Python thread; take back "
-            "what differs, or open other sessions"
+            "digest of settings, threads, tokens, positions and views), so this was taken back. "
+            "Ranks make the same calls, with the same options, tokens and seeds, in one Python "
+            "thread; take back what differs, or open other sessions"
         )
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from apr.errors import InvalidInput
 
 _CODES = {torch.int8: _core.Codes.int8, torch.float8_e4m3fn: _core.Codes.float8}
 _HIGHEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+KV_DTYPES = (None, *_CODES)  # what a session can keep numbers in; None: their own
 
 
 def is_coded(dtype: torch.dtype) -> bool:
@@ -24,7 +25,7 @@ def codes_of(dtype: torch.dtype) -> _core.Codes:
 
 def check_kv_dtype(kv_dtype: object) -> None:
     """Raise InvalidInput for what pages cannot keep numbers in."""
-    if kv_dtype is not None and kv_dtype not in _CODES:
+    if not any(kv_dtype is dtype for dtype in KV_DTYPES):
         names = ", ".join(map(str, _CODES))
         raise InvalidInput(
             f"kv_dtype: got {kv_dtype!r}; expected None (as the model computes) or one of {names}"
@@ -36,9 +37,14 @@ def encode(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A scale is the largest magnitude of its row over the highest code (127, or 448 in e4m3); codes
     are the numbers over it, rounded to nearest, ties to even. A row that is not finite gets the
-    scale NaN. What `append` does, bit by bit.
+    scale NaN. What `append` does, bit by bit. (The largest numbers of float32 itself come back
+    infinite: their scale is rounded.)
     """
-    check_kv_dtype(kv_dtype)
+    if kv_dtype not in _CODES or not x.ndim or not x.shape[-1]:
+        raise InvalidInput(
+            f"encode: got {list(x.shape)} for {kv_dtype}; expected numbers [..., head_dim] and "
+            f"one of {', '.join(map(str, _CODES))}"
+        )
     numbers = x.float()
     highest = _HIGHEST[kv_dtype]
     top = numbers.abs().amax(-1)

@@ -83,14 +83,18 @@ class Pool:
     @property
     def sides(self) -> dict[str, Tensor]:
         """Every tensor that pages lie in, [pages, kv_heads, page_size, ...], by name."""
-        own_values = self.v is not self.k
-        named = {"k": self.k, "v": self.v} if own_values else {"k": self.k}
-        for name, scales in zip(list(named), self.scales or (), strict=False):
-            named[f"{name}_scales"] = scales
+        named = {"k": self.k}
+        if self.scales is not None:
+            named["k_scales"] = self.scales[0]
+        if self.v is not self.k:
+            named["v"] = self.v
+            if self.scales is not None:
+                named["v_scales"] = self.scales[1]
         return named
 
-    def _addresses(self) -> list[int]:
-        return [side.data_ptr() for side in self.sides.values()]
+    def _addresses(self) -> tuple[int, ...]:  # asked by every call of a kernel
+        scales = self.scales or ()
+        return self.k.data_ptr(), self.v.data_ptr(), *(x.data_ptr() for x in scales)
 
     def read(self, pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [tokens, kv_heads, head_dim] of tokens at (page, slot), as attention
@@ -113,7 +117,8 @@ class Pool:
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token in this layer."""
-        return sum(side[0, :, 0].nbytes for side in self.sides.values())
+        sides = self.sides.values()
+        return sum(s.shape[1] * math.prod(s.shape[3:]) * s.element_size() for s in sides)
 
     def populate(self, first: int, end: int) -> None:
         """Make the memory of pages [first, end) present, unchanged, while others may use it."""
@@ -132,17 +137,22 @@ def _check_scales(
                 "codes (int8 or float8_e4m3fn) alone"
             )
         return
-    for x in scales or ():
+    if not isinstance(scales, tuple) or len(scales) != 2:
+        raise InvalidInput(
+            f"pool: got codes ({k.dtype}) without the scales of keys and of values; give a pair "
+            "(k_scales, v_scales)"
+        )
+    for x in scales:
         same = (x.dtype, x.device, x.shape) == (torch.float32, k.device, k.shape[:3])
         if not (same and x.is_contiguous()):
             raise InvalidInput(
                 f"pool: got scales {list(x.shape)} {x.dtype} on {x.device}; expected contiguous "
                 f"{list(k.shape[:3])} in float32 on {k.device}"
             )
-    if scales is None or len(scales) != 2 or (v is k) != (scales[0] is scales[1]):
+    if (v is k) != (scales[0] is scales[1]):
         raise InvalidInput(
-            f"pool: got codes ({k.dtype}) without the scales of keys and of values; give "
-            "(k_scales, v_scales), of which one tensor where k and v are one"
+            "pool: got one tensor of two (k, v) or (k_scales, v_scales) and not of the others; "
+            "values that are the keys have their scales, and others have their own"
         )
 
 

@@ -14,13 +14,13 @@ from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
 from apr.hf.model_state import undisturbed, unwrap
 from apr.hf.ranks import local_part, own_file
 from apr.hf.spec import ModelSpec
+from apr.ops.codes import KV_DTYPES
 from apr.threads import files
 from apr.threads.thread import Segment, Thread
 
 if TYPE_CHECKING:
     from apr.threads.session import Session
 
-_KV_DTYPES = {None: "", torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 _SAMPLES = 64  # elements of each weight that tell one model from another
 # Of the spread of its logits: what other machines and batches make of the same model.
 _SAME = {torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -62,7 +62,7 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
             tensors[f"{i}.{name}"] = kept
     told = {
         "page_size": session.page_size,
-        "kv_dtype": _KV_DTYPES[session.spec.kv_dtype],
+        "kv_dtype": str(session.spec.kv_dtype),
         "keys": keys,
         "tokens_tell": session.table.tokens_tell,
         "seed": session.table.seed,
@@ -166,7 +166,7 @@ def open_saved(
     told, tensors = opened.told, opened.tensors
     if mapped and not told["keys"]:
         raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
-    kept = next(dtype for dtype, name in _KV_DTYPES.items() if name == told["kv_dtype"])
+    kept = next(dtype for dtype in KV_DTYPES if str(dtype) == told["kv_dtype"])
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)

@@ -83,6 +83,7 @@ class Session:
         # A model that counts its rows as positions, far out, takes no more of them.
         self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
         self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
+        self.ranks.agree_on(page_size, step_tokens, invariant, seed, on_full, spec.kv_dtype)
         fitting = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
         pages = self.ranks.least(fitting)
         self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
