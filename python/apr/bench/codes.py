@@ -82,8 +82,8 @@ def _errors(model: Any, texts: list[list[int]], prefix: int) -> Iterator[Figure]
         all_parts = torch.cat(parts, 1)
         mean, furthest = all_parts.mean(1).tolist(), float(all_parts[1].max())
         note = (
-            f"logits off by {mean[0]:.4f} of their deviation, at most {furthest:.3f}; {mean[2]:.2e} "
-            f"nats; the same first token {mean[3]:.1%}"
+            f"logits off by {mean[0]:.4f} of their deviation, at most {furthest:.3f}; "
+            f"{mean[2]:.2e} nats; the same first token {mean[3]:.1%}"
         )
         print(f"{name}, {all_parts.shape[1]} tokens behind {prefix}: {note}", flush=True)
         facts = {"rms": mean[0], "most": furthest, "nats": mean[2], "same": mean[3]}
@@ -130,7 +130,8 @@ def _kernels(
     shape: tuple[int, int, int], heads: tuple[int, int, int], dtype: torch.dtype, seconds: float
 ) -> Iterator[Figure]:
     """Attention, and the append of a prompt, of one layer on pages of each kind."""
-    problem = problems.make("tree", shape, heads, dtype, torch.device("cpu"), LAYERS)
+    kind_of = "alone" if shape[1] == 1 else "tree"
+    problem = problems.make(kind_of, shape, heads, dtype, torch.device("cpu"), LAYERS)
     whole = str(dtype).removeprefix("torch.")
     pools = {whole: problem.pools}
     for kept in (x for x in KV_DTYPES if x is not None):
