@@ -36,7 +36,7 @@ def test_threads_come_back_as_they_were(llama):
             thread.release()
         assert s.stats.used_pages == s.stats.offloaded_pages == 0
         s.step([s.thread(tokens(20))])
-        assert s.table.offload.nbytes == 0
+        assert s.memory.offload.nbytes == 0
 
 
 def test_what_is_shared_stays_while_it_is_read(llama):

@@ -445,6 +445,8 @@ def test_what_cannot_be_mapped_is_refused(llama, tmp_path, monkeypatch):
         with pytest.raises(InvalidInput, match="holds no keys"):
             apr.Session.open(path, llama, mapped=True)
         s.save(path, {"root": root})
+    with pytest.raises(InvalidInput, match="a pool that grows is copied"):
+        apr.Session.open(path, llama, mapped=True, start_tokens=16)
     with pytest.raises(apr.OutOfPages):
         apr.Session.open(path, llama, mapped=True, max_tokens=64)
     read = files.read

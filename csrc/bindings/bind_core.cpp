@@ -342,6 +342,8 @@ void bind_table(py::module_& module) {
       .def_property_readonly("num_threads", &ThreadTable::num_threads)
       .def_property_readonly("num_segments", [](ThreadTable& t) { return t.segments().size(); })
       .def_property_readonly("num_pages", [](ThreadTable& t) { return t.pool().num_pages(); })
+      .def(
+          "grow", [](ThreadTable& t, int64_t pages) { t.pool().grow(pages); }, py::arg("pages"))
       .def_property_readonly("used_pages", [](ThreadTable& t) { return t.pool().num_used(); })
       .def_property_readonly("offloaded_pages", &ThreadTable::offloaded_pages)
       .def_property_readonly("free_pages", [](ThreadTable& t) { return t.pool().num_free(); })

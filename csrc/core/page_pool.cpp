@@ -7,16 +7,30 @@
 
 namespace apr {
 
-PagePool::PagePool(int64_t num_pages, int64_t page_size)
-    : num_pages_(num_pages), page_size_(page_size) {
-  if (num_pages < 1 || page_size < 1 || num_pages * page_size > INT32_MAX) {
-    throw Error(ErrorKind::kInvalidInput,
-                "page pool: got " + std::to_string(num_pages) + " pages of " +
-                    std::to_string(page_size) +
-                    " tokens; expected at least one of each and fewer than 2^31 tokens in all");
+PagePool::PagePool(int64_t num_pages, int64_t page_size) : page_size_(page_size) {
+  if (num_pages < 1 || page_size < 1) {
+    throw Error(ErrorKind::kInvalidInput, "page pool: got " + std::to_string(num_pages) +
+                                              " pages of " + std::to_string(page_size) +
+                                              " tokens; expected at least one of each");
   }
-  free_.reserve(num_pages);
-  for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<PageId>(page));
+  grow(num_pages);
+}
+
+void PagePool::grow(int64_t num_pages) {
+  if (num_pages > INT32_MAX / page_size_) {
+    throw Error(ErrorKind::kInvalidInput, "page pool: got " + std::to_string(num_pages) +
+                                              " pages of " + std::to_string(page_size_) +
+                                              " tokens; expected fewer than 2^31 tokens in all");
+  }
+  if (num_pages <= num_pages_) return;
+  std::vector<PageId> fresh;                      // used when those that were there are
+  fresh.reserve(static_cast<size_t>(num_pages));  // a release takes no memory
+  for (int64_t page = num_pages - 1; page >= num_pages_; --page) {
+    fresh.push_back(static_cast<PageId>(page));
+  }
+  fresh.insert(fresh.end(), free_.begin(), free_.end());
+  free_.swap(fresh);
+  num_pages_ = num_pages;
 }
 
 void PagePool::require(int64_t pages) const {

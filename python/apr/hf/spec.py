@@ -106,20 +106,22 @@ class ModelSpec:
 
     def make_pools(self, pages: int, page_size: int) -> list[Pool]:
         """A pool for each layer, of pages that hold nothing yet."""
-        return [
-            empty_pool(
-                pages,
-                x.kv_heads,
-                x.head_dim,
-                self.dtype,
-                self.device,
-                page_size,
-                x.head_dim_v,
-                x.latent is not None,
-                self.kv_dtype,
-            )
-            for x in self.layers
-        ]
+        return [self.make_pool(layer, pages, page_size) for layer in range(len(self.layers))]
+
+    def make_pool(self, layer: int, pages: int, page_size: int) -> Pool:
+        """The pool of one layer."""
+        x = self.layers[layer]
+        return empty_pool(
+            pages,
+            x.kv_heads,
+            x.head_dim,
+            self.dtype,
+            self.device,
+            page_size,
+            x.head_dim_v,
+            x.latent is not None,
+            self.kv_dtype,
+        )
 
     def check_position(self, furthest: int) -> None:
         """Raise UnsupportedRope where a position lies past what the model's frequencies hold

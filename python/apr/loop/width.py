@@ -75,7 +75,7 @@ def measure_width(
         raise InvalidInput("measure_width: widths, context and repeats must be at least 1")
     session.table.need_logits("measure_width")
     vocab = session.spec.vocab_size
-    pages = session.table.ask().num_pages
+    pages = session.memory.most_pages
     if session.on_full == "raise":  # else what is in use makes room
         pages -= session.stats.used_pages
     room = pages - -(-context // session.page_size)

@@ -14,7 +14,11 @@ from apr.soak.faults import Injected, Signalled, fault
 from apr.soak.plain import Cell, Cells, Item, Line, World, end_of
 
 MOST_THREADS, PAGES, PAGE_SIZE, STEP_TOKENS = 20, 24, 16, 48
-SIZES: dict[str, Any] = {"max_tokens": PAGES * PAGE_SIZE, "step_tokens": STEP_TOKENS}
+SIZES: dict[str, Any] = {
+    "max_tokens": PAGES * PAGE_SIZE,
+    "start_tokens": PAGES * PAGE_SIZE // 8,
+    "step_tokens": STEP_TOKENS,
+}
 EXPECTED = (Injected, Signalled, apr.NonFiniteLogits, apr.OutOfPages)
 
 

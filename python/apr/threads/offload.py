@@ -81,10 +81,14 @@ class Offload:
     """Moves segments out of the pool and back, those first that were read longest ago."""
 
     def __init__(self, pools: Sequence[Pool]) -> None:
-        self._sides = [side for pool in pools for side in pool.sides.values()]
+        self.follow(pools)
         self._page_bytes = sum(side[0].nbytes for side in self._sides)
         self._slabs: list[_Slab] = []
         self._kept: dict[int, _Kept] = {}
+
+    def follow(self, pools: Sequence[Pool]) -> None:
+        """Take pools that hold the same, and have more pages."""
+        self._sides = [side for pool in pools for side in pool.sides.values()]
 
     def make_room(
         self, core: _core.ThreadTable, threads: Sequence[int], saved: Sequence[int] | None = None

@@ -41,9 +41,9 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
         _check_lines(session, threads, segments)
     if any(session.table.vectors.get(thread._id) for thread in threads.values()):
         raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
-    if keys and session.table.offload is not None:
+    if keys and session.memory.offload is not None:
         handles = [segment._id for segment in segments.values()]
-        session.table.offload.make_room(core, [t._id for t in threads.values()], handles)
+        session.memory.offload.make_room(core, [t._id for t in threads.values()], handles)
     numbers, pages, filled = core.save(
         [thread._id for thread in threads.values()],
         [segment._id for segment in segments.values()],
@@ -64,6 +64,7 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
         "page_size": session.page_size,
         "kv_dtype": str(session.spec.kv_dtype),
         "keys": keys,
+        "pages": len(pages),
         "tokens_tell": session.table.tokens_tell,
         "seed": session.table.seed,
         "requests": session.table.requests,
@@ -166,6 +167,8 @@ def open_saved(
     told, tensors = opened.told, opened.tensors
     if mapped and not told["keys"]:
         raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
+    if mapped and options.get("start_tokens") is not None:
+        raise InvalidInput("open: got start_tokens with mapped=True; a pool that grows is copied")
     kept = next(dtype for dtype in KV_DTYPES if str(dtype) == told["kv_dtype"])
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
@@ -239,12 +242,13 @@ def _copy(session: Session, slots: list[int], other: Session, theirs: list[int])
 def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Thread | Segment]:
     table, core = session.table, session.table.edit()
     told, tensors = opened.told, opened.tensors
+    session.memory.grow(core, told["pages"])
     pages = core.load(tensors["table"].tolist())
     pools = enumerate(session.pools if told["keys"] else ())
     sides = {f"{i}.{name}": side for i, pool in pools for name, side in pool.sides.items()}
     if mapped:
         assert pages == list(range(len(pages))), "a pool that was used before"
-        session.arena.wait()
+        session.memory.settle()
         files.map_pages(opened, sides)
     else:
         index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)

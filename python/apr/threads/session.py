@@ -21,9 +21,10 @@ from apr.hf.graph import step_graphs
 from apr.hf.packed import Ran, check_numbers, run_step
 from apr.hf.ranks import Ranks
 from apr.hf.spec import ModelSpec
-from apr.ops.arena import Arena
+from apr.ops import Pool
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
-from apr.threads.offload import Offload, check_on_full
+from apr.threads.memory import Memory
+from apr.threads.offload import check_on_full
 from apr.threads.saving import Named, open_saved, save
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Segment, Thread, TokenIds, ViewLike, check_integer
@@ -35,19 +36,20 @@ Chosen = TypeVar("Chosen")
 class Session:
     """Owns the KV pages of one model and every thread on them.
 
-    max_tokens: size of the pool; None sizes it from free memory. step_tokens: most rows of one
-    forward; longer prefills are split and are still one transaction. invariant: attention bits of a
-    thread do not depend on its neighbours. cuda_graphs: capture the model's decode step and replay
-    it (hf/graph.py): its forward must be capturable, and weights must stay where they are while the
-    session is open. seed: with the request index and the fork path it keys every thread's
-    random numbers. checkpoint_tokens: for models with layer states (docs/models.md), whose trims
-    run tokens again from the nearest state that is kept: keep one every so many tokens too, each of
-    `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. rank_timeout: seconds that
-    a rank of a model in parts waits for the others at a step (docs/scale.md). on_full: where a step
-    needs more pages than are free, "raise" OutOfPages, or "offload" what it does not read until it
-    is read (docs/reliability.md). kv_dtype: torch.int8 or torch.float8_e4m3fn keeps keys and values
-    in 8 bits (docs/performance.md). Raises UnsupportedModel with the reason where the model cannot
-    be attached; `self_test=False` skips the proof (a dozen tiny forwards, once a model).
+    max_tokens: size of the pool; None sizes it from free memory. start_tokens: what it begins with;
+    it doubles when a step needs more (a CPU's takes memory with its use anyway). step_tokens: most
+    rows of one forward; longer prefills are split and are still one transaction. invariant:
+    attention bits of a thread do not depend on its neighbours. cuda_graphs: capture the model's
+    decode step and replay it (hf/graph.py): its forward must be capturable, and weights must stay
+    where they are while the session is open. seed: with the request index and the fork path it keys
+    every thread's random numbers. checkpoint_tokens: for models with layer states (docs/models.md),
+    whose trims run tokens again from the nearest state that is kept: keep one every so many tokens
+    too, each of `stats.state_bytes / stats.states`; 0 keeps those at forks and ends. rank_timeout:
+    seconds that a rank of a model in parts waits for the others at a step (docs/scale.md). on_full:
+    where a step needs more pages than are free, "raise" OutOfPages, or "offload" what it does not
+    read until it is read (docs/reliability.md). kv_dtype: torch.int8 or torch.float8_e4m3fn keeps
+    keys and values in 8 bits (docs/performance.md). self_test=False skips the proof (a dozen tiny
+    forwards, once a model). Raises UnsupportedModel with the reason where it cannot be attached.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Session:
         rank_timeout: float = 60.0,
         on_full: str = "raise",
         kv_dtype: torch.dtype | None = None,
+        start_tokens: int | None = None,
     ) -> None:
-        if max_tokens is not None:
-            check_integer("max_tokens", max_tokens, 1)
+        for name, count in (("max_tokens", max_tokens), ("start_tokens", start_tokens)):
+            if count is not None:
+                check_integer(name, count, 1)
         check_page_size(page_size)
         check_integer("step_tokens", step_tokens, 1)
         check_integer("checkpoint_tokens", checkpoint_tokens, 0)
@@ -85,12 +89,14 @@ class Session:
         self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
         self.ranks.agree_on(page_size, step_tokens, invariant, seed, on_full, spec.kv_dtype)
         fitting = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
-        pages = self.ranks.least(fitting)
+        most = self.ranks.least(fitting)
+        pages = most if start_tokens is None else min(most, -(-start_tokens // page_size))
+        self.memory = Memory(spec, page_size, most, on_full)
         self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
         self._cuda_graphs = cuda_graphs
         self.waiting: list[Any] = []  # runs of tasks, and who waits for them (loop/astream.py)
         self._stats = Stats()
-        self._make_pools(spec, pages)
+        self.memory.make(spec, pages)
         self._make_graphs()
 
     def _check_states(self, spec: ModelSpec) -> None:
@@ -108,11 +114,10 @@ class Session:
                 "token at a time behind a state: each prompt would run token by token; leave it 0"
             )
 
-    def _make_pools(self, spec: ModelSpec, pages: int) -> None:
-        self.pools = spec.make_pools(pages, self.page_size)
-        self.table.offload = Offload(self.pools) if self.on_full == "offload" else None
-        self.arena = Arena(self.pools)
-        self.arena.keep_ahead(0, 0)
+    @property
+    def pools(self) -> list[Pool]:
+        """Keys and values, layer by layer; none in a closed session."""
+        return self.memory.pools
 
     def _make_graphs(self) -> None:
         self._graphs = step_graphs(
@@ -148,8 +153,7 @@ class Session:
             self._stats = self.stats
             self.table.close()
             self._graphs = None
-            self.pools = []
-            self.arena.close()
+            self.memory.close()
             self.attachment.switch.put_back()
 
     def refresh(self) -> None:
@@ -172,10 +176,7 @@ class Session:
         self.table.release_all()
         self._graphs = None
         if spec != was or not self.pools:
-            self.arena.close()
-            # Let go before others are made; where that fails, refresh again.
-            self.pools, self.table.offload = [], None
-            self._make_pools(spec, table.num_pages)
+            self.memory.make(spec, table.num_pages)
         self.attachment, self.spec = now, spec
         self.table.renew(spec)
         self._make_graphs()
@@ -302,8 +303,8 @@ class Session:
         table = self.table.settle()
         self.table.logits.drop_stale(table)
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
-        if self.table.offload is not None:
-            self.table.offload.make_room(table, numbers)
+        if self.memory.make_room(table, numbers):
+            self._make_graphs()
         return table
 
     def _run(
@@ -323,7 +324,7 @@ class Session:
             states,
             self.ranks,
         )
-        self.arena.keep_ahead(table.peak_pages, table.num_threads)
+        self.memory.keep_ahead(table)
         return ran
 
     def _replay(
@@ -366,8 +367,7 @@ class Session:
                     step.rollback()
                 return
             step.commit()
-            table = self.table.ask()
-            self.arena.keep_ahead(table.peak_pages, table.num_threads)
+            self.memory.keep_ahead(self.table.ask())
         finally:
             self.table.turn.leave(who)
 

@@ -13,7 +13,6 @@ from apr.hf.packed import keep_states
 from apr.hf.spec import ModelSpec
 from apr.hf.vectors import PathVectors
 from apr.threads.logits import HeldLogits
-from apr.threads.offload import Offload
 from apr.threads.thread import (
     EntryTuple,
     Segment,
@@ -52,7 +51,6 @@ class ThreadTable:
         self.turn = _core.Turn()  # who steps; nothing may change threads meanwhile
         # Whether a line's tokens tell its keys: not where vectors, images or the like went in.
         self.tokens_tell = True
-        self.offload: Offload | None = None  # where a session lets pages wait elsewhere
 
     # ---- the core's table -----------------------------------------------------------------------
 
@@ -63,7 +61,6 @@ class ThreadTable:
     def close(self) -> None:
         """Let the core's table go; safe to call twice."""
         self._core = None
-        self.offload = None
         self.logits.clear()
         self.vectors.clear()
         self.states = None
