@@ -155,8 +155,27 @@ def equal(parts, folder):
         seen = [None, None]
         dist.all_gather_object(seen, [len(item.tokens) for item in late])
         assert seen[0] == seen[1] and {item.finish for item in late} == {"time"}
+    crowded(parts)
     replayed(parts)
     print(f"apart {apart:.1e}", flush=True)
+
+
+def crowded(parts):
+    """Pools that grow and whose pages wait elsewhere: the same tokens as with room for all."""
+    written = []
+    small = {"max_tokens": 256, "start_tokens": 64, "on_full": "offload"}
+    for room in ({"max_tokens": 4096}, small):
+        with apr.Session(parts, page_size=16, seed=1, **room) as session:
+            kids = session.thread(TOKENIZER(PROMPT).input_ids).fork(12)
+            for _ in range(2):
+                apr.decode(session, kids, max_new_tokens=20, **SAMPLED)
+                spare = session.thread([3] * 200)
+                session.step([spare])
+                spare.release()
+            written.append([kid.tokens for kid in kids])
+            if session.memory.offload is not None:
+                assert session.memory.offload.nbytes and session.table.ask().num_pages == 16
+    assert written[0] == written[1]
 
 
 def refused(parts, rank):
@@ -172,6 +191,7 @@ def refused(parts, rank):
                 return type(error).__name__
             return "nothing"
 
+        assert raised(lambda: apr.Session(parts, 4096, invariant=bool(rank))) == "RanksDiffer"
         kids[0].extend([5 + rank])
         assert raised(lambda: session.step(kids)) == "RanksDiffer"
         assert (len(kids[0]), kids[0].queued) == (4, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,55 @@ def _host(session: apr.Session, threads: list[apr.Thread], name: str, **facts: i
     return figure
 
 
+def _edits(model: Any, count: int) -> Iterator[Figure]:
+    """Microseconds a thread, or segment, of what is done to so many of them."""
+    with apr.Session(model, max_tokens=1 << 10, self_test=False) as session:
+        root = session.thread([1, 2, 3, 4])
+        session.step([root])
+        kids: list[apr.Thread] = []
+        segments: list[apr.Segment] = []
+
+        def fork() -> None:
+            kids.extend(root.fork(count))
+
+        def extend() -> None:
+            for kid in kids:
+                kid.extend([5])
+
+        def trim() -> None:
+            for kid in kids:
+                kid.trim(4)
+
+        def check() -> None:
+            session.check()
+
+        def tree() -> None:
+            session.trace.tree()
+
+        def join() -> None:
+            root.join(kids[: count // 2], reencode=True)
+
+        def release() -> None:
+            for kid in kids[count // 2 :]:
+                kid.release()
+
+        def segment() -> None:
+            segments.extend(session.segment([1]) for _ in range(count))
+
+        def drop() -> None:
+            segments.clear()
+            session.table.edit()
+
+        for action in (fork, extend, trim, check, tree, join, release, segment, drop):
+            name = action.__name__
+            began = time.perf_counter()
+            action()
+            each = 1e6 * (time.perf_counter() - began) / count
+            figure = Figure(f"{name}, each of {count}", [each], facts={"axis": name, "x": count})
+            print(figure.line(), flush=True)
+            yield figure
+
+
 def bench_scaling(options: argparse.Namespace) -> Iterator[Figure]:
     """Host time of a step: flat in the history and in the segments, linear in the threads."""
     model = small_llama()
@@ -54,3 +104,5 @@ def bench_scaling(options: argparse.Namespace) -> Iterator[Figure]:
                 kid.extend([1] * 8)
             fill(session, kids)
             yield _host(session, kids[:16], f"segments, {forks} forks, 16 threads step", x=forks)
+    for count in (100, 1000) if options.smoke else (1000, 10000, 100000):
+        yield from _edits(model, count)
