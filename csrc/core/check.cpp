@@ -71,13 +71,20 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
     if (!listed || segments_.at(thread.tail).writer != id) {
       found.push_back(thread_name(id) + " does not list what it writes, or another writes it");
     }
-    for (const ThreadId child : thread.children) {
-      if (!alive(child) || at(child).parent != id) {
+    for (size_t i = 0; i < thread.children.size(); ++i) {
+      const ThreadId child = thread.children[i];
+      if (!alive(child) || at(child).parent != id || at(child).place != i) {
         found.push_back(thread_name(id) + " has a child that is not its own");
       }
     }
-    if (thread.parent != kNone && !alive(thread.parent)) {
+    if (thread.parent == kNone) continue;
+    if (!alive(thread.parent)) {
       found.push_back(thread_name(id) + " has a parent that was released");
+      continue;
+    }
+    const std::vector<ThreadId>& siblings = at(thread.parent).children;
+    if (thread.place >= siblings.size() || siblings[thread.place] != id) {
+      found.push_back(thread_name(id) + " is no child of its parent");
     }
   }
   segments_.for_each([&](SegmentId id, const Segment& segment) {

@@ -76,6 +76,7 @@ ThreadId ThreadTable::fork_once(ThreadId id, int64_t at_position) {
     entry.inherited = true;
     child.view.push_back(entry);
   }
+  child.place = parent.children.size();
   try {
     threads_.emplace(child_id, child);
   } catch (...) {

@@ -95,6 +95,7 @@ void ThreadTable::regraft(ThreadId child, ThreadId parent, int64_t shift) {
   for (const ThreadId id : grandchildren) {
     at(id).parent = parent;
     at(id).fork_shift += shift;
+    at(id).place = at(parent).children.size();
     at(parent).children.push_back(id);
   }
 }

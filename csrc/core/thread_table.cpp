@@ -226,7 +226,10 @@ void ThreadTable::release(ThreadId id) {
   Thread& thread = at(id);
   orphan_children(id);
   if (thread.parent != kNone && alive(thread.parent)) {
-    std::erase(at(thread.parent).children, id);
+    std::vector<ThreadId>& siblings = at(thread.parent).children;
+    at(siblings.back()).place = thread.place;
+    siblings[thread.place] = siblings.back();
+    siblings.pop_back();
   }
   detach_writer(id);
   segments_.at(thread.tail).sealed = true;
@@ -269,6 +272,10 @@ void ThreadTable::settle_placed(ThreadId next_thread, SegmentId next_segment) {
     segments_.set_context(id, segment.context, segment.context_visibility);
   });
   for (const auto& [id, thread] : threads_) {
+    for (size_t i = 0; i < thread.children.size(); ++i) {
+      const auto child = threads_.find(thread.children[i]);
+      if (child != threads_.end()) child->second.place = i;
+    }
     check_view(thread.view, thread.tail);
     if (keeps_states_ && !thread.is_line) invalid("open: layer states have read lines alone");
     retain_view(thread.view);

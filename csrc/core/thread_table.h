@@ -36,6 +36,7 @@ struct Thread {
   SegmentId fork_segment = kNone;  // where the last inherited token was written; kNone: none was
   int64_t fork_index = 0;
   std::vector<ThreadId> children;
+  size_t place = 0;  // among the children of its parent
 
   size_t tail_entry() const;  // index of the own tail in `view`
 };

@@ -35,7 +35,7 @@ def _host(session: apr.Session, threads: list[apr.Thread], name: str, **facts: i
 
 def _edits(model: Any, count: int) -> Iterator[Figure]:
     """Microseconds a thread, or segment, of what is done to so many of them."""
-    with apr.Session(model, max_tokens=1 << 10, self_test=False) as session:
+    with apr.Session(model, max_tokens=4 * count, self_test=False) as session:
         root = session.thread([1, 2, 3, 4])
         session.step([root])
         kids: list[apr.Thread] = []
