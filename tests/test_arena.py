@@ -83,7 +83,7 @@ def test_a_session_keeps_its_pages_ahead(llama, monkeypatch):
     touched: list[tuple[int, int]] = []
     monkeypatch.setattr(ops.Pool, "populate", lambda self, first, end: touched.append((first, end)))
     with apr.Session(llama, max_tokens=64 * 600, self_test=False) as s:
-        s.memory.settle()
+        s.memory.arena.wait()
         assert touched == [(0, 64)] * len(s.pools)
         kids = s.thread([1, 2, 3]).fork(70)
         s.step(kids)
@@ -91,7 +91,7 @@ def test_a_session_keeps_its_pages_ahead(llama, monkeypatch):
         for kid in kids:
             kid.extend([4])
         s.step(kids)
-        s.memory.settle()
+        s.memory.arena.wait()
         assert max(end for _, end in touched) >= used + 71  # a page for each thread
 
 

@@ -11,6 +11,7 @@ import torch
 import apr
 from apr import _core
 from apr.errors import InvalidInput, OutOfPages
+from apr.threads import memory
 from kernel_cases import emulate
 from models import CLOSE, build, distance, stock, tokens
 
@@ -67,33 +68,90 @@ def test_a_run_takes_the_same_tokens(llama, on_full, tmp_path):
         apr.Session.open(tmp_path / "kids", llama, max_tokens=64, start_tokens=1)
 
 
+@pytest.mark.parametrize("on_full", ["raise", "offload"])
 @pytest.mark.parametrize("fails", [InvalidInput("no memory"), KeyboardInterrupt()])
-def test_what_stops_in_the_middle_goes_on_later(llama, monkeypatch, fails):
-    with apr.Session(llama, 1024, **SMALL) as s:
+@pytest.mark.parametrize("at", ["first layer", "second layer", "core", "arena"])
+def test_whatever_stops_it_the_session_goes_on(llama, monkeypatch, fails, at, on_full):
+    sizes = {"page_size": 16, "start_tokens": 128, "on_full": on_full}
+    with apr.Session(llama, 256, **sizes) as s:
         first = s.thread(tokens(30))
         s.step([first])
-        make, layers = type(s.spec).make_pool, []
+        make, arena, told = type(s.spec).make_pool, memory.Arena, []
 
-        def second_layer(spec, layer, pages, page_size):
-            layers.append(layer)
-            if layer == 1 and len(layers) == 2:
+        def make_pool(spec, layer, pages, page_size):
+            if at == ("first layer", "second layer")[layer]:
+                told.append(at)
                 raise fails
             return make(spec, layer, pages, page_size)
 
-        monkeypatch.setattr(type(s.spec), "make_pool", second_layer)
-        other = s.thread(tokens(100))
-        expected = OutOfPages if isinstance(fails, InvalidInput) else KeyboardInterrupt
-        with pytest.raises(expected):
-            s.step([other])
-        assert s.table.ask().num_pages == 2 and s.pools[0].num_pages > 2
-        first.extend([4])
-        assert distance(s.step([first])[0], stock(llama, first.tokens)[-1]) < CLOSE
+        def make_arena(pools):
+            if at in ("core", "arena"):
+                raise KeyboardInterrupt
+            return arena(pools)
+
+        class Core:  # one that is interrupted when it is told
+            def __init__(self, core):
+                self.core = core
+
+            def grow(self, pages):
+                raise KeyboardInterrupt
+
+            def __getattr__(self, name):
+                return getattr(self.core, name)
+
+        room = type(s.memory).make_room
+        with monkeypatch.context() as patched:
+            patched.setattr(type(s.spec), "make_pool", make_pool)
+            patched.setattr(memory, "Arena", make_arena)
+            if at == "core":
+                wrapped = lambda self, core, threads: room(self, Core(core), threads)  # noqa: E731
+                patched.setattr(type(s.memory), "make_room", wrapped)
+            other = s.thread(tokens(140))
+            stops = at in ("core", "arena") or not isinstance(fails, InvalidInput)
+            with pytest.raises(KeyboardInterrupt if stops else OutOfPages):
+                s.step([other])
+            assert stops or told == [at] * 2  # twice as many, then no more than needed
+            first.extend([4])  # what fits needs nothing
+            assert distance(s.step([first])[0], stock(llama, first.tokens)[-1]) < CLOSE
         assert distance(s.step([other])[0], stock(llama, other.tokens)[-1]) < CLOSE
+        if on_full == "offload":  # to and from the pools that there are
+            s.step([s.thread(tokens(200, seed=1))])
+            assert s.stats.offloaded_pages
+            other.extend([4])
+            assert distance(s.step([other])[0], stock(llama, other.tokens)[-1]) < CLOSE
         assert {pool.num_pages for pool in s.pools} == {s.table.ask().num_pages}
         s.check()
 
 
-def test_replayed_steps_go_on_in_larger_pools(llama):
+def test_one_layer_at_a_time_is_there_twice(llama, monkeypatch):
+    with apr.Session(llama, 1024, **SMALL, on_full="offload") as s:
+        s.step([s.thread(tokens(30))])
+        old, alive = [weakref.ref(pool.k) for pool in s.pools], []
+        make = type(s.spec).make_pool
+
+        def make_pool(spec, layer, pages, page_size):
+            alive.append([pool() is not None for pool in old])
+            return make(spec, layer, pages, page_size)
+
+        monkeypatch.setattr(type(s.spec), "make_pool", make_pool)
+        s.step([s.thread(tokens(100))])
+        assert alive == [[True, True], [False, True]]
+
+
+def test_nothing_grows_for_what_can_never_fit(llama):
+    with apr.Session(llama, 1024, **SMALL) as s:
+        with pytest.raises(OutOfPages):
+            s.step([s.thread(tokens(1100))])
+        assert s.table.ask().num_pages == 2
+        assert len(s.thread(tokens(5)).fork(1024)) == 1024  # by what it may come to
+        with pytest.raises(InvalidInput, match="1024 tokens"):
+            s.thread(tokens(5)).fork(1025)
+
+
+def test_replayed_steps_go_on_in_larger_pools(llama, monkeypatch):
+    def full(*_):
+        raise OutOfPages
+
     if _core.gpu(True) is None:
         pytest.skip("this build has no emulated GPU")
     half = copy.deepcopy(llama).to(torch.bfloat16)
@@ -109,7 +167,12 @@ def test_replayed_steps_go_on_in_larger_pools(llama):
                 assert s._graphs.captures
                 written.append([kid.tokens for kid in kids])
                 pool = weakref.ref(s.pools[0].k)
-                s.step([s.thread(tokens(600))])
+                captures = s._graphs
+                with monkeypatch.context() as patched:
+                    patched.setattr(apr.Session, "_run", full)  # behind the growth
+                    with pytest.raises(OutOfPages):
+                        s.step([s.thread(tokens(600))])
+                assert (s._graphs is captures) == (start is None)
                 assert (pool() is None) == (start is not None)  # nothing holds the old one
                 apr.decode(s, kids, **SAMPLED)
                 written[-1] += [kid.tokens for kid in kids]
@@ -140,8 +203,10 @@ def test_what_is_no_size_is_refused(llama):
             apr.Session(llama, 1024, start_tokens=wrong)
     with apr.Session(llama, 64, start_tokens=1 << 20) as s:  # no more than the most
         assert s.table.ask().num_pages == 1
-    table = _core.ThreadTable(4, 16, True)
+    with pytest.raises(InvalidInput, match=r"2\^31"):
+        apr.Session(llama, 1 << 40, start_tokens=64)
+    table = _core.ThreadTable(4, 16, True, 8)
     table.grow(2)
     assert table.num_pages == 4
-    with pytest.raises(InvalidInput, match="2\\^31"):
-        table.grow(1 << 40)
+    with pytest.raises(InvalidInput, match="at most 8"):
+        table.grow(9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ import apr
 from apr import _core
 from apr.errors import InvalidInput, OutOfPages
 from kernel_cases import emulate
-from models import CLOSE, build, distance, stock, tokens
+from models import CLOSE, build, distance, edit_lines, stock, tokens
 
 LARGE = {"max_tokens": 2048, "page_size": 16}
 SMALL = {"max_tokens": 192, "page_size": 16, "on_full": "offload"}  # 12 pages
@@ -213,11 +214,32 @@ def test_replayed_steps_find_their_pages(llama):
         _core.force_instruction_set("")
 
 
+@pytest.mark.filterwarnings("ignore:BloomForCausalLM runs by rows")
 def test_policies_are_named(llama):
     with pytest.raises(InvalidInput, match="on_full"):
         apr.Session(llama, on_full="evict")
-    with pytest.raises(InvalidInput, match="layer states"):
-        apr.Session(build("lfm2"), max_tokens=256, on_full="offload")
+    for name in ("bloom", "mamba"):
+        with pytest.raises(InvalidInput, match="lie in no pages"):
+            apr.Session(build(name), max_tokens=256, on_full="offload")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "jamba"])
+def test_keys_wait_elsewhere_while_layer_states_stay(name):
+    model, rng = build(name), random.Random(0)
+    with apr.Session(model, **SMALL) as s:
+        threads, away = [s.thread(tokens(50, seed=i)) for i in range(8)], 0
+        for turn in range(60):
+            kind = rng.choice(["fork", "trim", "join", "release", ""])
+            kind = "fork" if len(threads) < 3 else kind
+            edit_lines(kind, rng.choice(threads), threads, rng, turn)
+            thread = rng.choice(threads)
+            if len(thread) > 100:
+                thread.trim(40)
+            thread.extend([5 + turn])
+            assert distance(s.step([thread])[0], stock(model, thread.tokens)[-1]) < CLOSE
+            away = max(away, s.stats.offloaded_pages)
+        assert away >= 8
+        s.check()
 
 
 def test_a_folder_that_is_full_is_told_of_before_anything_moves(llama, monkeypatch):

@@ -15,7 +15,7 @@ from apr.errors import InvalidInput
 from apr.threads import files
 from conftest import built
 from core_table import PAGE, step
-from models import CLOSE, build, distance, stock, tokens
+from models import CLOSE, FAR, build, distance, stock, tokens
 
 SIZES = {"max_tokens": 2048}
 SAMPLED = {"do_sample": True, "eos_token_id": [], "max_new_tokens": 8}
@@ -155,11 +155,12 @@ def test_numbers_of_what_was_not_saved_are_not_used_again(llama, tmp_path):
         assert len(found["same"]) == 5
 
 
-def test_damaged_files_are_refused(llama, tmp_path):
+def test_damaged_files_are_refused(llama, tmp_path, record_property):
     path, broken = tmp_path / "whole", tmp_path / "broken"
     with apr.Session(llama, **SIZES, page_size=16) as s:
         s.save(path, thought(s))
     whole, rng = path.read_bytes(), random.Random(0)
+    record_property("damaged", 200)
     for i in range(200):
         data = bytearray(whole)
         if i % 2:
@@ -292,6 +293,32 @@ def test_keys_that_tokens_do_not_tell_are_refused(llama, tmp_path):
     cache.close()
 
 
+def test_vectors_go_on_with_their_threads(llama, tmp_path):
+    def go_on(s, named):
+        for thread in named.values():
+            thread.extend([8])
+        return s.step(list(named.values()))
+
+    size = (2, llama.config.num_key_value_heads, llama.config.hidden_size // 4)
+    with apr.Session(llama, **SIZES) as s:
+        kids = s.thread(tokens(20)).fork(3)
+        for kid in kids[:2]:
+            kid.vectors = apr.PathVectors(torch.randn(size).bfloat16(), torch.randn(size))
+            kid.extend([5, 6])
+        s.step(kids[:1])
+        reader = s.thread([7], view=[kids[1].tail])  # of what waits, whose writer goes
+        kids[1].release()
+        named = {"kid": kids[0], "plain": kids[2], "reader": reader}
+        s.save(tmp_path / "file", named)
+        want = go_on(s, named)
+        kids[0].vectors = None
+        assert distance(go_on(s, named)[0], want[0]) > FAR
+    opened, found = apr.Session.open(tmp_path / "file", llama, **SIZES)
+    with opened as s:
+        assert found["kid"].vectors is not None and found["plain"].vectors is None
+        assert distance(go_on(s, found), want) < CLOSE
+
+
 def test_a_fork_whose_queued_tokens_another_view_made_is_no_line(llama):
     with apr.Session(llama, **SIZES) as s:
         parent = s.thread(tokens(20))
@@ -348,7 +375,7 @@ def test_what_cannot_be_saved_is_refused(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_row_of_integers_breaks_the_core():
+def test_no_row_of_integers_breaks_the_core(record_property):
     """Of an archive with some numbers changed nothing is loaded, or a table that is whole."""
     table = _core.ThreadTable(100, PAGE, True)
     root = table.create(list(range(20)))
@@ -366,6 +393,7 @@ def test_no_row_of_integers_breaks_the_core():
     again = _core.ThreadTable(100, PAGE, True)
     assert len(again.load(numbers)) == len(pages) and not again.check(0)
     assert again.tokens(child) == table.tokens(child)
+    record_property("damaged", 20_000)
     for _ in range(20_000):
         changed = list(numbers)
         for _ in range(rng.choice((1, 1, 2))):
@@ -449,6 +477,25 @@ def test_what_cannot_be_mapped_is_refused(llama, tmp_path, monkeypatch):
         apr.Session.open(path, llama, mapped=True, start_tokens=16)
     with pytest.raises(apr.OutOfPages):
         apr.Session.open(path, llama, mapped=True, max_tokens=64)
+    with apr.Session(llama, 1024) as s:
+        root = s.thread(tokens(100))
+        s.step([root])
+        whole = s.pools[0].k[:2].clone()
+        write = files.write
+
+        for wrong in (1, 6000):  # whoever writes a file can write its digest
+            other = whole.repeat(wrong, 1, 1, 1)[:wrong]
+            monkeypatch.setattr(
+                files,
+                "write",
+                lambda path, text, all_, other=other: write(path, text, {**all_, "0.k": other}),
+            )
+            s.save(path, {"root": root})
+            for mapped in (False, True):
+                with pytest.raises(InvalidInput, match="does not fit together"):
+                    apr.Session.open(path, llama, mapped=mapped, max_tokens=1024)
+        monkeypatch.setattr(files, "write", write)
+        s.save(path, {"root": root})
     read = files.read
 
     def changed(path):

@@ -34,21 +34,21 @@ def first(pattern: str, text: str) -> str:
     return found[1] if found else "not reported"
 
 
-def interrupts(python: str) -> tuple[str, bool]:
-    """How many lines were interrupted, by the tests' own count."""
+def counted(python: str, tests: str, what: str) -> tuple[str, bool]:
+    """How many of something the tests of a file had, by their own count."""
     with tempfile.TemporaryDirectory() as folder:
         report = f"{folder}/report.xml"
-        command = [python, "-m", "pytest", "-q", "tests/test_interrupts.py"]
+        command = [python, "-m", "pytest", "-q", f"tests/{tests}"]
         command += ["-o", "junit_family=xunit1", "--junitxml", report]
         _, good = run(command)
         if not Path(report).exists():
             return "not reported", False
-        counted = [
+        numbers = [
             int(p.get("value", "0"))
             for p in ElementTree.parse(report).iter("property")
-            if p.get("name") == "interrupts"
+            if p.get("name") == what
         ]
-    return str(sum(counted)), good
+    return str(sum(numbers)), good
 
 
 def main() -> None:
@@ -62,7 +62,8 @@ def main() -> None:
     soak, good = run(
         [python, "-m", "apr", "soak", "--ops", str(options.ops), "--seed", seed, "--faults", "0.15"]
     )
-    lines, lines_good = interrupts(python)
+    lines, lines_good = counted(python, "test_interrupts.py", "interrupts")
+    files, files_good = counted(python, "test_saving.py", "damaged")
     fuzz, fuzz_good = run([python, "tools/fuzz.py", "--calls", str(options.calls), "--seed", seed])
     sanitizers, clean = "not run", True
     if not options.no_sanitizers:
@@ -83,13 +84,14 @@ def main() -> None:
         table.add_row(f"  faults: {kind}", first(rf"{kind} +(\d+)", soak))
     table.add_row("  rows of logits beside float64", first(r"(\d+) logits rows", soak))
     table.add_row("interrupts by line", lines)
+    table.add_row("files, or rows of them, damaged", files)
     table.add_row("calls with any arguments", first(r"(\d+) calls", fuzz))
     table.add_row("sanitizer findings", sanitizers)
     table.add_row("pages, threads, segments left", first(r"segments left: (\d+)", soak))
     table.add_row("tokens lost", first(r"tokens lost: (\d+)", soak))
     table.add_row("crashes", first(r"processes that ended: (\d+)", fuzz))
     Console().print(table)
-    raise SystemExit(not (good and lines_good and fuzz_good and clean))
+    raise SystemExit(not (good and lines_good and files_good and fuzz_good and clean))
 
 
 if __name__ == "__main__":

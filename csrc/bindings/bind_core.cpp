@@ -211,8 +211,8 @@ void bind_table(py::module_& module) {
   py::class_<ThreadTable, Table> table(module, "ThreadTable",
                                        "Threads, views and segments over a pool of pages.");
   table
-      .def(py::init<int64_t, int64_t, bool>(), py::arg("num_pages"), py::arg("page_size"),
-           py::arg("can_rotate"))
+      .def(py::init<int64_t, int64_t, bool, int64_t>(), py::arg("num_pages"), py::arg("page_size"),
+           py::arg("can_rotate"), py::arg("most_pages") = 0)
       .def("create",
            [](const Table& t, const std::vector<int32_t>& tokens) {
              return held<ThreadHandle>(t, [&] { return t->create(tokens); });

@@ -12,7 +12,7 @@ void ThreadTable::check_fork(ThreadId id, int64_t count) const {
   if (count < 1) {
     invalid("fork: got " + std::to_string(count) + " children; expected at least 1");
   }
-  const int64_t tokens = pool_.num_pages() * pool_.page_size();
+  const int64_t tokens = pool_.most_pages() * pool_.page_size();
   if (count > tokens) {
     invalid("fork: got " + std::to_string(count) + " children; the pool holds " +
             std::to_string(tokens) + " tokens, fewer than one for each");

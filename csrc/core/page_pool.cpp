@@ -7,20 +7,22 @@
 
 namespace apr {
 
-PagePool::PagePool(int64_t num_pages, int64_t page_size) : page_size_(page_size) {
-  if (num_pages < 1 || page_size < 1) {
-    throw Error(ErrorKind::kInvalidInput, "page pool: got " + std::to_string(num_pages) +
-                                              " pages of " + std::to_string(page_size) +
-                                              " tokens; expected at least one of each");
+PagePool::PagePool(int64_t num_pages, int64_t page_size, int64_t most_pages)
+    : page_size_(page_size), most_pages_(std::max(num_pages, most_pages)) {
+  if (num_pages < 1 || page_size < 1 || most_pages_ > INT32_MAX / page_size) {
+    throw Error(ErrorKind::kInvalidInput,
+                "page pool: got " + std::to_string(most_pages_) + " pages of " +
+                    std::to_string(page_size) +
+                    " tokens; expected at least one of each and fewer than 2^31 tokens in all");
   }
   grow(num_pages);
 }
 
 void PagePool::grow(int64_t num_pages) {
-  if (num_pages > INT32_MAX / page_size_) {
+  if (num_pages > most_pages_) {
     throw Error(ErrorKind::kInvalidInput, "page pool: got " + std::to_string(num_pages) +
-                                              " pages of " + std::to_string(page_size_) +
-                                              " tokens; expected fewer than 2^31 tokens in all");
+                                              " pages; expected at most " +
+                                              std::to_string(most_pages_));
   }
   if (num_pages <= num_pages_) return;
   std::vector<PageId> fresh;                      // used when those that were there are

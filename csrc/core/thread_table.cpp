@@ -19,8 +19,8 @@ size_t Thread::tail_entry() const {
   invalid("a thread's view must list the segment that it writes");
 }
 
-ThreadTable::ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate)
-    : pool_(num_pages, page_size), segments_(pool_), can_rotate_(can_rotate) {}
+ThreadTable::ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate, int64_t most_pages)
+    : pool_(num_pages, page_size, most_pages), segments_(pool_), can_rotate_(can_rotate) {}
 
 Thread& ThreadTable::at(ThreadId id) {
   const auto found = threads_.find(id);

@@ -59,7 +59,7 @@ inline std::string thread_name(ThreadId id) { return "thread " + std::to_string(
 
 class ThreadTable {
  public:
-  ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate);
+  ThreadTable(int64_t num_pages, int64_t page_size, bool can_rotate, int64_t most_pages = 0);
 
   // For models with recurrent layers: a state is kept at the end of each segment, where a tail was
   // forked, and after every `checkpoint_tokens` tokens, if not 0. `one_token`: from a state on, the

@@ -211,7 +211,7 @@ def run_step(
 
 def plan_of(step: _core.Step, pools: Sequence[ops.Pool], invariant: bool) -> ops.Plan:
     """The plan of a step's next forward, with the copies that it begins with made."""
-    pages = (pools[0].num_pages, pools[0].page_size) if pools else None
+    pages = (min(pool.num_pages for pool in pools), pools[0].page_size) if pools else None
     plan = ops.Plan(step.plan, invariant=invariant, pages=pages)
     for pool in pools if step.plan.num_copies else ():
         ops.copy_tokens(pool, plan)

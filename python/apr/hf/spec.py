@@ -98,6 +98,21 @@ class ModelSpec:
             )
         return replace(self, kv_dtype=kv_dtype)
 
+    def check_options(self, invariant: bool, checkpoint_tokens: int) -> None:
+        """Raise InvalidInput for options of a session that layer states cannot honour."""
+        if self.states is None:
+            return
+        if invariant and self.by_rows:
+            raise InvalidInput(
+                "invariant: got True for a model whose attention is its own, in batches that "
+                f"change; leave it False ({self.why})"
+            )
+        if checkpoint_tokens and self.states.one_token:
+            raise InvalidInput(
+                f"checkpoint_tokens: got {checkpoint_tokens} for a model that takes one token at a "
+                "time behind a state: each prompt would run token by token; leave it 0"
+            )
+
     def linears(self, model: nn.Module) -> list[nn.Linear | None]:
         """Of each layer that keeps latents, the linear layer that they go through; raises
         AttributeError where one is not what was measured.

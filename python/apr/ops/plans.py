@@ -79,7 +79,7 @@ class Plan:
     def fits(self, num_pages: int, page_size: int) -> bool:
         """Whether a pool of this size holds the pages that the plan names."""
         if self.pages is not None:
-            return self.pages == (num_pages, page_size)
+            return self.pages[0] <= num_pages and self.pages[1] == page_size
         return self.core.page_size == page_size and self.core.pages_needed <= num_pages
 
     @property

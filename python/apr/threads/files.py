@@ -132,6 +132,12 @@ def map_pages(opened: Opened, sides: Mapping[str, Tensor]) -> None:
         for name, side in sides.items():
             begin, end = header[name]["data_offsets"]
             whole = (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-            _core.map_file(side.data_ptr(), whole, file.fileno(), 8 + length + begin)
+            offset = 8 + length + begin
+            if offset % mmap.PAGESIZE:
+                raise InvalidInput(
+                    f"open: {opened.path} was not written for pages of {mmap.PAGESIZE} bytes, as "
+                    "this system has them; leave mapped out"
+                )
+            _core.map_file(side.data_ptr(), whole, file.fileno(), offset)
             rest = opened.tensors[name].reshape(-1).view(torch.uint8)[whole:]
             side.reshape(-1).view(torch.uint8)[whole : end - begin] = rest

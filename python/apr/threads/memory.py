@@ -17,76 +17,79 @@ from apr.threads.offload import Offload
 
 
 class Memory:
-    """Pools of one number of pages, a layer each. The core's table says who has which page."""
+    """A pool for each layer. The core's table says who has which page, of as many as all have."""
 
-    def __init__(self, spec: ModelSpec, page_size: int, most_pages: int, on_full: str) -> None:
-        self._spec, self._page_size, self.most_pages = spec, page_size, most_pages
+    def __init__(self, page_size: int, most_pages: int, on_full: str) -> None:
+        self._page_size, self.most_pages = page_size, most_pages
         self._offloads = on_full == "offload"
+        self.spec: ModelSpec | None = None  # that the pools were made for
         self.pools: list[Pool] = []
         self.offload: Offload | None = None
-        self._arena = Arena([])
+        self.arena = Arena([])
+        self.grown = 0  # another number: pools lie elsewhere than before
 
     def make(self, spec: ModelSpec, pages: int) -> None:
-        """Make the pools anew, for a model as it is now; what they held is gone. Where that fails
-        there are none, and it can be tried again.
+        """Make the pools anew; what they held is gone. Where that fails there are none, and it can
+        be tried again.
         """
         self.close()
-        self._spec = spec
-        self.pools = spec.make_pools(pages, self._page_size)
-        self._follow()
-        self._arena.keep_ahead(0, 0)
+        pools = spec.make_pools(pages, self._page_size)
+        self.offload = Offload(pools) if self._offloads else None
+        self.arena = Arena(pools)
+        self.arena.keep_ahead(0, 0)
+        self.grown += 1
+        self.spec, self.pools = spec, pools
 
-    def _follow(self) -> None:
-        """Let those who look at the pools look at the ones that there are."""
-        self._arena.close()
-        self._arena = Arena(self.pools)
-        if self._offloads and self.offload is None:
-            self.offload = Offload(self.pools)
-        elif self.offload is not None:
-            self.offload.follow(self.pools)
-
-    def make_room(
-        self, core: _core.ThreadTable, threads: Sequence[int], saved: Sequence[int] | None = None
-    ) -> bool:
-        """Have pages for a step of these threads, as far as that is possible; with segments
-        `saved`, for all that a file of both holds. Returns whether pools are others than before.
+    def make_room(self, core: _core.ThreadTable, threads: Sequence[int]) -> None:
+        """Have pages for a step of these threads, as far as that is possible.
 
         Raises OutOfPages where memory for more of them, or for what is away, cannot be had; nothing
         is lost then.
         """
-        grown = False
-        if core.num_pages < self.most_pages or self._is_torn(core):
-            pages, _ = core.needs_of(threads, saved or (), saved is not None)
+        if core.num_pages < self.most_pages:
+            pages, _ = core.needs_of(threads, (), False)
             if pages > core.free_pages:
                 core.make_room(pages)
-            grown = self.grow(core, core.num_pages + pages - core.free_pages)
+            lacking = pages - core.free_pages
+            if lacking > 0:
+                self._grow_for(core, core.num_pages + lacking)
         if self.offload is not None:
-            self.offload.make_room(core, threads, saved)
-        return grown
+            self.offload.make_room(core, threads)
 
-    def _is_torn(self, core: _core.ThreadTable) -> bool:
-        """Whether growing was interrupted."""
-        return any(pool.num_pages != core.num_pages for pool in self.pools)
+    def _grow_for(self, core: _core.ThreadTable, pages: int) -> None:
+        """Have so many pages and, if that can be, twice as many as before."""
+        if pages > self.most_pages and self.offload is None:
+            return  # the step raises, and takes nothing for that
+        try:
+            self.grow(core, max(pages, 2 * core.num_pages))
+        except OutOfPages:
+            try:
+                self.grow(core, pages)
+            except OutOfPages:
+                if self.offload is None:
+                    raise
 
-    def grow(self, core: _core.ThreadTable, pages: int) -> bool:
-        """Have so many pages, or the most, or twice as many as before if that is more; nothing is
-        done where there are as many. Pools grow one by one, so that one layer is there twice.
+    def grow(self, core: _core.ThreadTable, pages: int) -> None:
+        """Have so many pages, or the most; nothing is done where there are as many.
+
+        Pools grow one by one, so that one layer is there twice. Larger ones than the core knows
+        serve it as well: whatever comes between, the session can be used on. Raises OutOfPages.
         """
-        want = max([core.num_pages, *(pool.num_pages for pool in self.pools)])
-        if pages > want:
-            want = min(max(pages, 2 * want), self.most_pages)
-        if want == core.num_pages and not self._is_torn(core):
-            return False
+        pages = min(pages, self.most_pages)
+        if pages <= core.num_pages:
+            return
+        self.arena.close()  # it holds pools too; without it pages are touched when they are used
+        self.grown += 1
         for i, pool in enumerate(self.pools):
-            if pool.num_pages < want:
-                self.pools[i] = self._larger(i, pool, want)
-        core.grow(want)
-        self._follow()
-        return True
+            if pool.num_pages < pages:
+                self.pools[i] = self._larger(i, pool, pages)
+        core.grow(pages)
+        self.arena = Arena(self.pools)
 
     def _larger(self, layer: int, pool: Pool, pages: int) -> Pool:
+        assert self.spec is not None
         try:
-            larger = self._spec.make_pool(layer, pages, self._page_size)
+            larger = self.spec.make_pool(layer, pages, self._page_size)
         except (InvalidInput, torch.OutOfMemoryError) as error:
             raise OutOfPages(
                 f"the KV pool cannot grow from {pool.num_pages} to {pages} pages of "
@@ -98,13 +101,9 @@ class Memory:
 
     def keep_ahead(self, core: _core.ThreadTable) -> None:
         """Start touching what will be needed next."""
-        self._arena.keep_ahead(core.peak_pages, core.num_threads)
-
-    def settle(self) -> None:
-        """Wait until nobody touches the pools' memory."""
-        self._arena.wait()
+        self.arena.keep_ahead(core.peak_pages, core.num_threads)
 
     def close(self) -> None:
         """Let the pools go."""
         self.pools, self.offload = [], None
-        self._arena.close()
+        self.arena.close()

@@ -26,10 +26,10 @@ def check_on_full(on_full: object, spec: ModelSpec) -> None:
     """Raise InvalidInput for what is no policy, or cannot be honoured for this model."""
     if on_full not in ON_FULL:
         raise InvalidInput(f"on_full: got {on_full!r}; expected one of {list(ON_FULL)}")
-    if on_full == "offload" and spec.states is not None:
+    if on_full == "offload" and (spec.by_rows or not spec.layers):
         raise InvalidInput(
-            'on_full: got "offload" for a model that keeps layer states, which lie outside of the '
-            'pool; leave it "raise"'
+            'on_full: got "offload" for a model whose keys and values lie in no pages; leave it '
+            '"raise"'
         )
 
 
@@ -81,14 +81,14 @@ class Offload:
     """Moves segments out of the pool and back, those first that were read longest ago."""
 
     def __init__(self, pools: Sequence[Pool]) -> None:
-        self.follow(pools)
+        self._pools = pools  # which may grow
         self._page_bytes = sum(side[0].nbytes for side in self._sides)
         self._slabs: list[_Slab] = []
         self._kept: dict[int, _Kept] = {}
 
-    def follow(self, pools: Sequence[Pool]) -> None:
-        """Take pools that hold the same, and have more pages."""
-        self._sides = [side for pool in pools for side in pool.sides.values()]
+    @property
+    def _sides(self) -> list[Tensor]:
+        return [side for pool in self._pools for side in pool.sides.values()]
 
     def make_room(
         self, core: _core.ThreadTable, threads: Sequence[int], saved: Sequence[int] | None = None
@@ -150,7 +150,7 @@ class Offload:
             if len(slab.free) >= pages:
                 return slab
         # A small pool wants little, and one that lends much few files.
-        usual = len(self._sides[0]) + sum(slab.pages for slab in self._slabs)
+        usual = self._pools[0].num_pages + sum(slab.pages for slab in self._slabs)
         slab = _Slab(self._sides, max(pages, min(usual, _SLAB // self._page_bytes)))
         self._slabs.append(slab)
         return slab

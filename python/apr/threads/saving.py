@@ -14,6 +14,7 @@ from apr.errors import ForeignThread, InvalidInput, UnsupportedModel
 from apr.hf.model_state import undisturbed, unwrap
 from apr.hf.ranks import local_part, own_file
 from apr.hf.spec import ModelSpec
+from apr.hf.vectors import PathVectors
 from apr.ops.codes import KV_DTYPES
 from apr.threads import files
 from apr.threads.thread import Segment, Thread
@@ -39,8 +40,6 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     threads, segments = _sort(session, named)
     if not keys:
         _check_lines(session, threads, segments)
-    if any(session.table.vectors.get(thread._id) for thread in threads.values()):
-        raise InvalidInput("save: threads with vectors of their own are not saved; set them anew")
     if keys and session.memory.offload is not None:
         handles = [segment._id for segment in segments.values()]
         session.memory.offload.make_room(core, [t._id for t in threads.values()], handles)
@@ -60,7 +59,11 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
             # What lies behind the last token is somebody else's, or nobody's.
             kept[page, :, slot] = 0
             tensors[f"{i}.{name}"] = kept
+    for number, vectors in session.table.vectors.items():  # also of writers that have gone
+        for name, part in vectors._asdict().items():
+            tensors[f"vectors.{number}.{name}"] = part.detach().to("cpu", torch.float32)
     told = {
+        "vectors": list(session.table.vectors),
         "page_size": session.page_size,
         "kv_dtype": str(session.spec.kv_dtype),
         "keys": keys,
@@ -169,7 +172,7 @@ def open_saved(
         raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
     if mapped and options.get("start_tokens") is not None:
         raise InvalidInput("open: got start_tokens with mapped=True; a pool that grows is copied")
-    kept = next(dtype for dtype in KV_DTYPES if str(dtype) == told["kv_dtype"])
+    kept = {str(dtype): dtype for dtype in KV_DTYPES}[told["kv_dtype"]]
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)
@@ -246,14 +249,22 @@ def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Th
     pages = core.load(tensors["table"].tolist())
     pools = enumerate(session.pools if told["keys"] else ())
     sides = {f"{i}.{name}": side for i, pool in pools for name, side in pool.sides.items()}
-    if mapped:
-        assert pages == list(range(len(pages))), "a pool that was used before"
-        session.memory.settle()
+    for name, side in sides.items():
+        want, kept = (len(pages), *side.shape[1:]), tensors.get(name)
+        if kept is None or (tuple(kept.shape), kept.dtype) != (want, side.dtype):
+            raise InvalidInput(f"open: {opened.path} does not fit together; save it again")
+    if mapped and pages == list(range(len(pages))):  # as they are given out at first
+        session.memory.arena.wait()
         files.map_pages(opened, sides)
     else:
         index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
         for name, side in sides.items():
             side[index] = tensors[name].to(side.device)
+    for number in told["vectors"]:
+        parts = (tensors[f"vectors.{number}.{name}"] for name in PathVectors._fields)
+        vectors = PathVectors(*parts)
+        vectors.check(session.spec)
+        table.set_vectors(number, vectors)
     table.requests, table.tokens_tell = told["requests"], told["tokens_tell"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}

@@ -20,7 +20,6 @@ from apr.hf.attachment import attach
 from apr.hf.graph import step_graphs
 from apr.hf.packed import Ran, check_numbers, run_step
 from apr.hf.ranks import Ranks
-from apr.hf.spec import ModelSpec
 from apr.ops import Pool
 from apr.ops.pages import PAGE_SIZE, check_page_size, pages_for
 from apr.threads.memory import Memory
@@ -81,38 +80,24 @@ class Session:
         self.page_size = page_size
         self.attachment = attach(model, prove=self_test)
         self.spec = spec = self.attachment.spec.kept_in(kv_dtype)
-        self._check_states(spec)
+        spec.check_options(self.invariant, self._checkpoint_tokens)
         check_on_full(on_full, spec)
         self.on_full = on_full
         # A model that counts its rows as positions, far out, takes no more of them.
         self.step_tokens = min(step_tokens, spec.reach.past or step_tokens)
         self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
-        self.ranks.agree_on(page_size, step_tokens, invariant, seed, on_full, spec.kv_dtype)
+        settings = (page_size, step_tokens, invariant, seed, checkpoint_tokens, start_tokens or 0)
+        self.ranks.agree_on(*map(int, settings), on_full, spec.kv_dtype)
         fitting = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
         most = self.ranks.least(fitting)
         pages = most if start_tokens is None else min(most, -(-start_tokens // page_size))
-        self.memory = Memory(spec, page_size, most, on_full)
-        self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens)
+        self.memory = Memory(page_size, most, on_full)
+        self.table = ThreadTable(pages, page_size, spec, seed, checkpoint_tokens, most)
         self._cuda_graphs = cuda_graphs
         self.waiting: list[Any] = []  # runs of tasks, and who waits for them (loop/astream.py)
         self._stats = Stats()
         self.memory.make(spec, pages)
         self._make_graphs()
-
-    def _check_states(self, spec: ModelSpec) -> None:
-        """Refuse what a model with layer states cannot honour."""
-        if spec.states is None:
-            return
-        if self.invariant and spec.by_rows:
-            raise InvalidInput(
-                "invariant: got True for a model whose attention is its own, in batches that "
-                f"change; leave it False ({spec.why})"
-            )
-        if self._checkpoint_tokens and spec.states.one_token:
-            raise InvalidInput(
-                f"checkpoint_tokens: got {self._checkpoint_tokens} for a model that takes one "
-                "token at a time behind a state: each prompt would run token by token; leave it 0"
-            )
 
     @property
     def pools(self) -> list[Pool]:
@@ -123,6 +108,7 @@ class Session:
         self._graphs = step_graphs(
             self._cuda_graphs, self.attachment, self.pools, self.invariant, self.ranks
         )
+        self._captured = self.memory.grown
 
     @property
     def trace(self) -> Trace:
@@ -172,10 +158,10 @@ class Session:
                 "refresh: how the model's positions enter, or what is kept of a thread, changed; "
                 "open a new apr.Session"
             )
-        self._check_states(spec)
+        spec.check_options(self.invariant, self._checkpoint_tokens)
         self.table.release_all()
         self._graphs = None
-        if spec != was or not self.pools:
+        if spec != self.memory.spec or not self.pools:
             self.memory.make(spec, table.num_pages)
         self.attachment, self.spec = now, spec
         self.table.renew(spec)
@@ -303,7 +289,8 @@ class Session:
         table = self.table.settle()
         self.table.logits.drop_stale(table)
         self.attachment.check_unchanged("call session.refresh(), which releases its threads")
-        if self.memory.make_room(table, numbers):
+        self.memory.make_room(table, numbers)
+        if self._captured != self.memory.grown:  # graphs have the addresses of smaller pools
             self._make_graphs()
         return table
 

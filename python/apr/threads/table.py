@@ -36,9 +36,15 @@ class ThreadTable:
     """
 
     def __init__(
-        self, pages: int, page_size: int, spec: ModelSpec, seed: int, checkpoint_tokens: int = 0
+        self,
+        pages: int,
+        page_size: int,
+        spec: ModelSpec,
+        seed: int,
+        checkpoint_tokens: int = 0,
+        most_pages: int = 0,
     ) -> None:
-        core = _core.ThreadTable(pages, page_size, spec.can_rotate)
+        core = _core.ThreadTable(pages, page_size, spec.can_rotate, most_pages)
         self.states = keep_states(core, spec, checkpoint_tokens)
         self._checkpoint_tokens = checkpoint_tokens
         self._core: _core.ThreadTable | None = core
