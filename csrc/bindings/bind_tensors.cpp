@@ -17,6 +17,7 @@ void bind_tensors(py::module_& module) {
       .value("none", Codes::kNone)
       .value("int8", Codes::kInt8)
       .value("float8", Codes::kFloat8);
+  module.attr("code_group") = kCodeGroup;
   py::class_<Rows>(module, "Rows", "[rows, heads, dim], the last dimension contiguous.")
       .def(py::init([](int64_t data, int64_t row_stride, int64_t head_stride) {
              return Rows{pointer(data), row_stride, head_stride};

@@ -15,12 +15,14 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// How a pool keeps numbers: as they are, or as codes of 8 bits with a scale for each token and
-// head. A code stands for code * scale, rounded to the pool's dtype; float8 is e4m3 (arXiv
-// 2209.05433), whose NaN nobody writes: it may be read as any number.
+// How a pool keeps numbers: as they are, or as codes of 8 bits with a scale for each group of 32 of
+// a token and head. A code stands for code * scale, rounded to the pool's dtype; float8 is e4m3
+// (arXiv 2209.05433), whose NaN nobody writes: it may be read as any number.
 enum class Codes : int32_t { kNone, kInt8, kFloat8 };
 
-// A scale is the largest magnitude of its token and head over this.
+inline constexpr int kCodeGroup = 32;
+constexpr int64_t code_groups(int64_t dim) { return (dim + kCodeGroup - 1) / kCodeGroup; }
+// A scale is the largest magnitude of its group over this.
 template <Codes kCodes>
 inline constexpr float kHighestCode = kCodes == Codes::kInt8 ? 127.f : 448.f;
 
@@ -48,7 +50,7 @@ struct ViewArrays {
 };
 
 // Keys and values of one layer: [page, kv_head, page_size, head_dim], contiguous; scales of codes
-// [page, kv_head, page_size].
+// [page, kv_head, page_size, groups].
 struct Pool {
   void* k;
   void* v;

@@ -37,6 +37,7 @@ __all__: list[str] = [
     "ViewTables",
     "append",
     "attention",
+    "code_group",
     "copy_tokens",
     "count_emulated",
     "emulated_counts",
@@ -851,3 +852,4 @@ def use_huge_pages(
 ) -> None: ...
 
 AWAY_PAGE: int = -2
+code_group: int = 32

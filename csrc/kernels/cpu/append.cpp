@@ -28,6 +28,7 @@ struct Plane {
     return (slot / page_size * kv_heads + head) * page_size + slot % page_size;
   }
   char* at(int64_t row) const { return pool + row * row_bytes; }
+  float* scales_at(int64_t row) const { return scales + row * code_groups(head_dim); }
 };
 
 std::array<Plane, 2> planes_of(const Pool& pool) {
@@ -45,7 +46,7 @@ void write_row(const Pool& pool, const Plane& plane, const char* from, int64_t r
   numbers.resize(static_cast<size_t>(plane.head_dim));
   const InstructionSet& set = instruction_set();
   set.load_row[static_cast<int>(pool.dtype)](from, plane.head_dim, numbers.data());
-  set.encode_row(pool.codes, numbers.data(), plane.head_dim, plane.at(row), plane.scales + row);
+  set.encode_row(pool.codes, numbers.data(), plane.head_dim, plane.at(row), plane.scales_at(row));
 }
 
 }  // namespace
@@ -80,7 +81,8 @@ void copy_tokens(const Pool& pool, const PlanCopy* copies, int64_t count) {
         const int64_t to = plane.row(copies[i].destination, h);
         const int64_t from = plane.row(copies[i].source, h);
         std::memcpy(plane.at(to), plane.at(from), plane.row_bytes);
-        if (plane.scales != nullptr) plane.scales[to] = plane.scales[from];
+        if (plane.scales == nullptr) continue;
+        std::copy_n(plane.scales_at(from), code_groups(plane.head_dim), plane.scales_at(to));
       }
     }
   }

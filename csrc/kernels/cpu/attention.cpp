@@ -153,10 +153,10 @@ void run_task(const AttentionCall& call, const Pool& pool, const PlanArrays& pla
   job.k = static_cast<const char*>(pool.k) + kv_head * pool.page_size * pool.head_dim_k * size;
   job.v = static_cast<const char*>(pool.v) + kv_head * pool.page_size * pool.head_dim_v * size;
   job.codes = pool.codes;
-  job.page_scales = pool.kv_heads * pool.page_size;
+  job.page_rows = pool.kv_heads * pool.page_size;
   if (pool.codes != Codes::kNone) {
-    job.k_scales = pool.k_scales + kv_head * pool.page_size;
-    job.v_scales = pool.v_scales + kv_head * pool.page_size;
+    job.k_scales = pool.k_scales + kv_head * pool.page_size * code_groups(pool.head_dim_k);
+    job.v_scales = pool.v_scales + kv_head * pool.page_size * code_groups(pool.head_dim_v);
   }
   instruction_set().attend[static_cast<int>(pool.dtype)](job);
 

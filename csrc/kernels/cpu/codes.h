@@ -1,5 +1,5 @@
-// Numbers as codes of 8 bits with a scale for each row (params.h): rows are encoded once, when they
-// are appended, and decoded tile by tile, so that the inner loops meet the pool's dtype.
+// Numbers as codes of 8 bits with scales (params.h): rows are encoded once, when they are appended,
+// and decoded tile by tile, so that the inner loops meet the pool's dtype.
 #pragma once
 
 #include "kernels/cpu/vec.h"
@@ -49,10 +49,10 @@ struct Float8 {
   }
 };
 
-// The scale is the row's largest magnitude over the highest code; that of a row of zeros is 0, and
-// that of one that holds a number which is not finite is NaN, which its numbers then are.
+// One group. The scale of zeros is 0; that of a group which holds a number that is not finite is
+// NaN, which its numbers then are.
 template <class C>
-inline void encode_as(const float* from, int64_t count, void* to, float* scale) {
+inline void encode_group(const float* from, int64_t count, typename C::Storage* out, float* scale) {
   Vec top = {};
   VecInt finite = VecInt{} == 0;
   const auto part = [&](int64_t at) {
@@ -68,7 +68,6 @@ inline void encode_as(const float* from, int64_t count, void* to, float* scale) 
   }
   *scale = any(~finite) ? __builtin_nanf("") : highest(top) / C::kHighest;
   const bool empty = !(*scale > 0.f);
-  auto* out = static_cast<typename C::Storage*>(to);
   for (int64_t i = 0; i < count; i += kWidth) {
     // A scale below the normal numbers is not exact: what is divided by it may be larger than it
     // should.
@@ -85,24 +84,35 @@ inline void encode_as(const float* from, int64_t count, void* to, float* scale) 
   }
 }
 
-void encode_row(Codes codes, const float* from, int64_t count, void* to, float* scale) {
-  if (codes == Codes::kInt8) return encode_as<Int8>(from, count, to, scale);
-  encode_as<Float8>(from, count, to, scale);
+template <class C>
+inline void encode_as(const float* from, int64_t count, void* to, float* scales) {
+  auto* out = static_cast<typename C::Storage*>(to);
+  for (int64_t i = 0; i < count; i += kCodeGroup) {
+    encode_group<C>(from + i, count - i < kCodeGroup ? count - i : kCodeGroup, out + i, scales++);
+  }
+}
+
+void encode_row(Codes codes, const float* from, int64_t count, void* to, float* scales) {
+  if (codes == Codes::kInt8) return encode_as<Int8>(from, count, to, scales);
+  encode_as<Float8>(from, count, to, scales);
 }
 
 template <class T, class C>
 inline void decode_as(const char* from, const float* scales, int64_t rows, int64_t dim, char* to) {
   const auto* codes = reinterpret_cast<const typename C::Storage*>(from);
   auto* out = reinterpret_cast<typename T::Storage*>(to);
-  for (int64_t r = 0; r < rows; ++r, codes += dim, out += dim) {
-    const float scale = loose(scales)[r] * C::kUnit;  // a power of two, far from overflow
+  const int64_t groups = code_groups(dim);
+  for (int64_t r = 0; r < rows; ++r, codes += dim, out += dim, scales += groups) {
     int64_t i = 0;
-    for (; i + kWidth <= dim; i += kWidth) T::put(out + i, C::many(codes + i) * scale);
+    for (; i + kWidth <= dim; i += kWidth) {
+      const float scale = loose(scales)[i / kCodeGroup] * C::kUnit;  // a power of two: exact
+      T::put(out + i, C::many(codes + i) * scale);
+    }
     if (i == dim) continue;
     typename C::Storage rest[kWidth] = {};
     typename T::Storage packed[kWidth];
     __builtin_memcpy(rest, codes + i, dim - i);
-    T::put(packed, C::many(rest) * scale);
+    T::put(packed, C::many(rest) * (loose(scales)[i / kCodeGroup] * C::kUnit));
     __builtin_memcpy(out + i, packed, (dim - i) * sizeof(packed[0]));
   }
 }

@@ -23,9 +23,9 @@ struct TileJob {
   const char* v;
   int64_t page_bytes_k, page_bytes_v;
   Codes codes;
-  const float* k_scales;  // of codes: page p's lie at k_scales + p * page_scales
+  const float* k_scales;  // of codes: page p's lie behind those of p * page_rows rows
   const float* v_scales;
-  int64_t page_scales;
+  int64_t page_rows;
   char* decoded;  // of codes: room for a tile of keys and one of values
   const int32_t* pages;
   int64_t page_size;
@@ -115,7 +115,7 @@ struct InstructionSet {
   void (*merge)(MergeJob&);
   void (*load_row[3])(const void* from, int64_t count, float* to);
   void (*store_row[3])(const float* from, float factor, int64_t count, void* to);
-  void (*encode_row)(Codes codes, const float* from, int64_t count, void* to, float* scale);
+  void (*encode_row)(Codes codes, const float* from, int64_t count, void* to, float* scales);
   ScorePasses scores[3];
 };
 

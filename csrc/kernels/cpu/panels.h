@@ -189,11 +189,12 @@ inline Tile tile_at(const TileJob& job, int64_t slot, int64_t tokens) {
     tile.next_v = {v(next), count * job.head_dim_v * size};
   }
   if (job.codes != Codes::kNone) {
-    const int64_t first = job.pages[slot / job.page_size] * job.page_scales + slot % job.page_size;
+    const int64_t first = job.pages[slot / job.page_size] * job.page_rows + slot % job.page_size;
     char* values = job.decoded + kTile * job.head_dim_k * int64_t{sizeof(typename T::Storage)};
-    tile.k =
-        decode<T>(job.codes, tile.k, job.k_scales + first, tokens, job.head_dim_k, job.decoded);
-    tile.v = decode<T>(job.codes, tile.v, job.v_scales + first, tokens, job.head_dim_v, values);
+    tile.k = decode<T>(job.codes, tile.k, job.k_scales + first * code_groups(job.head_dim_k),
+                       tokens, job.head_dim_k, job.decoded);
+    tile.v = decode<T>(job.codes, tile.v, job.v_scales + first * code_groups(job.head_dim_v),
+                       tokens, job.head_dim_v, values);
   }
   return tile;
 }

@@ -63,12 +63,14 @@ APR_KERNEL APR_BOUNDS(kCopyThreads, 1) append_codes(APR_GRID_CONSTANT AppendWork
     }
   }
 #pragma unroll
-  for (int by = 1; by < 32; by *= 2) top = maximum(top, shuffle_xor(top, by));
+  for (int by = 1; by < kCodeGroup / 8; by *= 2) top = maximum(top, shuffle_xor(top, by));
   constexpr float highest = kHighestCode<kCodes>;
   const float scale = top < infinity() ? top / highest : infinity() - infinity();
   const int64_t to = pool_at(slot, head, work.kv_heads, work.page_shift, 1);
-  if (lane == 0) (side == 0 ? work.k_scales : work.v_scales)[to] = scale;
   if (column >= dim) return;
+  if (column % kCodeGroup == 0) {
+    (side == 0 ? work.k_scales : work.v_scales)[to * groups_of(dim) + column / kCodeGroup] = scale;
+  }
   uint32_t codes[2] = {0, 0};
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
@@ -96,7 +98,9 @@ APR_KERNEL APR_BOUNDS(kCopyThreads, 1) copy_tokens(APR_GRID_CONSTANT CopyWork wo
   const int64_t to = pool_at(copy.destination, head, work.kv_heads, work.page_shift, dim) + column;
   copy16(pool.at(from, 8), pool.at(to, 8));
   const Array<float>& scales = keys ? work.k_scales : work.v_scales;
-  if (scales && column == 0) scales[to / dim] = scales[from / dim];
+  if (!scales || column * 2 % kCodeGroup != 0) return;  // two codes in 16 bits
+  const int64_t groups = groups_of(dim * 2), group = column * 2 / kCodeGroup;
+  scales[to / dim * groups + group] = scales[from / dim * groups + group];
 }
 
 }  // namespace apr::APR_GPU

@@ -1,11 +1,14 @@
-// Numbers as codes of 8 bits with a scale for each row (params.h), as csrc/kernels/cpu/codes.h has
-// them, bit by bit.
+// Numbers as codes of 8 bits with scales (params.h), as csrc/kernels/cpu/codes.h has them, bit by
+// bit.
 #pragma once
 
 #include "kernels/cuda/primitives.cuh"
 #include "kernels/params.h"
 
 namespace apr::APR_GPU {
+
+// As code_groups, which is the host's.
+APR_DEVICE int groups_of(int dim) { return (dim + kCodeGroup - 1) / kCodeGroup; }
 
 // The number of byte i of a word, exactly.
 template <Codes kCodes>

@@ -86,8 +86,8 @@ void set_tensors(AttentionWork& work, const AttentionKind& kind, const Attention
   work.v = {static_cast<const uint16_t*>(pool.v),
             tokens * pool.head_dim_v * pool.stored_size() / 2};
   work.codes = pool.codes;
-  work.k_scales = {pool.k_scales, tokens};
-  work.v_scales = {pool.v_scales, tokens};
+  work.k_scales = {pool.k_scales, tokens * code_groups(pool.head_dim_k)};
+  work.v_scales = {pool.v_scales, tokens * code_groups(pool.head_dim_v)};
   work.lse = {call.lse, rows * kind.q_heads};
   work.sinks = {call.sinks, kind.q_heads};
   work.cos_sin = {call.rotation.cos_sin, call.rotation.rotations * call.rotation.pairs * 2};
@@ -241,8 +241,8 @@ void set_pool(Work& work, const Pool& pool, int64_t size) {
   const int64_t tokens = pool.num_pages * pool.kv_heads * pool.page_size;
   work.pool_k = {static_cast<uint16_t*>(pool.k), tokens * pool.head_dim_k * pool.stored_size() / 2};
   work.pool_v = {static_cast<uint16_t*>(pool.v), tokens * pool.head_dim_v * pool.stored_size() / 2};
-  work.k_scales = {pool.k_scales, tokens};
-  work.v_scales = {pool.v_scales, tokens};
+  work.k_scales = {pool.k_scales, tokens * code_groups(pool.head_dim_k)};
+  work.v_scales = {pool.v_scales, tokens * code_groups(pool.head_dim_v)};
   work.kv_heads = static_cast<int32_t>(pool.kv_heads);
   work.head_dim_k = static_cast<int32_t>(pool.head_dim_k * size / 2);
   work.head_dim_v = static_cast<int32_t>(pool.head_dim_v * size / 2);

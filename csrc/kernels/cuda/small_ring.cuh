@@ -17,9 +17,9 @@ APR_DEVICE uint32_t swizzled(int r, int c) {
 
 template <typename T, int kDim, int kStages, bool kCoded>
 class SmallRing {
-  static constexpr int kColumns = kDim / 8;                // chunks of a row of numbers
-  static constexpr int kCodes = 16 * kDim;                 // bytes of 16 tokens, behind which
-  static constexpr int kCodesAndScales = kCodes + 16 * 4;  // their scales lie
+  static constexpr int kColumns = kDim / 8;  // chunks of a row of numbers
+  static constexpr int kCodes = 16 * kDim;   // bytes of 16 tokens, behind which
+  static constexpr int kCodesAndScales = kCodes + kCodes / kCodeGroup * 4;  // their scales lie
 
  public:
   static constexpr int kSlice = 16 * kDim * 2;  // bytes of a warp's keys, or values, as numbers
@@ -106,13 +106,22 @@ class SmallRing {
       key += kRowsAtOnce * work_.head_dim_k;
       value += kRowsAtOnce * work_.head_dim_v;
     }
-    if (lane_ < 4) {  // four scales each
-      const uint32_t to = keys + static_cast<uint32_t>(kCodes + lane_ * 16);
-      const int from = slot + lane_ * 4;
-      const bool seen = from < reach.hi && from + 4 > reach.lo;
-      copy_async16(to, work_.k_scales, first + lane_ * 4, seen);
-      copy_async16(to + kStored, work_.v_scales, first + lane_ * 4, seen);
+    const int groups_k = groups_of(work_.head_dim_k), groups_v = groups_of(work_.head_dim_v);
+    const uint32_t to = keys + static_cast<uint32_t>(kCodes + lane_ * 16);
+    if (lane_ < 4 * groups_k) {  // four scales each
+      copy_async16(to, work_.k_scales, first * groups_k + lane_ * 4,
+                   sees_scales(reach, slot, groups_k));
     }
+    if (lane_ < 4 * groups_v) {
+      copy_async16(to + kStored, work_.v_scales, first * groups_v + lane_ * 4,
+                   sees_scales(reach, slot, groups_v));
+    }
+  }
+
+  // Whether some token is seen of those whose scales this lane copies.
+  APR_DEVICE bool sees_scales(const Reach& reach, int slot, int groups) const {
+    const int first = slot + lane_ * 4 / groups, last = slot + (lane_ * 4 + 3) / groups;
+    return first < reach.hi && last >= reach.lo;
   }
 
   APR_DEVICE static bool sees(const Reach& reach, int slot) {
@@ -120,19 +129,24 @@ class SmallRing {
   }
 
   // Eight numbers a lane, so that lanes that store together meet on no bank. The scales of tokens
-  // that no row sees may be no numbers.
+  // that no row sees may be no numbers, and behind head_dim there are none.
   template <Codes kKind>
   APR_DEVICE void decode(const Reach& reach, int slot, uint32_t from, uint32_t to) const {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
+      const int groups = groups_of(side == 0 ? work_.head_dim_k : work_.head_dim_v);
 #pragma unroll 4
       for (int i = 0; i < 16 * kColumns; i += 32) {
         const int row = (i + lane_) / kColumns, chunk = (i + lane_) % kColumns;
         const uint2 codes =
             shared_array<uint2>(from + static_cast<uint32_t>(row * kDim + chunk * 8))[0];
-        const float scale = shared_array<float>(from + static_cast<uint32_t>(kCodes))[row];
+        const int group = chunk * 8 / kCodeGroup;
+        float scale = 0.f;
+        if (group < groups && sees(reach, slot + row)) {
+          scale = shared_array<float>(from + static_cast<uint32_t>(kCodes))[row * groups + group];
+        }
         shared_array<uint4>(to + swizzled<kDim>(row, chunk))[0] =
-            decode_chunk<T, kKind>(codes, sees(reach, slot + row) ? scale : 0.f);
+            decode_chunk<T, kKind>(codes, scale);
       }
       from += kStored;
       to += kSlice;

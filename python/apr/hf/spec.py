@@ -12,7 +12,7 @@ from apr.hf.far import Reach
 from apr.hf.latent import Latent
 from apr.hf.layer_states import StateSpec
 from apr.ops import Pool, Rotation, empty_pool
-from apr.ops.codes import check_kv_dtype
+from apr.ops.codes import check_kv_dtype, groups_of
 
 # Names under which attention calls bring their sinks.
 SINKS = ("s_aux", "sinks")
@@ -80,7 +80,7 @@ class ModelSpec:
         kept = self.dtype if self.kv_dtype is None else self.kv_dtype
         scale = 0 if self.kv_dtype is None else torch.float32.itemsize
         return sum(
-            x.kv_heads * (dim * kept.itemsize + scale)
+            x.kv_heads * (dim * kept.itemsize + groups_of(dim) * scale)
             for x in self.layers
             for dim in ((x.head_dim,) if x.latent else (x.head_dim, x.head_dim_v))
         )

@@ -11,6 +11,7 @@ from apr.errors import InvalidInput
 _CODES = {torch.int8: _core.Codes.int8, torch.float8_e4m3fn: _core.Codes.float8}
 _HIGHEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 KV_DTYPES = (None, *_CODES)  # what a session can keep numbers in; None: their own
+GROUP = int(_core.code_group)  # numbers that share a scale
 
 
 def is_coded(dtype: torch.dtype) -> bool:
@@ -33,10 +34,11 @@ def check_kv_dtype(kv_dtype: object) -> None:
 
 
 def encode(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers [..., head_dim] as codes of the same shape and scales [...] in float32.
+    """Numbers [..., head_dim] as codes of the same shape and scales [..., groups] in float32, a
+    group for each 32 numbers (the last may be smaller), as in llama.cpp's q8_0.
 
-    A scale is the largest magnitude of its row over the highest code (127, or 448 in e4m3); codes
-    are the numbers over it, rounded to nearest, ties to even. A row that is not finite gets the
+    A scale is the largest magnitude of its group over the highest code (127, or 448 in e4m3); codes
+    are the numbers over it, rounded to nearest, ties to even. A group that is not finite has the
     scale NaN. What `append` does, bit by bit. (The largest numbers of float32 itself come back
     infinite: their scale is rounded.)
     """
@@ -45,15 +47,28 @@ def encode(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             f"encode: got {list(x.shape)} for {kv_dtype}; expected numbers [..., head_dim] and "
             f"one of {', '.join(map(str, _CODES))}"
         )
-    numbers = x.float()
-    highest = _HIGHEST[kv_dtype]
+    dim, highest = x.shape[-1], _HIGHEST[kv_dtype]
+    numbers = _grouped(x.float())
     top = numbers.abs().amax(-1)
     scales = torch.where(top.isfinite(), top / highest, torch.nan)
     over = (numbers / scales[..., None]).clamp(-highest, highest)
     over = torch.where(scales[..., None] > 0, over, 0.0)
-    return (over.round() if kv_dtype == torch.int8 else over).to(kv_dtype), scales
+    codes = (over.round() if kv_dtype == torch.int8 else over).to(kv_dtype)
+    return codes.flatten(-2)[..., :dim].contiguous(), scales
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that codes [..., head_dim] stand for, as attention reads them."""
-    return (codes.float() * scales[..., None]).to(dtype)
+    numbers = _grouped(codes.float()) * scales[..., None]
+    return numbers.flatten(-2)[..., : codes.shape[-1]].to(dtype).contiguous()
+
+
+def _grouped(x: Tensor) -> Tensor:
+    """[..., groups, GROUP], filled up with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP))
+    return padded.reshape(*x.shape[:-1], groups_of(x.shape[-1]), GROUP)
+
+
+def groups_of(head_dim: int) -> int:
+    """Scales of a token and head."""
+    return -(-head_dim // GROUP)

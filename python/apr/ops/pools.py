@@ -11,7 +11,7 @@ from torch import Tensor
 from apr import _core
 from apr.errors import InvalidInput
 from apr.ops import device as gpu
-from apr.ops.codes import check_kv_dtype, codes_of, decode, is_coded
+from apr.ops.codes import check_kv_dtype, codes_of, decode, groups_of, is_coded
 from apr.ops.pages import PAGE_SIZE
 
 _DTYPES = {
@@ -34,7 +34,8 @@ class Pool:
     """Keys and values of one layer: k [pages, kv_heads, page_size, head_dim], v likewise.
 
     Where they are int8 or float8_e4m3fn they are codes (`ops.encode`): `scales` are those of k and
-    of v, [pages, kv_heads, page_size] in float32, and `dtype` is what attention reads them as.
+    of v, [pages, kv_heads, page_size, groups] in float32, and `dtype` is what attention reads them
+    as.
     """
 
     def __init__(
@@ -142,12 +143,13 @@ def _check_scales(
             f"pool: got codes ({k.dtype}) without the scales of keys and of values; give a pair "
             "(k_scales, v_scales)"
         )
-    for x in scales:
-        same = (x.dtype, x.device, x.shape) == (torch.float32, k.device, k.shape[:3])
+    for side, x in zip((k, v), scales, strict=True):
+        want = (*side.shape[:3], groups_of(side.shape[3]))
+        same = (x.dtype, x.device, tuple(x.shape)) == (torch.float32, k.device, want)
         if not (same and x.is_contiguous()):
             raise InvalidInput(
                 f"pool: got scales {list(x.shape)} {x.dtype} on {x.device}; expected contiguous "
-                f"{list(k.shape[:3])} in float32 on {k.device}"
+                f"{list(want)} in float32 on {k.device}"
             )
     if (v is k) != (scales[0] is scales[1]):
         raise InvalidInput(
@@ -204,8 +206,9 @@ def empty_pool(
     v = k if values_are_keys else _untouched((*shape, dims_v), kept, device)
     scales = None
     if kv_dtype is not None:
-        of_k = _untouched(shape, torch.float32, device)
-        scales = (of_k, of_k if values_are_keys else _untouched(shape, torch.float32, device))
+        of_k = _untouched((*shape, groups_of(head_dim)), torch.float32, device)
+        of_v = _untouched((*shape, groups_of(dims_v)), torch.float32, device)
+        scales = (of_k, of_k if values_are_keys else of_v)
     pool = Pool(k, v, scales, dtype)
     for side in pool.sides.values() if k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())
