@@ -2,8 +2,7 @@
 # names. For each kind and size, those that ask for less come first.
 set(shapes_bf16 small_64_16_4 small_64_32_4 small_128_16_2 small_128_16_3 small_128_32_2 small_128_32_3 small_256_16_2
   wide_64_128_8 wide_128_128_5 wide_256_128_2 plain_576_16_2
-  coded_64_16_4 coded_64_32_4 coded_128_16_2 coded_128_16_3 coded_128_32_2 coded_128_32_3 coded_256_16_2
-  coded_256_16_3)
+  coded_64_16_4 coded_64_32_4 coded_128_16_2 coded_128_32_2 coded_256_16_2)
 set(shapes_fp16 ${shapes_bf16})
 set(shapes_fp32 plain_128_16_3 plain_256_16_2 plain_576_16_2)
 set(type_bf16 BFloat16)
