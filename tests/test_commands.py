@@ -66,10 +66,17 @@ def test_methods_of_words_want_a_text_model(method, capsys):
 
 
 @pytest.mark.parametrize("method", ["sequential", "majority_vote", "best_of_n"])
-def test_run_any_model(method, capsys):
+def test_run_any_model(method, capsys, monkeypatch):
+    Session = apr.Session  # noqa: N806
     arguments = ["run", "--model", str(countdown.CHECKPOINT), "--prompt", "<bos> 24 : 8 6 4 <try>"]
-    assert main([*arguments, "--method", method, "--n", "3", "--max-new-tokens", "9"]) == 0
+    arguments += ["--method", method, "--n", "3", "--max-new-tokens", "9"]
+    assert main(arguments) == 0
     assert "tokens/s" in capsys.readouterr().out
+    made = []
+    monkeypatch.setattr(apr, "Session", lambda *a, **k: made.append(Session(*a, **k)) or made[-1])
+    assert main([*arguments, "--kv-dtype", "int8", "--max-tokens", "4096"]) == 0
+    core = made[0]
+    assert core.spec.kv_dtype is torch.int8 and core.memory.most_pages == 4096 // core.page_size
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,9 @@ def test_run_any_model(method, capsys):
         (["bench", "attention", "--seconds", "0"], "--seconds"),
         (["bench", "fork", "--rounds", "-1"], "--rounds"),
         (["run", "--n", "0"], "--n"),
+        (["run", "--kv-dtype", "int8"], "--kv-dtype: go with --model"),
+        (["run", "--max-tokens", "64"], "go with --model"),
+        (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--max-tokens", "0"], "1"),
         (["run", "--problems", "0"], "--problems"),
         (["run", "--temperature", "0"], "--temperature"),
         (["run", "--prompt", "24 = 8"], "TARGET : NUMBERS"),

@@ -14,10 +14,19 @@ import apr
 from apr import countdown, hf
 from apr.errors import InvalidInput
 from apr.hf.world import num_ranks
+from apr.ops.codes import KV_DTYPES
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or hub id; without it, the Countdown model")
+    parser.add_argument(
+        "--max-tokens", type=int, help="with --model: of the pool; else by free memory"
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=[str(x).removeprefix("torch.") for x in KV_DTYPES if x is not None],
+        help="with --model: keys and values in 8 bits",
+    )
     parser.add_argument("--engine", help="the URL of a server, e.g. http://127.0.0.1:8000/v1")
     parser.add_argument(
         "--tokenizer", help="with --engine: a folder or hub id, where --model is none"
@@ -30,6 +39,9 @@ def check_model_arguments(options: argparse.Namespace) -> None:
         raise InvalidInput("--engine: needs --model, the name that the server has for it")
     if num_ranks() > 1 and (options.engine or getattr(options, "ray", None)):
         raise InvalidInput("--engine and --ray: each rank would ask for all; run without torchrun")
+    pool = options.max_tokens is not None or options.kv_dtype is not None
+    if pool and (options.engine or not options.model):
+        raise InvalidInput("--max-tokens and --kv-dtype: go with --model, which runs here")
     if options.engine and options.method == "adaptive":
         raise InvalidInput("--engine: the adaptive model is its own, and runs here; leave it out")
     if options.tokenizer and not options.engine:
@@ -58,5 +70,6 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         model, tokenizer = hf.load(options.model, ranks=num_ranks())
     else:
         model, tokenizer = hf.load(str(countdown.CHECKPOINT), torch.float32, num_ranks())
-    with apr.Session(model, seed=options.seed) as session:
+    kept = None if options.kv_dtype is None else getattr(torch, options.kv_dtype)
+    with apr.Session(model, options.max_tokens, seed=options.seed, kv_dtype=kept) as session:
         yield session, tokenizer
