@@ -163,10 +163,8 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    if (
-        torch.device(device).type == "cpu" and size
-    ):  # at a page of memory, so that files can be mapped
-        try:
+    if torch.device(device).type == "cpu" and size:
+        try:  # whole pages of memory, which files can be mapped to
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise InvalidInput(
