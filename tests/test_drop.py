@@ -168,6 +168,29 @@ def test_parts_are_joined_where_their_fork_point_is_now(llama):
             root.join([gone])
 
 
+@pytest.mark.parametrize("own", [1, 3])
+def test_a_thread_without_own_tokens_goes_on_behind_what_it_sees(llama, own):
+    """Two parts that lie over each other, of which the longer one loses its end: a hole stays in
+    front of what stands behind, and nothing of it where that goes too.
+    """
+    with apr.Session(llama, **SIZES) as s:
+        root = s.thread()
+        (kid,) = root.fork()
+        root.extend(tokens(9))
+        kid.extend(tokens(6, seed=1))
+        s.step([root, kid])
+        root.join([kid], "max")
+        root.extend(tokens(own, seed=2))
+        s.step([root])
+        root.drop(5, 9)
+        assert root.position == 9 + own
+        root.trim(len(root) - own)
+        assert root.position == 6
+        root.extend([7])
+        assert root.position == 7 and s.step([root]).isfinite().all()
+        s.check()
+
+
 def test_a_view_of_ranges_shows_what_a_drop_leaves(llama):
     ids, then = tokens(60), tokens(3, seed=1)
     with apr.Session(llama, **SIZES) as s:

@@ -102,7 +102,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   const Entry old_tail = thread.view[thread.tail_entry()];
   const int64_t difference = tail_offset(thread) - tail.base;
   const bool forked = tail.forked_tail;
-  const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && cut.elsewhere) ||
+  // An empty tail may stand behind a hole that a drop has left.
+  const bool apart = old_tail.offset != kMoving && old_tail.offset != cut.end && !tail.is_region;
+  const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && (cut.elsewhere || apart)) ||
                         readers_besides(thread.tail, id).pinned > cut.own_kept;
   if (new_tail) {
     detach_writer(id);
