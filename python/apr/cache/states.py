@@ -114,7 +114,13 @@ class BatchStates:
 def _exchange(output: Any, cache: Cache) -> tuple[Any, Any]:
     """The cache in a forward's output, and that output with `cache` in its place."""
     pairs = output.items() if isinstance(output, dict) else enumerate(output)
-    name, found = next((k, x) for k, x in pairs if isinstance(x, transformers.Cache))
+    held = [(k, x) for k, x in pairs if isinstance(x, transformers.Cache)]
+    if not held:
+        raise InvalidInput(
+            "apr.Cache: the forward gave no cache back, which holds this model's layer states; "
+            "leave use_cache on"
+        )
+    name, found = held[0]
     if isinstance(output, tuple):
         return found, (*output[:name], cache, *output[name + 1 :])
     output[name] = cache
