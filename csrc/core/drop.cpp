@@ -93,7 +93,9 @@ ThreadTable::Gap ThreadTable::plan_gap(const Thread& thread, ThreadId id, int64_
                                        int64_t stop) const {
   const Segment& tail = segments_.at(thread.tail);
   const Entry& listed = thread.view[thread.tail_entry()];
-  const Readers others = readers_besides(thread.tail, id);
+  // What is pinned of tokens that have run makes no difference, so that others are seldom asked.
+  const bool asks = tail.followed || tail.pinned > tail.encoded;
+  const Readers others = asks ? readers_besides(thread.tail, id) : Readers{};
   Gap gap;
   gap.settled = std::min(tail.length(), std::max(tail.encoded, others.pinned));
   int64_t before_tail = 0;
@@ -201,7 +203,7 @@ void ThreadTable::drop(ThreadId id, int64_t start, int64_t stop) {
   for (const ThreadId child : thread.children) {
     forks_at.push_back(fork_position(at(child)) + at(child).fork_shift);
   }
-  retain_view(view);
+  retain_view(view, id);
   const std::vector<Entry> old_view = thread.view;
   if (gap.keeps_tail) {
     thread.view = std::move(view);

@@ -84,7 +84,7 @@ ThreadId ThreadTable::fork_once(ThreadId id, int64_t at_position) {
     throw;
   }
   for (const Entry& entry : child.view) {
-    if (entry.segment != new_tail) segments_.retain(entry.segment);
+    if (entry.segment != new_tail) segments_.retain(entry, child_id);
   }
   parent.children.push_back(child_id);
   return child_id;

@@ -160,7 +160,7 @@ void ThreadTable::join(ThreadId parent_id, const std::vector<ThreadId>& children
   }
 
   seal_tail_for_join(parent_id);
-  retain_view(joined);
+  retain_view(joined, parent_id);
   parent.view.insert(parent.view.end(), joined.begin(), joined.end());
   const int64_t offset = old_tail.offset == kMoving ? kMoving : cursor;
   open_tail(parent, parent_id, offset, cursor - difference, forked);

@@ -170,7 +170,9 @@ void SegmentStore::drop_states_after(Segment& segment, int64_t count) {
 
 void SegmentStore::set_context(SegmentId id, std::vector<Entry> context, Visibility visibility) {
   for (const Entry& entry : context) {
-    if (entry.segment != id) ++at(entry.segment).holders[id];
+    if (entry.segment == id) continue;
+    ++at(entry.segment).holders[id];
+    note_reader(entry, kNone);
   }
   Segment& segment = at(id);
   segment.context = std::move(context);

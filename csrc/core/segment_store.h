@@ -1,6 +1,7 @@
 // Owns segments: runs of tokens on pages, written by one thread at a time, read by any number.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -38,6 +39,9 @@ struct Segment {
   bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
   bool is_region = false;    // made by a user, for others to follow
   int64_t references = 0;    // views and Python handles that hold it
+  // By views of others than its writer, and by contexts, at most: neither falls as they go.
+  int64_t pinned = 0;                              // up to this token
+  bool followed = false;                           // live
   std::unordered_map<SegmentId, int32_t> holders;  // whose contexts hold it, and how often
 
   // The view that encodes queued tokens once their writer is gone; it lists this segment too.
@@ -80,6 +84,11 @@ class SegmentStore {
   int64_t size() const { return static_cast<int64_t>(segments_.size()); }
 
   void retain(SegmentId id) { ++at(id).references; }
+  // By the view of a thread.
+  void retain(const Entry& entry, ThreadId reader) {
+    retain(entry.segment);
+    note_reader(entry, reader);
+  }
   void release(SegmentId id);  // frees the segment when nothing that a user holds leads to it
 
   // Where token `index` of a segment was written: elsewhere, where it is a copy.
@@ -102,6 +111,11 @@ class SegmentStore {
   }
 
  private:
+  void note_reader(const Entry& entry, ThreadId reader) {
+    Segment& segment = at(entry.segment);
+    if (entry.hi != kLive) segment.pinned = std::max(segment.pinned, entry.hi);
+    segment.followed |= entry.hi == kLive && segment.writer != reader;
+  }
   // Each lost a holder, and goes if nothing that a user holds leads to it; so may what it held.
   void collect(std::vector<SegmentId> suspects);
   std::vector<SegmentId> lost_with(SegmentId id) const;

@@ -125,7 +125,7 @@ ThreadId ThreadTable::create_with_view(std::vector<Entry> view, SegmentId writes
   thread.visibility = visibility;
   thread.is_line = view.empty();
   thread.view = std::move(view);
-  retain_view(thread.view);
+  retain_view(thread.view, id);
   if (writes == kNone) {
     const int64_t end = view_end(segments_, thread.view, IdleReader{});
     open_tail(thread, id, kMoving, end, false);
@@ -278,7 +278,7 @@ void ThreadTable::settle_placed(ThreadId next_thread, SegmentId next_segment) {
     }
     check_view(thread.view, thread.tail);
     if (keeps_states_ && !thread.is_line) invalid("open: layer states have read lines alone");
-    retain_view(thread.view);
+    retain_view(thread.view, id);
     for (const Entry& entry : thread.view) {
       const bool is_tail = entry.segment == thread.tail;
       if (is_tail && segments_.at(entry.segment).writer != id)
@@ -316,7 +316,7 @@ void ThreadTable::set_view(ThreadId id, std::vector<Entry> view) {
     view.push_back(entry);
   }
   check_rotation(view, thread.tail);
-  retain_view(view);
+  retain_view(view, id);
   const std::vector<Entry> old = std::move(thread.view);
   thread.view = std::move(view);
   release_view(old);

@@ -174,7 +174,7 @@ class ThreadTable {
   void check_given_view(const std::vector<Entry>& view, SegmentId own) const;  // by a user
   void check_writable(SegmentId id, ThreadId writer) const;
   void check_rotation(const std::vector<Entry>& view, SegmentId own) const;
-  void retain_view(const std::vector<Entry>& view);
+  void retain_view(const std::vector<Entry>& view, ThreadId reader);
   void release_view(const std::vector<Entry>& view);
   void detach_writer(ThreadId id);
   void open_tail(Thread& thread, ThreadId id, int64_t offset, int64_t base, bool forked);

@@ -104,8 +104,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   const bool forked = tail.forked_tail;
   // An empty tail may stand behind a hole that a drop has left.
   const bool apart = old_tail.offset != kMoving && old_tail.offset != cut.end && !tail.is_region;
+  if (tail.references == 1 && tail.holders.empty()) tail.pinned = 0;  // this view alone
   const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && (cut.elsewhere || apart)) ||
-                        readers_besides(thread.tail, id).pinned > cut.own_kept;
+                        tail.pinned > cut.own_kept;
   if (new_tail) {
     detach_writer(id);
     tail.sealed = true;
@@ -123,7 +124,7 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
     }
     view.push_back(entry);
   }
-  retain_view(view);
+  retain_view(view, id);
   const std::vector<Entry> old_view = std::move(thread.view);
   thread.view = std::move(view);
   if (new_tail) {

@@ -82,8 +82,8 @@ void ThreadTable::check_rotation(const std::vector<Entry>& view, SegmentId own) 
             });
 }
 
-void ThreadTable::retain_view(const std::vector<Entry>& view) {
-  for (const Entry& entry : view) segments_.retain(entry.segment);
+void ThreadTable::retain_view(const std::vector<Entry>& view, ThreadId reader) {
+  for (const Entry& entry : view) segments_.retain(entry, reader);
 }
 
 void ThreadTable::release_view(const std::vector<Entry>& view) {
