@@ -191,6 +191,74 @@ def test_a_thread_without_own_tokens_goes_on_behind_what_it_sees(llama, own):
         s.check()
 
 
+@pytest.mark.parametrize("how", ["max", "sum"])
+def test_a_part_without_a_hole_is_joined_behind_what_it_saw(llama, how):
+    with apr.Session(llama, **SIZES) as s:
+        tail = s.thread(tokens(3))
+        tail.view = [(s.segment(tokens(10)), 0), (tail.tail, 50)]
+        (kid,) = tail.fork()
+        kid.extend(tokens(4, seed=1))
+        s.step([tail, kid])
+        kid.trim(13)
+        assert kid.position == 53
+        tail.trim(10)
+        assert tail.position == 10
+        kid, other = tail.fork(2)
+        for one in (kid, other):
+            one.extend(tokens(2, seed=1))
+        tail.join([kid, other], how)
+        assert tail.position == (12 if how == "max" else 14)
+        tail.extend([5])
+        s.step([tail])
+        s.check()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_goes_on_alone_is_written_where_it_is_seen(name):
+    model = build(name)
+    with apr.Session(model, **SIZES) as s:
+        thread = s.thread(tokens(5))
+        s.step([thread])
+        if name == "llama":
+            thread.view = [(thread.tail, 20)]
+        thread.trim(0)
+        thread.extend(tokens(3, seed=1))
+        assert distance(s.step([thread])[0], stock(model, tokens(3, seed=1))[-1]) < CLOSE
+
+
+def test_a_pin_that_is_gone_ends_no_region(llama):
+    """Nor the tail of a thread that others follow, or that has a handle."""
+    with apr.Session(llama, **SIZES) as s:
+        region = s.region()
+        writer = s.thread(tokens(20), writes=region)
+        plain = s.thread(tokens(20))
+        handle = plain.tail
+        readers = [s.thread([3], view=[(one, None, None)]) for one in (region, handle)]
+        s.step([writer, plain, *readers])
+        for thread in (writer, plain):
+            thread.fork(1)[0].release()
+            thread.trim(10)
+            thread.extend(tokens(5, seed=1))
+        s.step([writer, plain])
+        assert writer.tail == region and plain.tail == handle
+        assert [len(one) for one in readers] == [16, 16]
+        s.check()
+
+
+def test_a_former_writer_follows_who_writes_now(llama):
+    with apr.Session(llama, **SIZES) as s:
+        first = s.thread(tokens(20))
+        s.step([first])
+        segment = first.tail
+        first.writes = s.region()
+        second = s.thread(writes=segment)
+        second.extend(tokens(4, seed=1))
+        s.step([second])
+        with pytest.raises(InvalidInput, match="read live"):
+            second.drop(5, 8)
+        s.check()
+
+
 def test_a_view_of_ranges_shows_what_a_drop_leaves(llama):
     ids, then = tokens(60), tokens(3, seed=1)
     with apr.Session(llama, **SIZES) as s:

@@ -56,11 +56,20 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
       found.push_back(reader + " sees tokens whose pages were dropped");
     }
   };
+  const auto know_reader = [&](ThreadId reader, const Entry& entry) {
+    if (!segments_.contains(entry.segment)) return;
+    const Segment& segment = segments_.at(entry.segment);
+    if (segment.writer == kNone || segment.writer == reader) return;
+    if (entry.hi == kLive ? !segment.followed : entry.hi > segment.pinned) {
+      found.push_back(segment_name(entry.segment) + " does not know who reads it");
+    }
+  };
 
   for (const auto& [id, thread] : threads_) {
     for (const Entry& entry : thread.view) {
       ++references[entry.segment];
       see(thread_name(id), entry);
+      know_reader(id, entry);
     }
     if (!segments_.contains(thread.tail)) {
       found.push_back(thread_name(id) + " writes a segment that is not there");
@@ -96,6 +105,7 @@ std::vector<std::string> ThreadTable::check(int64_t handles) const {
     for (const Entry& entry : segment.context) {
       if (entry.segment != id) ++holders[entry.segment][id];
       see(segment_name(id), entry);
+      if (entry.segment != id) know_reader(kNone, entry);
     }
     if (segment.writer != kNone && (!alive(segment.writer) || at(segment.writer).tail != id)) {
       found.push_back(segment_name(id) + " is written by a thread that writes another, or none");

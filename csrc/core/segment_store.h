@@ -114,7 +114,7 @@ class SegmentStore {
   void note_reader(const Entry& entry, ThreadId reader) {
     Segment& segment = at(entry.segment);
     if (entry.hi != kLive) segment.pinned = std::max(segment.pinned, entry.hi);
-    segment.followed |= entry.hi == kLive && segment.writer != reader;
+    segment.followed |= entry.hi == kLive && (reader == kNone || segment.writer != reader);
   }
   // Each lost a holder, and goes if nothing that a user holds leads to it; so may what it held.
   void collect(std::vector<SegmentId> suspects);

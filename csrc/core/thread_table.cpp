@@ -353,6 +353,7 @@ void ThreadTable::set_writes(ThreadId id, SegmentId segment_id) {
   check_given_view(view, segment_id);
   check_rotation(view, segment_id);
   detach_writer(id);
+  segments_.at(thread.tail).followed = true;  // by this thread, whoever writes it next
   if (!listed) segments_.retain(segment_id);
   thread.view = std::move(view);
   thread.tail = segment_id;

@@ -103,8 +103,11 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   const int64_t difference = tail_offset(thread) - tail.base;
   const bool forked = tail.forked_tail;
   // An empty tail may stand behind a hole that a drop has left.
-  const bool apart = old_tail.offset != kMoving && old_tail.offset != cut.end && !tail.is_region;
-  if (tail.references == 1 && tail.holders.empty()) tail.pinned = 0;  // this view alone
+  const bool apart =
+      old_tail.offset != kMoving && old_tail.offset > cut.end && !tail.is_region && !tail.followed;
+  // What is no longer pinned matters where sealing ends something; forks that live have a pin.
+  const bool asks = tail.is_region || tail.followed || thread.children.empty();
+  if (tail.pinned > cut.own_kept && asks) tail.pinned = readers_besides(thread.tail, id).pinned;
   const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && (cut.elsewhere || apart)) ||
                         tail.pinned > cut.own_kept;
   if (new_tail) {
@@ -129,7 +132,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   thread.view = std::move(view);
   if (new_tail) {
     const int64_t offset = old_tail.offset == kMoving ? kMoving : cut.end;
-    open_tail(thread, id, offset, cut.end - difference, forked);
+    const bool fresh = cut.last == kNone || cut.end < difference;
+    open_tail(thread, id, offset, fresh ? cut.end : cut.end - difference, forked);
+    if (apart) thread.fork_position = std::min(thread.fork_position, cut.end);
     if (keeps_states_ && thread.view.size() > 1) {
       inherit_state(thread.tail, &thread.view[thread.view.size() - 2]);
     }

@@ -59,11 +59,14 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
             # What lies behind the last token is somebody else's, or nobody's.
             kept[page, :, slot] = 0
             tensors[f"{i}.{name}"] = kept
-    for number, vectors in session.table.vectors.items():  # also of writers that have gone
+    # Also of writers that have gone; forks share them.
+    distinct = list({id(v): v for v in session.table.vectors.values()}.values())
+    for i, vectors in enumerate(distinct):
         for name, part in vectors._asdict().items():
-            tensors[f"vectors.{number}.{name}"] = part.detach().to("cpu", torch.float32)
+            tensors[f"vectors.{i}.{name}"] = part.detach().to("cpu", torch.float32)
+    places = {id(vectors): i for i, vectors in enumerate(distinct)}
     told = {
-        "vectors": list(session.table.vectors),
+        "vectors": {number: places[id(v)] for number, v in session.table.vectors.items()},
         "page_size": session.page_size,
         "kv_dtype": str(session.spec.kv_dtype),
         "keys": keys,
@@ -172,7 +175,10 @@ def open_saved(
         raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
     if mapped and options.get("start_tokens") is not None:
         raise InvalidInput("open: got start_tokens with mapped=True; a pool that grows is copied")
-    kept = {str(dtype): dtype for dtype in KV_DTYPES}[told["kv_dtype"]]
+    dtypes = {str(dtype): dtype for dtype in KV_DTYPES}
+    if told["kv_dtype"] not in dtypes:
+        raise InvalidInput(f"open: {path} has keys in {told['kv_dtype']}, which is not known here")
+    kept = dtypes[told["kv_dtype"]]
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)
@@ -260,11 +266,13 @@ def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Th
         index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
         for name, side in sides.items():
             side[index] = tensors[name].to(side.device)
-    for number in told["vectors"]:
-        parts = (tensors[f"vectors.{number}.{name}"] for name in PathVectors._fields)
-        vectors = PathVectors(*parts)
-        vectors.check(session.spec)
-        table.set_vectors(number, vectors)
+    distinct = [
+        PathVectors(*(tensors[f"vectors.{i}.{name}"] for name in PathVectors._fields))
+        for i in sorted(set(told["vectors"].values()))
+    ]
+    for number, i in told["vectors"].items():
+        distinct[i].check(session.spec)
+        table.set_vectors(int(number), distinct[i])
     table.requests, table.tokens_tell = told["requests"], told["tokens_tell"]
     named: dict[str, Thread | Segment] = {}
     threads: dict[int, Thread] = {}
