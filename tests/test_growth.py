@@ -11,7 +11,6 @@ import torch
 import apr
 from apr import _core
 from apr.errors import InvalidInput, OutOfPages
-from apr.threads import memory
 from kernel_cases import emulate
 from models import CLOSE, build, distance, stock, tokens
 
@@ -76,7 +75,7 @@ def test_whatever_stops_it_the_session_goes_on(llama, monkeypatch, fails, at, on
     with apr.Session(llama, 256, **sizes) as s:
         first = s.thread(tokens(30))
         s.step([first])
-        make, arena, told = type(s.spec).make_pool, memory.Arena, []
+        make, follow, told = type(s.spec).make_pool, type(s.memory.arena).follow, []
 
         def make_pool(spec, layer, pages, page_size):
             if at == ("first layer", "second layer")[layer]:
@@ -84,10 +83,10 @@ def test_whatever_stops_it_the_session_goes_on(llama, monkeypatch, fails, at, on
                 raise fails
             return make(spec, layer, pages, page_size)
 
-        def make_arena(pools):
-            if at in ("core", "arena"):
+        def follow_pools(arena, pools):
+            if at == "arena" and pools:
                 raise KeyboardInterrupt
-            return arena(pools)
+            return follow(arena, pools)
 
         class Core:  # one that is interrupted when it is told
             def __init__(self, core):
@@ -102,7 +101,7 @@ def test_whatever_stops_it_the_session_goes_on(llama, monkeypatch, fails, at, on
         room = type(s.memory).make_room
         with monkeypatch.context() as patched:
             patched.setattr(type(s.spec), "make_pool", make_pool)
-            patched.setattr(memory, "Arena", make_arena)
+            patched.setattr(type(s.memory.arena), "follow", follow_pools)
             if at == "core":
                 wrapped = lambda self, core, threads: room(self, Core(core), threads)  # noqa: E731
                 patched.setattr(type(s.memory), "make_room", wrapped)

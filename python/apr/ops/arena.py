@@ -55,6 +55,13 @@ class Arena:
         for pool in list(self._pools):
             pool.populate(first, end)
 
+    def follow(self, pools: Sequence[Pool]) -> None:
+        """Take others in the place of the pools; waits for what is being touched."""
+        self._pools = []
+        self.wait()
+        self._present = 0
+        self._pools = [pool for pool in pools if pool.k.device.type == "cpu"]
+
     def wait(self) -> None:
         """Until what was started is present."""
         if self._last is not None:

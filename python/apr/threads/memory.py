@@ -78,13 +78,13 @@ class Memory:
         pages = min(pages, self.most_pages)
         if pages <= core.num_pages:
             return
-        self.arena.close()  # it holds pools too; without it pages are touched when they are used
+        self.arena.follow([])  # it holds pools too; without it pages are touched when they are used
         self.grown += 1
         for i, pool in enumerate(self.pools):
             if pool.num_pages < pages:
                 self.pools[i] = self._larger(i, pool, pages)
         core.grow(pages)
-        self.arena = Arena(self.pools)
+        self.arena.follow(self.pools)
 
     def _larger(self, layer: int, pool: Pool, pages: int) -> Pool:
         assert self.spec is not None
