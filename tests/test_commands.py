@@ -75,8 +75,9 @@ def test_run_any_model(method, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(apr, "Session", lambda *a, **k: made.append(Session(*a, **k)) or made[-1])
     assert main([*arguments, "--kv-dtype", "int8", "--max-tokens", "4096"]) == 0
-    core = made[0]
-    assert core.spec.kv_dtype is torch.int8 and core.memory.most_pages == 4096 // core.page_size
+    (session,) = made
+    assert session.spec.kv_dtype is torch.int8
+    assert session.memory.most_pages == 4096 // session.page_size
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def edited(session: apr.Session, root: apr.Thread, kids: list[apr.Thread], rng: random.Random):
+def edited(
+    session: apr.Session, root: apr.Thread, kids: list[apr.Thread], rng: random.Random
+) -> tuple[apr.Thread, list[apr.Thread]]:
     """The children's parts joined into the root, or, past 2,000 tokens, all begun anew."""
     if len(root) > 2000:
         for thread in (root, *kids):

@@ -39,9 +39,10 @@ struct Segment {
   bool forked_tail = false;  // made as the tail of a fork: a descendant may copy it when short
   bool is_region = false;    // made by a user, for others to follow
   int64_t references = 0;    // views and Python handles that hold it
-  // By views of others than its writer, and by contexts, at most: neither falls as they go.
-  int64_t pinned = 0;                              // up to this token
-  bool followed = false;                           // live
+  // What views and contexts may come to, so that they need not be searched; neither falls as they
+  // go.
+  int64_t pinned = 0;     // the highest `hi` of an entry, at most
+  bool followed = false;  // whether another than the writer may list it live
   std::unordered_map<SegmentId, int32_t> holders;  // whose contexts hold it, and how often
 
   // The view that encodes queued tokens once their writer is gone; it lists this segment too.

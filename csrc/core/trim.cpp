@@ -105,7 +105,9 @@ void ThreadTable::trim(ThreadId id, int64_t length_kept) {
   // An empty tail may stand behind a hole that a drop has left.
   const bool apart =
       old_tail.offset != kMoving && old_tail.offset > cut.end && !tail.is_region && !tail.followed;
-  // What is no longer pinned matters where sealing ends something; forks that live have a pin.
+  // `pinned` may be a pin that is gone. Readers are asked where a needless new tail would be
+  // noticed: who follows this one would follow no more. Of a thread with children it is no loss,
+  // and they are many where threads are.
   const bool asks = tail.is_region || tail.followed || thread.children.empty();
   if (tail.pinned > cut.own_kept && asks) tail.pinned = readers_besides(thread.tail, id).pinned;
   const bool new_tail = cut.own_kept < 0 || (cut.own_kept == 0 && (cut.elsewhere || apart)) ||

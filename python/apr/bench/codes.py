@@ -20,18 +20,15 @@ from apr.bench.loop import half_billion
 from apr.bench.texts import loaded, pages_of
 from apr.ops.codes import KV_DTYPES
 
-KEPT: dict[str, torch.dtype | None] = {
-    "bfloat16": None,
-    "int8": torch.int8,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
+KEPT: dict[str, torch.dtype | None] = {"bfloat16": None, **KV_DTYPES}
 THEN = 32  # tokens whose logits are compared, behind each prompt
 LAYERS = 4  # that kernels go through in turn, so that keys are not in the caches
 
 
 def bench_codes(options: argparse.Namespace) -> Iterator[Figure]:
     """Logits of a text with keys and values in 8 bits beside those in bfloat16 (and those beside a
-    model in float32); then steps of one and of 16 threads in turn. With --model, English text.
+    model in float32); then steps of one and of 16 threads, attention and appends, each in turn.
+    With --model, English text.
     """
     if options.model:
         model = loaded(options.model, torch.bfloat16)
@@ -130,13 +127,12 @@ def _kernels(
     shape: tuple[int, int, int], heads: tuple[int, int, int], dtype: torch.dtype, seconds: float
 ) -> Iterator[Figure]:
     """Attention, and the append of a prompt, of one layer on pages of each kind."""
-    kind_of = "alone" if shape[1] == 1 else "tree"
-    problem = problems.make(kind_of, shape, heads, dtype, torch.device("cpu"), LAYERS)
+    tree = "alone" if shape[1] == 1 else "tree"
+    problem = problems.make(tree, shape, heads, dtype, torch.device("cpu"), LAYERS)
     whole = str(dtype).removeprefix("torch.")
     pools = {whole: problem.pools}
-    for kept in (x for x in KV_DTYPES if x is not None):
-        coded = [_encoded(pool, kept) for pool in problem.pools]
-        pools[f"{whole} in {str(kept).removeprefix('torch.')}"] = coded
+    for name, kept in KV_DTYPES.items():
+        pools[f"{whole} in {name}"] = [_encoded(pool, kept) for pool in problem.pools]
     size = problem.pools[0].page_size
     tokens = min(1024, problem.pools[0].num_pages * size)
     sets = [(tokens, [ops.View(range(tokens // size), 0, tokens, 0, 0, own=True)])]

@@ -24,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-dtype",
-        choices=[str(x).removeprefix("torch.") for x in KV_DTYPES if x is not None],
+        choices=list(KV_DTYPES),
         help="with --model: keys and values in 8 bits",
     )
     parser.add_argument("--engine", help="the URL of a server, e.g. http://127.0.0.1:8000/v1")
@@ -70,6 +70,6 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         model, tokenizer = hf.load(options.model, ranks=num_ranks())
     else:
         model, tokenizer = hf.load(str(countdown.CHECKPOINT), torch.float32, num_ranks())
-    kept = None if options.kv_dtype is None else getattr(torch, options.kv_dtype)
+    kept = None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype]
     with apr.Session(model, options.max_tokens, seed=options.seed, kv_dtype=kept) as session:
         yield session, tokenizer

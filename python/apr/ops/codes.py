@@ -8,9 +8,10 @@ from torch import Tensor
 from apr import _core
 from apr.errors import InvalidInput
 
+# What a session can keep numbers in, by the names that commands and files have for it.
+KV_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 _CODES = {torch.int8: _core.Codes.int8, torch.float8_e4m3fn: _core.Codes.float8}
 _HIGHEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-KV_DTYPES = (None, *_CODES)  # what a session can keep numbers in; None: their own
 GROUP = int(_core.code_group)  # numbers that share a scale
 
 
@@ -26,7 +27,7 @@ def codes_of(dtype: torch.dtype) -> _core.Codes:
 
 def check_kv_dtype(kv_dtype: object) -> None:
     """Raise InvalidInput for what pages cannot keep numbers in."""
-    if not any(kv_dtype is dtype for dtype in KV_DTYPES):
+    if not any(kv_dtype is dtype for dtype in (None, *_CODES)):
         names = ", ".join(map(str, _CODES))
         raise InvalidInput(
             f"kv_dtype: got {kv_dtype!r}; expected None (as the model computes) or one of {names}"

@@ -68,7 +68,7 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     told = {
         "vectors": {number: places[id(v)] for number, v in session.table.vectors.items()},
         "page_size": session.page_size,
-        "kv_dtype": str(session.spec.kv_dtype),
+        "kv_dtype": next((n for n, x in KV_DTYPES.items() if x == session.spec.kv_dtype), None),
         "keys": keys,
         "pages": len(pages),
         "tokens_tell": session.table.tokens_tell,
@@ -175,10 +175,12 @@ def open_saved(
         raise InvalidInput(f"open: got mapped=True, and {path} holds no keys; leave it out")
     if mapped and options.get("start_tokens") is not None:
         raise InvalidInput("open: got start_tokens with mapped=True; a pool that grows is copied")
-    dtypes = {str(dtype): dtype for dtype in KV_DTYPES}
-    if told["kv_dtype"] not in dtypes:
-        raise InvalidInput(f"open: {path} has keys in {told['kv_dtype']}, which is not known here")
-    kept = dtypes[told["kv_dtype"]]
+    kept = KV_DTYPES.get(told["kv_dtype"])
+    if kept is None and told["kv_dtype"] is not None:
+        raise InvalidInput(
+            f"open: {path} has keys in {told['kv_dtype']}, which this version does not know; save "
+            "it again with this one"
+        )
     session = kind(model, page_size=told["page_size"], seed=told["seed"], kv_dtype=kept, **options)
     try:
         facts = _model_facts(session.spec, session.attachment.model)
