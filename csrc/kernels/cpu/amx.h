@@ -133,27 +133,55 @@ inline void matrix_scores(const char* k, int64_t tokens, int64_t dim, const uint
   for (int64_t i = 0; i < tokens * 16; i += kWidth) store(scores + i, load(scores + i) * factor);
 }
 
+// 16 lanes by kColumns (2 or 4) tiles of columns of `out` += P V; tiles 4 and 5 hold P. Four sums
+// in flight hide the latency of a product, which takes longer than three others.
+template <int kColumns>
+inline void matrix_columns(const uint32_t* values, int64_t dim, float* out) {
+  const int64_t row = dim * 4;
+  const uint32_t* later = values + 16 * dim;
+  APR_TILE_LOAD(0, out, row);
+  APR_TILE_LOAD(1, out + 16, row);
+  if constexpr (kColumns == 4) {
+    APR_TILE_LOAD(2, out + 32, row);
+    APR_TILE_LOAD(3, out + 48, row);
+  }
+  APR_TILE_LOAD(6, values, row);
+  APR_TILE_DOT(0, 4, 6);
+  APR_TILE_LOAD(7, values + 16, row);
+  APR_TILE_DOT(1, 4, 7);
+  if constexpr (kColumns == 4) {
+    APR_TILE_LOAD(6, values + 32, row);
+    APR_TILE_DOT(2, 4, 6);
+    APR_TILE_LOAD(7, values + 48, row);
+    APR_TILE_DOT(3, 4, 7);
+  }
+  APR_TILE_LOAD(6, later, row);
+  APR_TILE_DOT(0, 5, 6);
+  APR_TILE_LOAD(7, later + 16, row);
+  APR_TILE_DOT(1, 5, 7);
+  if constexpr (kColumns == 4) {
+    APR_TILE_LOAD(6, later + 32, row);
+    APR_TILE_DOT(2, 5, 6);
+    APR_TILE_LOAD(7, later + 48, row);
+    APR_TILE_DOT(3, 5, 7);
+  }
+  APR_TILE_STORE(0, out, row);
+  APR_TILE_STORE(1, out + 16, row);
+  if constexpr (kColumns == 4) {
+    APR_TILE_STORE(2, out + 32, row);
+    APR_TILE_STORE(3, out + 48, row);
+  }
+}
+
 // out [16 lanes, dim] += P V; probabilities are two tiles of [16 lanes, 16 pairs of tokens], values
 // [kTile / 2, dim] pairs.
 inline void matrix_values(const uint32_t* probabilities, const uint32_t* values, int64_t dim,
                           float* out) {
-  const int64_t row = dim * 4;
   APR_TILE_LOAD(4, probabilities, 64);
   APR_TILE_LOAD(5, probabilities + 256, 64);
-  for (int64_t d = 0; d < dim; d += 32, out += 32, values += 32) {
-    APR_TILE_LOAD(0, out, row);
-    APR_TILE_LOAD(1, out + 16, row);
-    APR_TILE_LOAD(6, values, row);
-    APR_TILE_DOT(0, 4, 6);
-    APR_TILE_LOAD(7, values + 16, row);
-    APR_TILE_DOT(1, 4, 7);
-    APR_TILE_LOAD(2, values + 16 * dim, row);
-    APR_TILE_DOT(0, 5, 2);
-    APR_TILE_LOAD(3, values + 16 * dim + 16, row);
-    APR_TILE_DOT(1, 5, 3);
-    APR_TILE_STORE(0, out, row);
-    APR_TILE_STORE(1, out + 16, row);
-  }
+  int64_t d = 0;
+  for (; d + 64 <= dim; d += 64) matrix_columns<4>(values + d, dim, out + d);
+  if (d < dim) matrix_columns<2>(values + d, dim, out + d);
 }
 
 void attend_matrix(const TileJob& job) {
@@ -180,16 +208,15 @@ void attend_matrix(const TileJob& job) {
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const int64_t pairs = (tokens + 1) / 2;
     const char* k = whole_tile(tile.k, tokens, dim_k * 2, tail);
-    tile.next_k.fetch(0, tile.next_k.bytes);
-    Pairs::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, values);
-    tile.next_v.fetch(0, tile.next_v.bytes);
+    Pairs::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, values, tile.next_k);
     for (int64_t i = pairs * dim_v; i < kTile / 2 * dim_v; ++i) values[i] = 0;
     for (int64_t j = 0; j < job.lanes; j += 16) {
       const Panel p{j, job.lanes - j < 16 ? job.lanes - j : 16, 16};
       matrix_scores(k, tokens, dim_k, queries + j * units, job.factor, scores);
       if (job.softcap != 0.f) cap(job, tokens * 16, scores);
       if (masked) mask(job, p, slot, tokens, scores);
-      softmax(job, p, tokens, scores, probabilities, [&](int64_t lane, Vec fix) {
+      const Ahead ahead = j == 0 ? tile.next_v : Ahead{};
+      softmax(job, p, tokens, scores, probabilities, ahead, [&](int64_t lane, Vec fix) {
         for (int64_t l = 0; l < kWidth; ++l) {
           float* o = out + (j + lane + l) * dim_v;
           if (fix[l] == 1.f) continue;

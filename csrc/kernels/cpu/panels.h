@@ -47,18 +47,6 @@ inline void block(int64_t depth, const typename P::Element* a, int64_t si, int64
       store(c + i * width + j * kWidth, kAccumulate ? s[i][j] : s[i][j] * factor);
 }
 
-// Memory that is wanted one tile later: fetched piece by piece while the current one is computed.
-struct Ahead {
-  const char* at;
-  int64_t bytes;
-
-  // The size of a piece, where there are `pieces`.
-  int64_t step(int64_t pieces) const { return round_up(bytes / (pieces > 0 ? pieces : 1) + 1, 64); }
-  void fetch(int64_t from, int64_t step) const {
-    for (int64_t i = from; i < from + step && i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
-  }
-};
-
 template <class P, int kRows, int kCols, bool kAccumulate>
 inline void stripe(int64_t rows, int64_t depth, const typename P::Element* a, int64_t si,
                    int64_t sk, const typename P::Element* b, float* c, int64_t width, float factor,
@@ -111,18 +99,30 @@ inline void cap(const TileJob& job, int64_t count, float* scores) {
   for (int64_t i = 0; i < count; i += kWidth) store(scores + i, tanh(load(scores + i)) * to_base_2);
 }
 
+// The highest of `old` and of a column of scores, four maxima at a time: one would wait for itself.
+inline Vec highest_of(const float* column, int64_t tokens, int64_t width, Vec old) {
+  Vec top[4] = {old, old, old, old};
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    for (int i = 0; i < 4; ++i) top[i] = maximum(load(column + (t + i) * width), top[i]);
+  for (; t < tokens; ++t) top[0] = maximum(load(column + t * width), top[0]);
+  return maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
+}
+
 // Scores [tokens, width] become probabilities; where the maximum of a lane grows, `rescale` is
 // given the first lane of its vector and what older sums of values are to be multiplied with. The
 // sum of probabilities is that of the unrounded ones, for an exact log-sum-exp.
 template <class Element, class Rescale>
 inline void softmax(const TileJob& job, const Panel& p, int64_t tokens, const float* scores,
-                    Element* probabilities, const Rescale& rescale) {
+                    Element* probabilities, const Ahead& ahead, const Rescale& rescale) {
+  const int64_t step = ahead.step(tokens / 2);
   for (int64_t j = 0; j < p.width; j += kWidth) {
     const float* column = scores + j;
     const Vec old = load(job.max + p.first + j);
-    Vec top = old, sum = {};
-    for (int64_t t = 0; t < tokens; ++t) top = maximum(load(column + t * p.width), top);
+    Vec sum = {};
+    const Vec top = highest_of(column, tokens, p.width, old);
     for (int64_t t = 0; t < tokens; t += 2) {
+      if (j == 0) ahead.fetch(t / 2 * step, step);
       const bool both = t + 1 < tokens;
       const Vec a = exp2(load(column + t * p.width) - top);
       const Vec b = both ? exp2(load(column + (t + 1) * p.width) - top) : Vec{};
@@ -225,7 +225,7 @@ inline void attend_panels(const TileJob& job) {
     const bool masked = slot < job.all_lo || slot + tokens > job.all_hi;
     const Element* keys = P::keys(tile.k, tokens, dim_k, wide_keys);
     const Element* values =
-        P::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, wide_values);
+        P::values(tile.v, tokens, unseen_tokens(job, slot, tokens), dim_v, wide_values, Ahead{});
     for (int64_t j = 0; j < job.lanes; j += kPanel) {
       const Panel p = panel_at(job, j);
       product<P, false>(tokens, units, keys, units, 1, queries + j * units, scores, p.width,
@@ -233,7 +233,7 @@ inline void attend_panels(const TileJob& job) {
       if (job.softcap != 0.f) cap(job, tokens * p.width, scores);
       if (masked) mask(job, p, slot, tokens, scores);
       float* sums = out + j * dim_v;  // [dim_v, width]
-      softmax(job, p, tokens, scores, probabilities, [&](int64_t lane, Vec fix) {
+      softmax(job, p, tokens, scores, probabilities, Ahead{}, [&](int64_t lane, Vec fix) {
         for (int64_t d = 0; d < dim_v; ++d)
           store(sums + d * p.width + lane, load(sums + d * p.width + lane) * fix);
       });

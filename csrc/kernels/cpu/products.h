@@ -7,6 +7,18 @@
 namespace apr::cpu::APR_ISA {
 namespace {
 
+// Memory that is wanted one tile later: fetched piece by piece while the current one is computed.
+struct Ahead {
+  const char* at;
+  int64_t bytes;
+
+  // The size of a piece, where there are `pieces`.
+  int64_t step(int64_t pieces) const { return round_up(bytes / (pieces > 0 ? pieces : 1) + 1, 64); }
+  void fetch(int64_t from, int64_t step) const {
+    for (int64_t i = from; i < from + step && i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
+  }
+};
+
 // How a product of tiles is taken in float: elements are single numbers, whatever the pool stores.
 template <class T>
 struct Floats {
@@ -28,7 +40,8 @@ struct Floats {
       return to;
     }
   }
-  static const float* values(const char* p, int64_t tokens, int64_t, int64_t dim, float* to) {
+  static const float* values(const char* p, int64_t tokens, int64_t, int64_t dim, float* to,
+                             const Ahead&) {
     return keys(p, tokens, dim, to);
   }
   static int64_t first_slot(const TileJob& job) { return job.begin; }
@@ -41,18 +54,24 @@ struct Floats {
 
 #if defined(__AVX512BF16__) || defined(APR_MATRIX)
 #define APR_PAIRS 1
-// kWidth numbers of 16 bits from each side: a0 b0 a1 b1 …; zeros where there is no b.
-inline VecBits interleave(const uint16_t* a, const uint16_t* b) {
 #if defined(__AVX512BF16__)
+// a0 a1 … b0 b1 … become a0 b0 a1 b1 …
+inline VecBits interleaved(__m512i halves) {
   typedef uint16_t Indices __attribute__((vector_size(64)));
   constexpr Indices kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return VecBits(_mm512_permutexvar_epi16(__m512i(kOrder), halves));
+}
+#endif
+
+// kWidth numbers of 16 bits from each side: a0 b0 a1 b1 …; zeros where there is no b.
+inline VecBits interleave(const uint16_t* a, const uint16_t* b) {
+#if defined(__AVX512BF16__)
   const auto half = [](const uint16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   };
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(half(a)),
-                                          b == nullptr ? _mm256_setzero_si256() : half(b), 1);
-  return VecBits(_mm512_permutexvar_epi16(__m512i(kOrder), both));
+  return interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(half(a)),
+                                        b == nullptr ? _mm256_setzero_si256() : half(b), 1));
 #else
   const auto wide = [](const uint16_t* p) {
     return __builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits);
@@ -91,9 +110,11 @@ struct Pairs {
   // Elements [tokens / 2 rounded up, dim]; a last single token is paired with 0, and so are the
   // first `unseen` ones, which may never have been written.
   static const uint32_t* values(const char* p, int64_t tokens, int64_t unseen, int64_t dim,
-                                uint32_t* to) {
+                                uint32_t* to, const Ahead& ahead) {
     const auto* row = reinterpret_cast<const uint16_t*>(p);
+    const int64_t step = ahead.step(tokens / 2);
     for (int64_t t = 0; t < tokens; t += 2, row += 2 * dim) {
+      ahead.fetch(t / 2 * step, step);
       const uint16_t* next = t + 1 < tokens ? row + dim : nullptr;
       uint32_t* out = to + t / 2 * dim;
       int64_t d = 0;
@@ -129,10 +150,15 @@ inline void keep(float* to, int64_t t, int64_t width, Vec a, Vec b, bool both) {
 inline void keep_row(float* to, int64_t t, Vec p) { store(to + t, p); }
 #if defined(APR_PAIRS)
 inline void keep(uint32_t* to, int64_t t, int64_t width, Vec a, Vec b, bool both) {
+#if defined(__AVX512BF16__)
+  const Vec second = both ? b : Vec{};
+  store(to + t / 2 * width, interleaved(__m512i(_mm512_cvtne2ps_pbh(__m512(second), __m512(a)))));
+#else
   uint16_t first[kWidth], second[kWidth];
   BFloat16::put(first, a);
   BFloat16::put(second, b);
   store(to + t / 2 * width, interleave(first, both ? second : nullptr));
+#endif
 }
 inline void keep_row(uint32_t* to, int64_t t, Vec p) {
   BFloat16::put(reinterpret_cast<uint16_t*>(to) + t, p);
