@@ -79,7 +79,7 @@ def texts(session):
     model = session.model
     torch.manual_seed(4)
     made = model.generate(
-        torch.tensor([ids]),
+        torch.tensor([ids], device=model.device),
         past_key_values=apr.Cache(model, max_tokens=2048),
         max_new_tokens=8,
         do_sample=True,

@@ -223,13 +223,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 self._states.lend(self, call, step)
         step.extras = bool(call.extras())
         step.now = call.real
-        arguments, device = call.arguments, session.spec.device
-        if session.spec.takes_positions:
-            arguments["position_ids"] = call.positions.to(device)  # type: ignore[union-attr]
+        arguments, spec = call.arguments, session.spec
+        if spec.takes_positions:
+            arguments["position_ids"] = call.positions.to(spec.device)  # type: ignore[union-attr]
         arguments["use_cache"] = True
-        if call.spare_columns and session.spec.keeps_rows:
+        if call.spare_columns and spec.keeps_rows:
             # As numbers: a model that is told "the last one" may leave rows out of its last layers.
-            arguments["logits_to_keep"] = call.kept_columns.to(device)
+            arguments["logits_to_keep"] = spec.rows_to_keep(call.kept_columns)
         step.forward = BatchForward(session, plan, step, call)
         self._step = step
         step.forward.start()

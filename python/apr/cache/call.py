@@ -78,9 +78,9 @@ class Call:
         return self.width - keep if isinstance(keep, int) and keep > 0 else 0
 
     @property
-    def kept_columns(self) -> Tensor:
+    def kept_columns(self) -> range:
         """The numbers of the others."""
-        return torch.arange(self.spare_columns, self.width)
+        return range(self.spare_columns, self.width)
 
     def keys(self) -> list[Any]:
         """One key a row; rows of equal keys are given the same in every argument."""

@@ -15,6 +15,7 @@ from apr.cache.call import Call
 from apr.errors import Error, InvalidInput
 from apr.hf.interface import Running
 from apr.hf.packed import PackedForward
+from apr.ops.device import Copies
 from apr.threads.session import Session
 from apr.threads.thread import Thread
 
@@ -180,10 +181,10 @@ class BatchForward(PackedForward):
 
     def __init__(self, session: Session, plan: ops.Plan | None, step: Step, call: Call) -> None:
         super().__init__(session.attachment, session.pools, plan)
-        device = session.spec.device
-        self._rows = None if plan is None else step.rows(plan).to(device)
+        self._rows = None if plan is None else Copies(step.rows(plan))
         self._copies = step.copies()
-        self._real = call.real.to(device)
+        self._real = Copies(call.real)
+        self._device = session.spec.device
         self._offset = step.stored.shape[1]
         self._running = Running(self, session.attachment.switch)
 
@@ -206,14 +207,12 @@ class BatchForward(PackedForward):
         """A token that sees the one behind it, as in an image, would be answered wrongly."""
         if width < 2:
             return
-        device = self._real.device
-        rows = torch.arange(self._real.shape[0], device=device)[:, None]
+        device, real = self._device, self._real.on(self._device)
+        rows = torch.arange(len(real), device=device)[:, None]
         here = torch.arange(width - 1, device=device)[None] + self._offset
         zero = torch.zeros((), dtype=torch.long, device=device)
         ahead = torch.as_tensor(function(rows, zero, here, here + 1), device=device)
-        ahead = (
-            ahead.expand(self._real.shape[0], width - 1) & self._real[:, :-1] & self._real[:, 1:]
-        )
+        ahead = ahead.expand(len(real), width - 1) & real[:, :-1] & real[:, 1:]
         if bool(ahead.any()):
             raise InvalidInput(
                 "apr.Cache: this call's arguments let tokens see what stands behind them (an image "
@@ -230,8 +229,9 @@ class BatchForward(PackedForward):
             self.layer(module)
             return full.view(batch, tokens, heads, -1)
         self._check_copies(q, k, v)
-        packed = [x.transpose(1, 2).flatten(0, 1)[self._rows] for x in (q, k, v)]
-        full[self._rows] = self.attend_rows(module, packed[0], packed[1], packed[2], scale, options)
+        rows = self._rows.on(q.device)
+        packed = [x.transpose(1, 2).flatten(0, 1)[rows] for x in (q, k, v)]
+        full[rows] = self.attend_rows(module, packed[0], packed[1], packed[2], scale, options)
         out = full.view(batch, tokens, heads, -1)
         for copy, original in self._copies:
             out[copy] = out[original]
@@ -249,7 +249,7 @@ class BatchForward(PackedForward):
         rows, originals = (list(side) for side in zip(*self._copies, strict=True))
         for x in (q, k, v):
             one, other = x[rows].transpose(1, 2), x[originals].transpose(1, 2)
-            real = self._real[originals]
+            real = self._real.on(x.device)[originals]
             one, other = one[real].float(), other[real].float()
             # Equal rows of one product differ by its rounding: some last bits, of sums of
             # `head_dim` size.

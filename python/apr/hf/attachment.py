@@ -44,7 +44,8 @@ class Attachment:
             gpu.backend(self.model.device)  # refused where there are no kernels
         with undisturbed(self.model.device):
             self._known = known(self.model, measure)
-        gpu.backend(self.spec.device)
+        for device in self.spec.devices:
+            gpu.backend(device)
         self.owner, self.switch = self._known.owner, self._known.switch
         self.switch.keep_latents([linear for linear in self.linears() if linear is not None])
         weights = (weight() for weight in self._known.weights)
@@ -139,12 +140,10 @@ class Attachment:
         packed = PackedForward(self, pools, plan, vectors)
         ids = torch.from_numpy(plan.core.ids).to(device)[None]
         positions = torch.from_numpy(plan.core.positions).to(device)[None]
-        keep = torch.tensor(list(rows), dtype=torch.long, device=device)
-        extra = {"logits_to_keep": keep} if self.spec.keeps_rows else {}
-        logits = self._run(packed, ids, positions, extra)
-        if not self.spec.keeps_rows:
-            logits = logits[keep]
-        return logits
+        keep = self.spec.rows_to_keep(rows)
+        if self.spec.keeps_rows:
+            return self._run(packed, ids, positions, {"logits_to_keep": keep})
+        return self._run(packed, ids, positions, {})[keep]
 
     def forward_static(
         self,
@@ -171,7 +170,7 @@ class Attachment:
         except IndexError as error:
             raise out_of_table(int(positions.max()), error) from error
         packed.check_complete(self.model)
-        logits: Tensor = out.logits[0]
+        logits: Tensor = out.logits[0].to(self.spec.device)
         return logits
 
 

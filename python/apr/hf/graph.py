@@ -302,6 +302,11 @@ def step_graphs(
             f"cuda_graphs: got True for a model on {attachment.spec.device}; expected one on a "
             "GPU; leave it None"
         )
+    if wanted and attachment.spec.spread:
+        raise InvalidInput(
+            "cuda_graphs: got True for a model whose weights lie on several devices; a graph is "
+            "captured on one GPU; leave it None"
+        )
     if not wanted or backend is None:
         return None
     return StepGraphs(backend, attachment, pools, invariant, ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,11 +42,28 @@ class _Call:
     options: dict[str, Any]
 
 
+class _Carried(Tensor):
+    """A mask that tells of its copies on other devices, which hooks bring to the layers there."""
+
+    note: Callable[[Tensor], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func is Tensor.to:
+            args[0].note(out)
+        return out
+
+
 @dataclass
 class _Probe:
     """Records attention and mask calls while stock attention computes."""
 
     owner: frozenset[int]
+    spread: bool
     calls: list[_Call] = field(default_factory=list)
     mask_functions: dict[int, Callable[..., Tensor]] = field(default_factory=dict)
     alive: list[Tensor] = field(default_factory=list)  # so that no two masks share an address
@@ -64,9 +81,17 @@ class _Probe:
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-        if isinstance(mask, Tensor):
-            self.mask_functions[mask.data_ptr()] = kwargs["mask_function"]
-            self.alive.append(mask)
+        if not isinstance(mask, Tensor):
+            return mask
+
+        def note(x: Tensor) -> None:
+            self.mask_functions[x.data_ptr()] = kwargs["mask_function"]
+            self.alive.append(x)
+
+        note(mask)
+        if self.spread:
+            mask = mask.as_subclass(_Carried)
+            mask.note = note
         return mask
 
 
@@ -131,7 +156,7 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
 def _probe_forward(
     model: Any, switch: Switch, ids: Tensor, positions: Tensor, **more: Any
 ) -> tuple[_Probe, Any]:
-    probe = _Probe(members(model))
+    probe = _Probe(members(model), _is_spread(model))
     try:
         with Running(probe, switch), torch.no_grad():
             out = model(input_ids=ids, position_ids=positions, **{"use_cache": False, **more})
@@ -149,15 +174,17 @@ def _probe_forward(
     return probe, getattr(out, "logits", None)
 
 
-def _check_devices(model: Any, devices: list[torch.device]) -> None:
-    """Keys and values lie in one place."""
-    if len(set(devices)) > 1:
-        names = ", ".join(sorted({str(device) for device in devices}))
-        raise refuse(
-            model,
-            f"its layers lie on several devices ({names}), and keys are kept on one: load it on "
-            "one, or share it out with DistributedConfig(tp_size=...) under torchrun",
-        )
+def _is_spread(model: Any) -> bool:
+    """Whether weights lie on several devices; those that are offloaded, on meta, come and go."""
+    return len({p.device for p in model.parameters() if p.device.type != "meta"}) > 1
+
+
+def _takes_ids(model: Any, layers: Sequence[torch.device]) -> torch.device:
+    """Where ids go: to the one device of all layers, wherever weights rest between forwards, or
+    to the first of several.
+    """
+    device: torch.device = model.device
+    return layers[0] if len(set(layers)) == 1 or device.type == "meta" else device
 
 
 def _check_logits(model: Any, logits: Any, ids: Tensor, vocab_size: int) -> None:
@@ -262,6 +289,7 @@ def measure_rows(model: Any, switch: Switch, why: UnsupportedModel) -> ModelSpec
         vocab_size=vocab_size,
         dtype=model.get_input_embeddings().weight.dtype,  # logits may be float32 in any
         device=input_device(model),
+        spread=_is_spread(model),
         keeps_rows="logits_to_keep" in parameters,
         takes_positions=False,
         states=states,
@@ -295,7 +323,7 @@ def _layer(
         kv_heads, dim = 1, latent.rank + dim - latent.part
         dim_v = dim
         rotation = latent.turned(rotation)
-    return LayerSpec(heads, kv_heads, dim, dim_v, rotation, window, chunk, latent)
+    return LayerSpec(heads, kv_heads, dim, dim_v, rotation, window, chunk, call.q.device, latent)
 
 
 def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
@@ -318,7 +346,6 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
     with linears.watched():
         masking, logits = _probe_forward(model, switch, line.clamp_max(vocab_size - 1), line)
     _check_logits(model, logits, line, vocab_size)
-    _check_devices(model, [call.q.device for call in turning.calls])
     if len(masking.calls) != len(turning.calls):
         raise refuse(model, "the number of attention calls changes from forward to forward")
 
@@ -344,6 +371,7 @@ def _measure_attention(model: Any, switch: Switch) -> ModelSpec:
         reach=_measure_reach(model, switch, token, limit, turns),
         vocab_size=vocab_size,
         dtype=turning.calls[0].q.dtype,
-        device=turning.calls[0].q.device,
+        device=_takes_ids(model, [layer.device for layer in layers]),
+        spread=_is_spread(model),
         keeps_rows="logits_to_keep" in parameters,
     )

@@ -79,7 +79,7 @@ def forward_rows(
         cache = None if first < 0 else held.gather([starts[i] for i in group])
         more: dict[str, Any] = {}
         if spec.keeps_rows:
-            more["logits_to_keep"] = torch.tensor(columns, device=spec.device)
+            more["logits_to_keep"] = spec.rows_to_keep(columns)
         if spec.states.attends and spec.takes_positions:
             more["position_ids"] = positions[group]
         part = ids if len(group) == len(ids) else ids[group]
@@ -91,7 +91,7 @@ def forward_rows(
         if not spec.keeps_rows:
             logits = logits[:, columns]
         for i, row in zip(group, logits, strict=True):
-            found[i] = row
+            found[i] = row.to(spec.device)
         wanted = [ends[i] if ends[i] >= 0 else None for i in group]
         if any(end is not None for end in wanted):
             held.put(wanted, after)

@@ -32,7 +32,7 @@ def _stock(model: Any, tokens: list[int], device: torch.device) -> Tensor:
     ids = torch.tensor([tokens], device=device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits.float()
+    return logits.to(device, torch.float32)
 
 
 class _Bench:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apr.errors import InvalidInput, UnsupportedRope
 from apr.hf.far import Reach
@@ -29,6 +30,7 @@ class LayerSpec:
     rotation: Rotation | None
     window: int | None
     chunk: int | None
+    device: torch.device  # of its calls; its pool lies there too
     # Where latents are kept, heads and dimensions are theirs, and values the keys themselves.
     latent: Latent | None = None
 
@@ -43,7 +45,8 @@ class ModelSpec:
     reach: Reach
     vocab_size: int
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device  # where ids go in, and logits are taken
+    spread: bool  # weights lie on several devices, between which hooks carry what layers need
     keeps_rows: bool  # the forward takes `logits_to_keep`
     takes_positions: bool = True  # the forward takes `position_ids`
     states: StateSpec | None = None  # where more is kept for a thread than keys and values
@@ -75,15 +78,33 @@ class ModelSpec:
     no_logits = no_logprobs = ""
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where layers lie, each device once; that of ids where the model has no attention."""
+        return list(dict.fromkeys(x.device for x in self.layers)) or [self.device]
+
+    @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
+        return sum(map(self.bytes_on, self.devices))
+
+    def bytes_on(self, device: torch.device) -> int:
+        """KV bytes of one token over the layers that lie there."""
         kept = self.dtype if self.kv_dtype is None else self.kv_dtype
         scale = 0 if self.kv_dtype is None else torch.float32.itemsize
         return sum(
             x.kv_heads * (dim * kept.itemsize + groups_of(dim) * scale)
             for x in self.layers
             for dim in ((x.head_dim,) if x.latent else (x.head_dim, x.head_dim_v))
+            if x.device == device
         )
+
+    def rows_to_keep(self, rows: Sequence[int]) -> Tensor | list[int]:
+        """`logits_to_keep` for these rows. Hooks would carry a tensor to where ids go, and the head
+        may lie elsewhere: numbers serve it anywhere.
+        """
+        if self.spread:
+            return list(rows)
+        return torch.tensor(list(rows), dtype=torch.long, device=self.device)
 
     def kept_in(self, kv_dtype: torch.dtype | None) -> ModelSpec:
         """The same for a session that keeps keys and values so; raises InvalidInput where it
@@ -131,7 +152,7 @@ class ModelSpec:
             x.kv_heads,
             x.head_dim,
             self.dtype,
-            self.device,
+            x.device,
             page_size,
             x.head_dim_v,
             x.latent is not None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.spec import ModelSpec
 from apr.ops import Plan
+from apr.ops.device import Copies
 from apr.ops.reference import rotate
 
 
@@ -52,10 +53,9 @@ class RowVectors:
     def __init__(self, plan: Plan, vectors: Mapping[int, PathVectors], spec: ModelSpec) -> None:
         writers = plan.core.writers.tolist()
         rows = [i for i, writer in enumerate(writers) if writer in vectors]
-        self._rows = torch.tensor(rows, dtype=torch.long, device=spec.device)
+        self._rows = Copies(torch.tensor(rows, dtype=torch.long))
         self._owners = [vectors[writers[i]] for i in rows]
-        positions = torch.from_numpy(plan.core.positions)[rows]
-        self._positions = positions[:, None].to(spec.device)
+        self._positions = torch.from_numpy(plan.core.positions)[rows][:, None]
         self._spec = spec
 
     def __bool__(self) -> bool:
@@ -70,7 +70,7 @@ class RowVectors:
         rotation = self._spec.layers[layer].rotation
         if rotation is not None:
             keys = rotate(keys, self._positions, rotation)
-        k, v = k.clone(), v.clone()
-        k[self._rows] = (k[self._rows].float() + keys).to(k.dtype)
-        v[self._rows] = (v[self._rows].float() + values).to(v.dtype)
+        k, v, rows = k.clone(), v.clone(), self._rows.on(k.device)
+        k[rows] = (k[rows].float() + keys).to(k.dtype)
+        v[rows] = (v[rows].float() + values).to(v.dtype)
         return k, v

@@ -95,6 +95,22 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+class Copies:
+    """A tensor of the host, copied once to each device that asks for it: layers of one model may
+    lie on several.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._there: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on this device."""
+        if device not in self._there:
+            self._there[device] = self._x.to(device)
+        return self._there[device]
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it where its rows do not lie on 16 bytes."""
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1

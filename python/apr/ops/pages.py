@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,15 @@ def _left_of_cgroup() -> list[int]:
 
 
 def pages_for(
-    max_tokens: int | None, bytes_per_token: int, page_size: int, device: torch.device
+    max_tokens: int | None, bytes_per_token: Mapping[torch.device, int], page_size: int
 ) -> int:
-    """Pages for so many tokens, or, with None, for a part of the device's free memory."""
+    """Pages for so many tokens, or, with None, for a part of the free memory of the device that has
+    least for the bytes that a token takes there.
+    """
     if max_tokens is None:
-        fitting = int(_free_memory(device) * _FREE_MEMORY_SHARE) // max(bytes_per_token, 1)
+        fitting = min(
+            int(_free_memory(device) * _FREE_MEMORY_SHARE) // max(size, 1)
+            for device, size in bytes_per_token.items()
+        )
         max_tokens = max(page_size, min(fitting, _MOST_TOKENS))
     return -(-max_tokens // page_size)

@@ -17,8 +17,8 @@ def rotate(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
     dtype.
     """
     first, end = rotation.dims
-    inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64)
-    angle = positions.to(torch.float64)[..., None] * inv_freq
+    inv_freq = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=x.device)
+    angle = positions.to(x.device, torch.float64)[..., None] * inv_freq
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     part = x[..., first:end]
     pairs = (end - first) // 2

@@ -17,6 +17,7 @@ from apr import _core
 from apr.errors import InvalidInput, OutOfPages
 from apr.hf.spec import ModelSpec
 from apr.ops import Pool
+from apr.ops.device import Copies
 
 ON_FULL = ("raise", "offload")
 _SLAB = 64 << 20  # bytes that are taken at once
@@ -132,17 +133,17 @@ class Offload:
         slots = sorted(slab.free)[: len(here)]
         self._kept[number] = _Kept(slab, dict(zip((i for i, _ in here), slots, strict=True)))
         slab.free.difference_update(slots)
-        from_, to = torch.tensor([page for _, page in here]), torch.tensor(slots)
+        from_, to = Copies(torch.tensor([page for _, page in here])), torch.tensor(slots)
         for side, place in zip(self._sides, slab.sides, strict=True):
-            place[to] = side[from_.to(side.device)].to(place.device)
+            place[to] = side[from_.on(side.device)].to(place.device)
         core.send_away(number)
 
     def _bring(self, core: _core.ThreadTable, number: int) -> None:
-        pages, kept = torch.tensor(core.make_place(number)), self._kept[number]
+        pages, kept = Copies(torch.tensor(core.make_place(number))), self._kept[number]
         away = [i for i, page in enumerate(core.segment_pages(number)) if page == _core.AWAY_PAGE]
         slots = torch.tensor([kept.slots[i] for i in away])
         for side, place in zip(self._sides, kept.slab.sides, strict=True):
-            side[pages.to(side.device)] = place[slots].to(side.device)
+            side[pages.on(side.device)] = place[slots].to(side.device)
         core.bring_back(number)
 
     def _slab_for(self, pages: int) -> _Slab:

@@ -16,6 +16,7 @@ from apr.hf.ranks import local_part, own_file
 from apr.hf.spec import ModelSpec
 from apr.hf.vectors import PathVectors
 from apr.ops.codes import KV_DTYPES
+from apr.ops.device import Copies
 from apr.threads import files
 from apr.threads.thread import Segment, Thread
 
@@ -50,12 +51,12 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     )
     tensors = {"table": torch.from_numpy(numbers)}
     tensors["answers"] = _answers(session.spec, session.attachment.model)
-    index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
+    index = Copies(torch.tensor(pages, dtype=torch.long))
     behind = torch.arange(session.page_size) >= torch.tensor(filled).reshape(-1, 1)
     page, slot = behind.nonzero(as_tuple=True)
     for i, pool in enumerate(session.pools if keys else ()):
         for name, side in pool.sides.items():
-            kept = side[index].cpu()
+            kept = side[index.on(side.device)].cpu()
             # What lies behind the last token is somebody else's, or nobody's.
             kept[page, :, slot] = 0
             tensors[f"{i}.{name}"] = kept
@@ -243,10 +244,11 @@ def _run_again(session: Session, threads: list[Thread]) -> None:
 
 def _copy(session: Session, slots: list[int], other: Session, theirs: list[int]) -> None:
     """Take the keys and values of another session's slots into those of this one."""
-    now, was = (torch.tensor(x, device=session.spec.device) for x in (slots, theirs))
+    places = Copies(torch.tensor([slots, theirs]))
     size = session.page_size
     for pool, ran in zip(session.pools, other.pools, strict=True):
         for name, side in pool.sides.items():
+            now, was = places.on(side.device)
             side[now // size, :, now % size] = ran.sides[name][was // size, :, was % size]
 
 
@@ -265,9 +267,9 @@ def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Th
         session.memory.arena.wait()
         files.map_pages(opened, sides)
     else:
-        index = torch.tensor(pages, dtype=torch.long, device=session.spec.device)
+        index = Copies(torch.tensor(pages, dtype=torch.long))
         for name, side in sides.items():
-            side[index] = tensors[name].to(side.device)
+            side[index.on(side.device)] = tensors[name].to(side.device)
     distinct = [
         PathVectors(*(tensors[f"vectors.{i}.{name}"] for name in PathVectors._fields))
         for i in sorted(set(told["vectors"].values()))

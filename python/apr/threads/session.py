@@ -88,7 +88,7 @@ class Session:
         self.ranks = Ranks(self.attachment.rank_group, rank_timeout)
         settings = (page_size, step_tokens, invariant, seed, checkpoint_tokens, start_tokens or 0)
         self.ranks.agree_on(*map(int, settings), on_full, spec.kv_dtype)
-        fitting = pages_for(max_tokens, spec.bytes_per_token, page_size, spec.device)
+        fitting = pages_for(max_tokens, {d: spec.bytes_on(d) for d in spec.devices}, page_size)
         most = self.ranks.least(fitting)
         pages = most if start_tokens is None else min(most, -(-start_tokens // page_size))
         self.memory = Memory(page_size, most, on_full)
