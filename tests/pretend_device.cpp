@@ -10,7 +10,9 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/resize_native.h>
+#include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -80,6 +82,12 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
                                            c10::dtype_or_default(dtype));
 }
 
+const at::Tensor& resize(const at::Tensor& x, at::IntArrayRef size,
+                         std::optional<at::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard guard(x.device());
+  return at::native::resize_(x, size, format);
+}
+
 // The same memory as a tensor of the CPU.
 at::Tensor host(const at::Tensor& x) {
   return at::from_blob(x.data_ptr(), x.sizes(), x.strides(), x.options().device(at::kCPU));
@@ -120,6 +128,12 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
       .to(x.device());
 }
 
+// Experts are counted so, in whole numbers, which the CPU does not do.
+at::Tensor histc(const at::Tensor& x, int64_t bins, const at::Scalar& least,
+                 const at::Scalar& most) {
+  return host(x).to(at::kFloat).histc(bins, least, most).to(x.options());
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::optional<c10::Device> first;
   const auto see = [&](const at::Tensor& x) {
@@ -149,10 +163,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
   m.impl("convolution_overrideable", &convolution);
+  m.impl("histc", &histc);
+  m.impl("unfold", &at::native::unfold);
   m.impl("view", &at::native::view);
   m.impl("as_strided", &at::native::as_strided_tensorimpl);
   m.impl("_reshape_alias", &at::native::_reshape_alias);
-  m.impl("resize_", &at::native::resize_);
+  m.impl("resize_", &resize);
 }
 
 const bool registered = [] {

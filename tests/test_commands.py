@@ -74,7 +74,8 @@ def test_run_any_model(method, capsys, monkeypatch):
     assert "tokens/s" in capsys.readouterr().out
     made = []
     monkeypatch.setattr(apr, "Session", lambda *a, **k: made.append(Session(*a, **k)) or made[-1])
-    assert main([*arguments, "--kv-dtype", "int8", "--max-tokens", "4096"]) == 0
+    more = ["--kv-dtype", "int8", "--max-tokens", "4096", "--device", "auto"]
+    assert main([*arguments, *more]) == 0
     (session,) = made
     assert session.spec.kv_dtype is torch.int8
     assert session.memory.most_pages == 4096 // session.page_size
@@ -86,8 +87,10 @@ def test_run_any_model(method, capsys, monkeypatch):
         (["bench", "attention", "--seconds", "0"], "--seconds"),
         (["bench", "fork", "--rounds", "-1"], "--rounds"),
         (["run", "--n", "0"], "--n"),
-        (["run", "--kv-dtype", "int8"], "--kv-dtype: go with --model"),
+        (["run", "--kv-dtype", "int8"], "--kv-dtype, --device: go with --model"),
         (["run", "--max-tokens", "64"], "go with --model"),
+        (["run", "--device", "cuda"], "go with --model"),
+        (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--device", "x"], "'x'"),
         (["run", "--model", str(countdown.CHECKPOINT), "--prompt", "1", "--max-tokens", "0"], "1"),
         (["run", "--problems", "0"], "--problems"),
         (["run", "--temperature", "0"], "--temperature"),

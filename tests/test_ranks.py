@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apr
 import scripted
-from apr.hf.probe import _check_devices
 from apr.hf.ranks import Ranks
 from models import random_weights
 
@@ -91,11 +90,6 @@ def test_the_program_of_the_page(tmp_path):
     told = [next(tmp_path.rglob(f"attempt_0/{rank}/stdout.log")).read_text() for rank in "01"]
     first, second = ([x[2:] for x in text.splitlines() if "[" in x] for text in told)
     assert len(first) == 8 and first == second
-
-
-def test_layers_on_several_devices_have_no_pools(net):
-    with pytest.raises(apr.UnsupportedModel, match="several devices \\(cpu, meta\\)"):
-        _check_devices(net, [torch.device("cpu"), torch.device("meta"), torch.device("cpu")])
 
 
 def test_one_process_waits_for_nobody(net):

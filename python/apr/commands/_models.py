@@ -27,6 +27,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(KV_DTYPES),
         help="with --model: keys and values in 8 bits",
     )
+    parser.add_argument(
+        "--device",
+        help='with --model: "cuda", "cuda:1"; "auto" lays layers out over all GPUs (accelerate)',
+    )
     parser.add_argument("--engine", help="the URL of a server, e.g. http://127.0.0.1:8000/v1")
     parser.add_argument(
         "--tokenizer", help="with --engine: a folder or hub id, where --model is none"
@@ -39,9 +43,9 @@ def check_model_arguments(options: argparse.Namespace) -> None:
         raise InvalidInput("--engine: needs --model, the name that the server has for it")
     if num_ranks() > 1 and (options.engine or getattr(options, "ray", None)):
         raise InvalidInput("--engine and --ray: each rank would ask for all; run without torchrun")
-    pool = options.max_tokens is not None or options.kv_dtype is not None
-    if pool and (options.engine or not options.model):
-        raise InvalidInput("--max-tokens and --kv-dtype: go with --model, which runs here")
+    here = (options.max_tokens, options.kv_dtype, options.device)
+    if here != (None, None, None) and (options.engine or not options.model):
+        raise InvalidInput("--max-tokens, --kv-dtype, --device: go with --model, which runs here")
     if options.engine and options.method == "adaptive":
         raise InvalidInput("--engine: the adaptive model is its own, and runs here; leave it out")
     if options.tokenizer and not options.engine:
@@ -67,7 +71,7 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             yield engine, tokenizer
         return
     if options.model:
-        model, tokenizer = hf.load(options.model, ranks=num_ranks())
+        model, tokenizer = hf.load(options.model, ranks=num_ranks(), device=options.device)
     else:
         model, tokenizer = hf.load(str(countdown.CHECKPOINT), torch.float32, num_ranks())
     kept = None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype]

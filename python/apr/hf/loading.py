@@ -11,22 +11,40 @@ from transformers.distributed import DistributedConfig
 from apr.errors import InvalidInput
 
 
-def load(path: str, dtype: torch.dtype | str = "auto", ranks: int = 1) -> tuple[Any, Any]:
+def load(
+    path: str, dtype: torch.dtype | str = "auto", ranks: int = 1, device: str | None = None
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a folder or hub id; with `ranks`, this process's part of a
     model that so many hold (transformers' tensor parallelism, under torchrun). Where its KV heads
     cannot be shared out evenly, each rank has all of the attention, and a part of the rest.
 
+    device: "cuda", "cuda:1", "cpu"; "auto" lays its layers out over all GPUs (accelerate); None:
+    the CPU, or with `ranks` that of the rank.
+
     Raises InvalidInput where it cannot be loaded, or brings code of its own: that is never run, nor
     asked about. Load such a model yourself, and give it to `apr.Session`.
     """
+    if device is not None and ranks > 1:
+        raise InvalidInput(f"device: got {device!r} for {ranks} ranks, which have one each")
     try:
         parts = _shared_out(path, ranks) if ranks > 1 else {}
+        if device == "auto":
+            parts["device_map"] = "auto"
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, **parts
         )
+        if device not in (None, "auto"):
+            model = _moved(model, device)
         return model.eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+        raise InvalidInput(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _shared_out(path: str, ranks: int) -> dict[str, Any]:

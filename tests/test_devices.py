@@ -1,0 +1,65 @@
+"""Layers on two devices that only pretend to be (pretend_device.cpp): pools follow layers, and a
+session does as on one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The two devices, compiled against the torch that runs."""
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    path = tmp_path_factory.mktemp("pretend") / "pretend_device.so"
+    torch_paths = [f"-I{p}" for p in cpp_extension.include_paths()]
+    libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
+    source = str(HERE / "pretend_device.cpp")
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", *torch_paths, *libraries]
+    command = ["g++", *flags, source, "-lc10", "-ltorch_cpu", "-o", str(path)]
+    subprocess.run(command, check=True, timeout=300)
+    return str(path)
+
+
+def run(*arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    ran = subprocess.run(
+        [sys.executable, "devices_program.py", *arguments],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+# Several kinds of masks; learned positions and tied heads; states; rows of a cache of its own;
+# latents; the kernels of emulated GPUs.
+@pytest.mark.parametrize("kernels", ["cpu", "80", "90"])
+def test_layers_on_two_devices_are_one_model(library, kernels):
+    names = {
+        "cpu": ["llama", "gemma3", "gpt2", "lfm2", "qwen3_next", "mamba", "bloom", "deepseek"],
+        "80": ["llama"],
+        "90": ["gemma3", "lfm2"],
+    }[kernels]
+    assert run(library, kernels, *names).split() == names
+
+
+def test_what_a_session_does_on_two_devices(library):
+    """Vectors, codes, pools that grow and empty themselves, pools of all that is free; graphs are
+    refused.
+    """
+    assert run(library, "cpu", "life").split() == ["life"]
