@@ -11,6 +11,7 @@ import models
 import scripted
 from apr import _core
 from kernel_cases import GPUS, SETS, force
+from served import PROMPT, Server
 
 _TRAPS = pytest.StashKey[dict[int, list[str]]]()
 _BUILT: dict[str, object] = {}
@@ -116,3 +117,39 @@ def net(tok):
 def session(net):
     with apr.Session(net, max_tokens=1 << 15, page_size=16) as s:
         yield s
+
+
+@pytest.fixture(scope="module")
+def plain(tok):
+    """Tokens whose texts are read back as they were: those that a server never samples are the
+    others.
+    """
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
+    kept = (i for i in range(len(tok)) if tok.decode([i]).isprintable() and i not in special)
+    readable = {i for i in kept if "\ufffd" not in tok.decode([i])} | {tok.eos_token_id}
+    return sorted(set(range(len(tok))) - readable)
+
+
+@pytest.fixture
+def serve(net, tok, plain):
+    """Servers of the tests' model, which end with the test."""
+    made = []
+
+    def start(kind="fields", **settings):
+        made.append(Server(net, tok, kind, plain))
+        vars(made[-1]).update(settings)
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.end()
+
+
+@pytest.fixture
+def local(session, plain):
+    """The oracle: a session that leaves the same tokens out."""
+
+    def run(method, tok, prompt=PROMPT, **options):
+        return method(session, tok, prompt, suppress_tokens=plain, **options)
+
+    return run

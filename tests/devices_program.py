@@ -61,10 +61,12 @@ def spread(model):
 def written(session, folder):
     """Logits of all kinds of steps, texts, and what goes on from a saved thread."""
     found, said = logits(session), texts(session)
-    session.save(folder / "kid.safetensors", {"kid": session.thread([5, 6, 7]).fork()[0]})
-    again, named = apr.Session.open(folder / "kid.safetensors", session.model)
-    with again:
-        said.append(apr.decode(again, [named["kid"]], max_new_tokens=5, **SAMPLED)[0].tokens)
+    for keys in (True, False):
+        kid = session.thread([5, 6, 7]).fork()[0]
+        session.save(folder / "kid.safetensors", {"kid": kid}, keys=keys)
+        again, named = apr.Session.open(folder / "kid.safetensors", session.model)
+        with again:
+            said.append(apr.decode(again, [named["kid"]], max_new_tokens=5, **SAMPLED)[0].tokens)
     return found, said
 
 
@@ -93,6 +95,7 @@ def equal(whole, parts):
         reads = one.spec.can_rotate and one.spec.vocab_size >= len(TOKENIZER)
         run = written if reads and not one.spec.no_keys else lines
         (wanted, said), (found, also) = (run(session, Path(folder)) for session in (one, two))
+        assert two.spec.spread and not one.spec.spread
         places = [str(pool.k.device) for pool in two.pools]
         assert places == sorted(places) and (len(places) < 2 or len(set(places)) == 2), places
         apart = float((found.cpu() - wanted).abs().max() / wanted.std())
@@ -144,10 +147,13 @@ def life():
         whole, max_tokens=4096, kv_dtype=torch.int8
     )
     assert torch.allclose(turned(parts), turned(whole), atol=1e-5)
-    with apr.Session(parts) as session:  # as much as fits
+    with tempfile.TemporaryDirectory() as folder, apr.Session(parts) as session:
         first, second = session.pools[0].k.device, session.pools[-1].k.device
         assert (str(first), str(second)) == (FIRST, SECOND)
         assert session.spec.bytes_per_token == 2 * session.spec.bytes_on(first)
+        session.save(Path(folder) / "x.safetensors", {"x": session.thread([5])})
+        opened = lambda: apr.Session.open(Path(folder) / "x.safetensors", parts, mapped=True)  # noqa: E731
+        assert "mapped" in refused(opened)
     with tempfile.TemporaryDirectory() as folder:
         whole.save_pretrained(folder)
         TOKENIZER.save_pretrained(folder)

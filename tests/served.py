@@ -13,6 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+KINDS = ["fields", "generation_config", "none"]
+PROMPT = "How far is it?"
+GREEDY = {"do_sample": False, "max_new_tokens": 10}
+
 
 class _Local(ThreadingHTTPServer):
     daemon_threads = True

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
+
+from apr.ops import pages
 
 HERE = Path(__file__).parent
 
@@ -56,6 +59,15 @@ def test_layers_on_two_devices_are_one_model(library, kernels):
         "90": ["gemma3", "lfm2"],
     }[kernels]
     assert run(library, kernels, *names).split() == names
+
+
+def test_a_pool_by_free_memory_fits_every_device(monkeypatch):
+    roomy, full = torch.device("cpu"), torch.device("meta")
+    free = {roomy: 1 << 30, full: 1 << 26}
+    monkeypatch.setattr(pages, "_free_memory", free.__getitem__)
+    alone = [pages.pages_for(None, {device: 4096}, 16) for device in (roomy, full)]
+    assert pages.pages_for(None, {roomy: 4096, full: 4096}, 16) == alone[1] < alone[0]
+    assert pages.pages_for(None, {roomy: 1 << 20, full: 4096}, 16) < alone[1]
 
 
 def test_what_a_session_does_on_two_devices(library):

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 from apr.errors import InvalidInput
+from apr.ops import device as gpu
 
 
 def load(
@@ -24,8 +25,8 @@ def load(
     Raises InvalidInput where it cannot be loaded, or brings code of its own: that is never run, nor
     asked about. Load such a model yourself, and give it to `apr.Session`.
     """
-    if device is not None and ranks > 1:
-        raise InvalidInput(f"device: got {device!r} for {ranks} ranks, which have one each")
+    if device is not None:
+        _check_device(device, ranks)
     try:
         parts = _shared_out(path, ranks) if ranks > 1 else {}
         if device == "auto":
@@ -33,17 +34,27 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, **parts
         )
-        if device not in (None, "auto"):
-            model = _moved(model, device)
-        return model.eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInput(f"model {path!r} cannot be loaded: {error}") from error
+    if device not in (None, "auto"):
+        try:
+            model = model.to(device)
+        except (RuntimeError, ValueError, AssertionError) as error:  # of room, of weights in bits
+            raise InvalidInput(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
+    return model.eval(), tokenizer
 
 
-def _moved(model: Any, device: str) -> Any:
+def _check_device(device: str, ranks: int) -> None:
+    """Raise InvalidInput for a device that is not there, before anything is read."""
+    if ranks > 1:
+        raise InvalidInput(f"device: got {device!r} for {ranks} ranks, which have one each")
+    if device == "auto":
+        return
     try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+        torch.empty(1, device=device)
+        gpu.backend(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
         raise InvalidInput(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
 
 

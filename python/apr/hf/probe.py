@@ -48,14 +48,23 @@ class _Carried(Tensor):
     note: Callable[[Tensor], None]
 
     @classmethod
+    def of(cls, mask: Tensor, note: Callable[[Tensor], None]) -> _Carried:
+        note(mask)
+        carried = mask.as_subclass(cls)
+        carried.note = note
+        return carried
+
+    @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
-        if func is Tensor.to:
-            args[0].note(out)
-        return out
+        mask = args[0]
+        if func is not Tensor.to or not isinstance(mask, cls):
+            return out
+        moved = out.dtype == mask.dtype and out.device != mask.device
+        return cls.of(out, mask.note) if moved else out
 
 
 @dataclass
@@ -88,10 +97,9 @@ class _Probe:
             self.mask_functions[x.data_ptr()] = kwargs["mask_function"]
             self.alive.append(x)
 
-        note(mask)
         if self.spread:
-            mask = mask.as_subclass(_Carried)
-            mask.note = note
+            return _Carried.of(mask, note)
+        note(mask)
         return mask
 
 

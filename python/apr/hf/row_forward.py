@@ -88,10 +88,11 @@ def forward_rows(
             call, eager = attachment.model, torch.compiler.set_stance("force_eager")
         with attachment.running(packed), eager:
             logits, after = run(call, spec.states, cache, part, **more)
+        logits = logits.to(spec.device)
         if not spec.keeps_rows:
             logits = logits[:, columns]
         for i, row in zip(group, logits, strict=True):
-            found[i] = row.to(spec.device)
+            found[i] = row
         wanted = [ends[i] if ends[i] >= 0 else None for i in group]
         if any(end is not None for end in wanted):
             held.put(wanted, after)

@@ -33,13 +33,15 @@ async def astream(
     rules, reaches its task alone; one of the model all tasks of the step, none of which has taken a
     token. Cancellation comes between steps: the run ends, the threads stay their owner's.
 
+    On a served engine requests of all tasks run at once.
+
     Raises what `stream` raises, and InvalidInput where tasks of several event loops meet.
     """
-    if not isinstance(session, Session):
-        raise InvalidInput(
-            f"astream: got {type(session).__name__}; expected a Session: on a served engine run "
-            "apr.stream or apr.decode in a thread, with asyncio.to_thread"
-        )
+    served = getattr(session, "astream", None)
+    if served is not None:  # an engine, whose tasks share no step
+        async for step in served(threads, generation_config, **options):
+            yield step
+        return
     with stream(session, threads, generation_config, **options) as run:
         while run.threads:
             yield await _next(run)

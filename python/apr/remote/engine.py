@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from types import SimpleNamespace, TracebackType
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from apr.errors import EngineError, InvalidInput
 from apr.hf.ranks import Ranks
 from apr.loop.sampling import resolve
+from apr.loop.stream import StreamStep
 from apr.remote.dialect import Dialect, check_ends, listen
 from apr.remote.stream import ServedStream
 from apr.remote.usage import ServedSpec, Usage
@@ -167,6 +168,19 @@ class Engine:
             run.__exit__()
             raise
         return run
+
+    async def astream(
+        self,
+        threads: Sequence[Thread],
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> AsyncIterator[StreamStep]:
+        """`apr.astream` on this engine: tasks wait for their own tokens, and for nobody's step."""
+        if options.get("tokenizer") is not None:  # how to speak is asked once, and takes a while
+            await asyncio.to_thread(self.dialect, options["tokenizer"])
+        with self.stream(threads, generation_config, **options) as run:
+            async for step in run:
+                yield step
 
     # ---- the server -----------------------------------------------------------------------------
 

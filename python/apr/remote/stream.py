@@ -8,8 +8,9 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +52,9 @@ class _Line:
 
 
 class ServedStream:
-    """Iterate it, a StreamStep at a time: each thread that has a token takes one; of a server that
-    is silent, a step without any each second. A thread that was changed between steps is asked
-    for anew.
+    """Iterate it, in a task too, a StreamStep at a time: each thread that has a token takes one; of
+    a server that is silent, a step without any each second. A thread that was changed between steps
+    is asked for anew.
 
     Stops are looked for here, so that they mean what they mean on a session, whatever a server
     makes of its own; a request that nobody needs any more is cancelled.
@@ -73,6 +74,7 @@ class ServedStream:
         self._dialect, self._criteria = dialect, stopping_criteria
         self._lines: dict[Thread, _Line] = {}
         self._came: queue.SimpleQueue[tuple[_Line, int, Any]] = queue.SimpleQueue()
+        self._told: Callable[[], Any] = lambda: None  # what wakes a task that waits for it
         added = tokenizer.added_tokens_decoder.items()
         self._special = {number: token.content for number, token in added if token.special}
         request_fields(config, dialect)  # refused before anything is sent
@@ -166,18 +168,23 @@ class ServedStream:
 
     async def _write(self, line: _Line, sent: int, request: Request) -> None:
         """Ask for an answer, and hand on what comes of it."""
+
+        def hand_on(item: Piece | str | Exception) -> None:
+            self._came.put((line, sent, item))
+            self._told()
+
         engine, request.task = self.session, asyncio.current_task()
         if request.is_unwanted:
             return
         try:
             async with engine.places:
                 async for item in answer(engine, request):
-                    self._came.put((line, sent, item))
+                    hand_on(item)
         except asyncio.CancelledError:
-            self._came.put((line, sent, EngineError("engine: it was closed; open another one")))
+            hand_on(EngineError("engine: it was closed; open another one"))
             raise
         except Exception as error:  # whatever it is, it is raised where it is waited for
-            self._came.put((line, sent, error))
+            hand_on(error)
 
     def remove(self, thread: Thread) -> None:
         """Take a thread out of the run; it keeps what it wrote."""
@@ -192,34 +199,55 @@ class ServedStream:
 
     def __iter__(self) -> Iterator[StreamStep]:
         while self._lines:
-            for thread, line in self._lines.items():
-                if (len(thread), thread.trims) != line.stood:  # it failed, or was changed since
-                    self._send(thread)
-            late = self._wait()
-            step = self._take()
-            for thread in late:
-                if thread in self._lines:
-                    step.finished[thread] = "time"
-                    self.remove(thread)
+            silent = self._begin()
+            while isinstance(step := self._step(silent), float):
+                with contextlib.suppress(queue.Empty):
+                    self._note(*self._came.get(timeout=step))
             yield step
 
-    def _wait(self) -> list[Thread]:
-        """Until some thread can take a token, or for a second, so that limits can be looked at;
-        those whose time is over.
+    async def __aiter__(self) -> AsyncIterator[StreamStep]:
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        self._told = partial(loop.call_soon_threadsafe, came.set)
+        try:
+            while self._lines:
+                silent = self._begin()
+                while isinstance(step := self._step(silent), float):
+                    # Not by asyncio.wait_for, which can lose a cancellation (before Python 3.12).
+                    timer = loop.call_later(step, came.set)
+                    try:
+                        await came.wait()
+                    finally:
+                        timer.cancel()
+                    came.clear()
+                yield step
+        finally:
+            self._told = lambda: None
+
+    def _begin(self) -> float:
+        """Ask for what is missing; when a step is made even if nothing comes."""
+        for thread, line in self._lines.items():
+            if (len(thread), thread.trims) != line.stood:  # it failed, or was changed since
+                self._send(thread)
+        return time.monotonic() + _SILENCE
+
+    def _step(self, silent: float) -> StreamStep | float:
+        """The next step, when some thread can take a token, when the time of one is over, or, so
+        that limits can be looked at, after a second; else in how many seconds to look again.
         """
-        silent = time.monotonic() + _SILENCE
-        while True:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._note(*self._came.get_nowait())
-            now = time.monotonic()
-            times = {t: x.rules.deadline for t, x in self._lines.items() if x.rules.deadline}
-            late = [thread for thread, deadline in times.items() if now > deadline]
-            if late or now > silent or any(line.is_ready for line in self._lines.values()):
-                return late
-            left = min(deadline - now for deadline in (*times.values(), silent))
-            with contextlib.suppress(queue.Empty):
-                self._note(*self._came.get(timeout=max(left, 0.001)))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._note(*self._came.get_nowait())
+        now = time.monotonic()
+        times = {t: x.rules.deadline for t, x in self._lines.items() if x.rules.deadline}
+        late = [thread for thread, deadline in times.items() if now > deadline]
+        if not (late or now > silent or any(line.is_ready for line in self._lines.values())):
+            return max(min(deadline - now for deadline in (*times.values(), silent)), 0.001)
+        step = self._take()
+        for thread in late:
+            if thread in self._lines:
+                step.finished[thread] = "time"
+                self.remove(thread)
+        return step
 
     def _note(self, line: _Line, sent: int, item: Piece | str | Exception) -> None:
         if line not in self._lines.values() or line.sent != sent:

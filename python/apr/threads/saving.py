@@ -200,10 +200,11 @@ def open_saved(
                 f"open: {path} was saved with a model of the same weights that answers otherwise, "
                 f"by {apart:.2g} standard deviations of its logits: with other settings"
             )
-        if mapped and session.spec.device.type != "cpu":
+        away = [str(device) for device in session.spec.devices if device.type != "cpu"]
+        if mapped and away:
             raise InvalidInput(
-                f"open: got mapped=True for a model on {session.spec.device}, whose memory no file "
-                "can be; leave it out"
+                f"open: got mapped=True for a model on {', '.join(away)}, whose memory no file can "
+                "be; leave it out"
             )
         return session, _place(session, opened, mapped)
     except BaseException:
