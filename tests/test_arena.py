@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,3 +111,37 @@ def test_without_a_thread_pages_are_touched_when_they_are_used(llama, monkeypatc
     monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
     with apr.Session(llama, max_tokens=640) as s:
         assert s.step([s.thread([1, 2, 3])]).isfinite().all()
+
+
+STRUCK = """
+import threading
+
+import torch
+
+from apr import ops
+from apr.ops.arena import Arena
+
+wait = threading.Event.wait
+
+
+def strike(event, timeout=None):
+    threading.Event.wait = wait
+    event.wait(timeout)
+    raise KeyboardInterrupt
+
+
+arena = Arena([ops.empty_pool(64, 1, 16, torch.float32)])
+threading.Event.wait = strike
+try:
+    arena.keep_ahead(0, 1)
+except KeyboardInterrupt:
+    print("struck")
+"""
+
+
+def test_an_interrupt_as_the_thread_begins_lets_python_end():
+    """Where it began, and its starter does not know: a pool of workers would wait for ever."""
+    ran = subprocess.run(
+        [sys.executable, "-c", STRUCK], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert ran.stdout == "struck\n"

@@ -5,7 +5,7 @@ touch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
 
 from apr.ops.pools import Pool
 
@@ -20,8 +20,10 @@ class Arena:
     time.
 
     The operating system gives memory at its first touch, which costs far more than writing the keys
-    and values of a token. A background thread touches pages before they are handed out. It is a
-    convenience: where no thread can be had, pages are touched when they are used.
+    and values of a token. A background thread touches pages before they are handed out, and ends:
+    one that waited for more work could be left waiting by an interrupt as it is started, and then
+    the interpreter would not end. It is a convenience: where no thread can be had, pages are
+    touched when they are used.
     """
 
     def __init__(self, pools: Sequence[Pool]) -> None:
@@ -29,8 +31,7 @@ class Arena:
         page_bytes = sum(pool.bytes_per_token * pool.page_size for pool in self._pools)
         self._least = max(1, min(_AHEAD_PAGES, _AHEAD_BYTES // max(page_bytes, 1)))
         self._present = 0
-        self._worker: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
+        self._last: Thread | None = None
 
     def keep_ahead(self, used: int, threads: int) -> None:
         """Start touching what `threads` threads will need next, where pages [0, used) were handed
@@ -42,16 +43,17 @@ class Arena:
         first, end = max(self._present, used), min(used + ahead, self._pools[0].num_pages)
         if first >= end:
             return
+        toucher = Thread(target=self._populate, args=(first, end, self._last), name="apr-pages")
         try:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="apr-pages")
-            self._last = self._worker.submit(self._populate, first, end)
+            toucher.start()
         except RuntimeError:  # the interpreter is ending, or the system has no thread left
             self._pools = []
             return
-        self._present = end
+        self._last, self._present = toucher, end
 
-    def _populate(self, first: int, end: int) -> None:
+    def _populate(self, first: int, end: int, before: Thread | None) -> None:
+        if before is not None:
+            before.join()
         for pool in list(self._pools):
             pool.populate(first, end)
 
@@ -65,10 +67,9 @@ class Arena:
     def wait(self) -> None:
         """Until what was started is present."""
         if self._last is not None:
-            self._last.result()
+            self._last.join()
 
     def close(self) -> None:
         """Let the pools go; waits for what is being touched."""
         self._pools = []
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
+        self.wait()
