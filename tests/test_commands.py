@@ -113,6 +113,13 @@ def test_bad_arguments_are_named(arguments, word, capsys):
     assert word in capsys.readouterr().err
 
 
+def test_options_that_a_bench_does_not_take_are_refused(capsys):
+    for arguments in (["plan", "--model", "x"], ["scaling", "--prefix", "9"]):
+        with pytest.raises(SystemExit):
+            main(["bench", *arguments])
+        assert f"unrecognized arguments: {arguments[1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", list(bench.BENCHES))
 def test_bench_smoke(what, capsys, tmp_path):
     assert main(["bench", what, "--smoke", "--json", str(tmp_path / "b.json")]) == 0

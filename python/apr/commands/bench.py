@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from apr.bench import (
     adaptive,
@@ -23,66 +24,67 @@ from apr.bench import (
 from apr.errors import InvalidInput
 from apr.hf.world import is_first_rank
 
+# Of each: what measures, and which of OPTIONS it takes.
 BENCHES = {
-    "attention": kernels.bench_attention,
-    "prefill": kernels.bench_prefill,
-    "workers": kernels.bench_workers,
-    "fork": sessions.bench_fork,
-    "drop": drop.bench_drop,
-    "plan": sessions.bench_plan,
-    "threads": sessions.bench_threads,
-    "pages": sessions.bench_pages,
-    "codes": codes.bench_codes,
-    "sampling": sampling.bench_sampling,
-    "loop": loop.bench_loop,
-    "latent": latent.bench_latent,
-    "scaling": scaling.bench_scaling,
-    "width": kernels.bench_width,
-    "gpu": gpu.bench_gpu,
-    "methods": methods.bench_methods,
-    "ranks": ranks.bench_ranks,
-    "adaptive": adaptive.bench_adaptive,
+    "attention": (kernels.bench_attention, "seconds problem"),
+    "prefill": (kernels.bench_prefill, "seconds"),
+    "workers": (kernels.bench_workers, "seconds"),
+    "fork": (sessions.bench_fork, "tokens rounds"),
+    "drop": (drop.bench_drop, "prefix model"),
+    "plan": (sessions.bench_plan, "threads rounds"),
+    "threads": (sessions.bench_threads, "prefix rounds"),
+    "pages": (sessions.bench_pages, ""),
+    "codes": (codes.bench_codes, "prefix seconds model"),
+    "sampling": (sampling.bench_sampling, "seconds"),
+    "loop": (loop.bench_loop, "model"),
+    "latent": (latent.bench_latent, "prefix"),
+    "scaling": (scaling.bench_scaling, ""),
+    "width": (kernels.bench_width, "seconds"),
+    "gpu": (gpu.bench_gpu, "problem"),
+    "methods": (methods.bench_methods, ""),
+    "ranks": (ranks.bench_ranks, "prefix rounds"),
+    "adaptive": (adaptive.bench_adaptive, ""),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "seconds": {"type": float, "help": "for each table of kernels (4)"},
+    "tokens": {"type": int, "help": "length of the forked thread (131072)"},
+    "threads": {"type": int, "help": "threads of the planned step (64)"},
+    "prefix": {"type": int, "help": "tokens before those that are measured (4096)"},
+    "rounds": {"type": int, "help": "how often (300)"},
+    "model": {"help": "a folder, instead of random weights"},
+    "problem": {
+        "action": "append",
+        "metavar": "NAME",
+        "help": "problems of others, by name or family (pat, fasttree, hydragen, trtllm, hogwild, "
+        "deft)",
+    },
+}
+SIZES = {"seconds": 4.0, "tokens": 131072, "threads": 64, "prefix": 4096, "rounds": 300}
+SMALL = {"seconds": 0.05, "tokens": 8192, "threads": 64, "prefix": 256, "rounds": 20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=list(BENCHES))
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each table of kernels")
-    parser.add_argument("--tokens", type=int, default=131072, help="length of the forked thread")
-    parser.add_argument("--threads", type=int, default=64, help="threads of the planned step")
-    parser.add_argument(
-        "--prefix",
-        type=int,
-        default=4096,
-        help="shared tokens of `threads`, `latent` and `codes`, length of `drop`",
-    )
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument(
-        "--model", help="of `loop`, `drop` and `codes`: a folder, instead of random weights"
-    )
-    parser.add_argument(
-        "--problem",
-        action="append",
-        metavar="NAME",
-        help="of `attention` and `gpu`: problems of others, by name or family (pat, fasttree, "
-        "hydragen, trtllm, hogwild, deft)",
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, (measure, takes) in BENCHES.items():
+        about = (measure.__doc__ or "").split("\n\n")[0]
+        kind = kinds.add_parser(name, help=about, description=about)
+        for option in takes.split():
+            kind.add_argument(f"--{option}", **OPTIONS[option])
+        kind.add_argument("--json", type=Path, help="write the figures here too")
+        kind.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
 
 
 def main(options: argparse.Namespace) -> None:
-    if options.problem and options.what not in ("attention", "gpu"):
-        raise InvalidInput(f"--problem: bench {options.what} has none; expected attention or gpu")
-    for name in ("seconds", "tokens", "threads", "prefix", "rounds"):
+    measure, takes = BENCHES[options.what]
+    for name in SIZES.keys() & takes.split():
+        if getattr(options, name) is None:
+            setattr(options, name, (SMALL if options.smoke else SIZES)[name])
         if not getattr(options, name) > 0:
             raise InvalidInput(f"--{name}: got {getattr(options, name)}; expected more than 0")
-    if options.smoke:
-        options.tokens, options.rounds, options.prefix, options.seconds = 8192, 20, 256, 0.05
     machine = harness.Machine()
     print(f"{machine}; medians, with p10 and p90")
     records = []
-    for figure in BENCHES[options.what](options):
+    for figure in measure(options):
         records.append(figure.record())
         if (
             options.json and is_first_rank()
