@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import types
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,22 +86,28 @@ def lines(session, folder):
     return torch.cat(found), [kid.tokens for kid in kids]
 
 
-def equal(whole, parts):
-    """One model on one device and on two: logits within sums in another order, equal texts."""
+def equal(make):
+    """A model on the CPU, all on the second device, and on both: logits within sums in another
+    order, equal texts.
+    """
+    whole, there, parts = make(), make().to(SECOND), spread(make())
     with (
         tempfile.TemporaryDirectory() as folder,
         apr.Session(whole, 4096, 16) as one,
+        apr.Session(there, 4096, 16) as other,
         apr.Session(parts, 4096, 16) as two,
     ):
         reads = one.spec.can_rotate and one.spec.vocab_size >= len(TOKENIZER)
         run = written if reads and not one.spec.no_keys else lines
-        (wanted, said), (found, also) = (run(session, Path(folder)) for session in (one, two))
-        assert two.spec.spread and not one.spec.spread
+        wanted, said = run(one, Path(folder))
+        for session in (other, two):
+            found, also = run(session, Path(folder))
+            apart = float((found.cpu() - wanted).abs().max() / wanted.std())
+            assert apart < 1e-5, apart
+            assert also == said, (also, said)
+        assert two.spec.spread and not other.spec.spread
         places = [str(pool.k.device) for pool in two.pools]
         assert places == sorted(places) and (len(places) < 2 or len(set(places)) == 2), places
-        apart = float((found.cpu() - wanted).abs().max() / wanted.std())
-        assert apart < 1e-5, apart
-        assert also == said, (also, said)
 
 
 def crowded(model, **room):
@@ -175,10 +182,9 @@ def main():
         if name == "life":
             life()
         elif name == "deepseek":
-            equal(latents("deepseek_v3"), spread(latents("deepseek_v3")))
+            equal(partial(latents, "deepseek_v3"))
         else:
-            whole, parts = (build(name, vocab_size=len(TOKENIZER)) for _ in range(2))
-            equal(whole, spread(parts))
+            equal(partial(build, name, vocab_size=len(TOKENIZER)))
         print(name, flush=True)
 
 
