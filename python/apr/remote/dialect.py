@@ -52,22 +52,16 @@ class Dialect:
     tells_logprobs: bool = False
 
 
-_NEUTRAL: dict[str, dict[str, Any]] = {
-    "fields": {"top_k": _ALL, "min_p": 0.0, "skip_special_tokens": False, "return_token_ids": True},
-    "generation_config": {"generation_config": json.dumps({"do_sample": False})},
-    "none": {},
-}
-
-
 async def listen(client: Any, model: str, ids: list[int], text: str, retries: int) -> Dialect:
-    """Ask a server for one token in one way after the other, until it answers.
+    """Ask a server for one token, as requests will, in one way after the other, until it answers.
 
     Raises EngineError with its last words where it never does.
     """
     said: Exception | None = None
-    for extras, fields in _NEUTRAL.items():
+    for extras in ("fields", "generation_config", "none"):
+        fields = request_fields(GenerationConfig(), Dialect(extras, tells_ids=True))
         for prompt in (ids, text):
-            asked = {"model": model, "prompt": prompt, "extra_body": fields}
+            asked = {"model": model, "prompt": prompt, "max_tokens": 1, "logprobs": 1, **fields}
             answer, said = await _ask(client, retries, asked)
             if answer is not None:
                 choice = answer.choices[0]
@@ -92,9 +86,7 @@ async def _ask(client: Any, retries: int, asked: dict[str, Any]) -> tuple[Any, E
         if attempt:
             await pause(attempt, failed)
         try:
-            return await client.completions.create(
-                max_tokens=1, temperature=0, logprobs=1, **asked
-            ), None
+            return await client.completions.create(**asked), None
         except Exception as error:
             # Some servers say 500 to what they do not take, and to it again.
             status = error.status_code if isinstance(error, APIStatusError) else 0
