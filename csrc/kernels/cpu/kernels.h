@@ -105,7 +105,7 @@ struct ScorePasses {
   int64_t (*weigh_all)(const ScoreRow& row, double& moment);
   void (*weigh)(const ScoreRow& row, const Kept& kept, int64_t* blocks);
   int64_t (*find_weight)(const ScoreRow& row, const Kept& kept, int64_t block, int64_t target);
-  void (*bin)(const ScoreRow& row, float floor, ScoreBin* bins);
+  int64_t (*bin)(const ScoreRow& row, float floor, bool all, ScoreBin* bins);
   void (*collect)(const ScoreRow& row, float floor, int32_t bin, Score* to);
 };
 

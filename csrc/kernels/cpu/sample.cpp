@@ -11,8 +11,6 @@
 namespace apr::cpu {
 namespace {
 
-constexpr Kept kEverything{true, -INFINITY, 0, 0.f};
-
 // A beginning of the scores from the highest down: how far it goes, and what it holds.
 struct Prefix {
   float least = 0.f;  // the lowest score of it
@@ -109,15 +107,14 @@ class Row {
     Kept kept{how.min_p <= 0.f, -INFINITY, 0, how.min_p};
     int64_t mass = 0;
     if (how.top_k > 0 && how.top_k < row_.count) {
-      bin_from(least_of_top(how.top_k));
+      bin_from(least_of_top(how.top_k), false);
       const Prefix prefix = prefix_of(how.top_k, false);
       kept = {false, prefix.least, 0, how.min_p};
       mass = prefix.mass;
     }
     if (how.tail > 0.) {
       if (kept.least == -INFINITY) {
-        mass = weigh(kEverything);
-        bin_from(least_of_mass(how.tail));
+        mass = bin_from(least_of_mass(how.tail), true);
       }
       const Prefix prefix = prefix_of(mass_kept(how.tail, mass), true);
       kept = {false, prefix.least, 0, how.min_p};
@@ -134,16 +131,19 @@ class Row {
     return groups_[k - 1] / row_.temperature;
   }
   // The same of what top-p leaves: all tokens that have less than an equal share of the tail are
-  // less than the tail together. (One below it: the logarithm is rounded.)
+  // less than the tail together; of all shares the groups' highest are a part. (One below it: these
+  // are rounded.)
   float least_of_mass(double tail) const {
-    const double shares = sum_ / kWholeWeight;
+    float shares = 0.f;
+    for (const float score : groups_) shares += std::exp(score / row_.temperature - row_.top);
     return row_.top + static_cast<float>(std::log(tail * shares / row_.count)) - 1.f;
   }
 
-  void bin_from(float floor) {
+  // Returns, where `all`, the sum of all weights.
+  int64_t bin_from(float floor, bool all) {
     floor_ = floor;
     bins_.assign(kScoreBins, {});
-    passes_.bin(row_, floor, bins_.data());
+    return passes_.bin(row_, floor, all, bins_.data());
   }
 
   Prefix prefix_of(int64_t need, bool by_mass) const {

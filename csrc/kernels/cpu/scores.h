@@ -177,30 +177,40 @@ inline VecInt bins_of(const ScoreRow& row, Vec x) {
   return truncated(below < float(kScoreBins - 1) ? below : spread(float(kScoreBins - 1)));
 }
 
-// Counts and weighs the scores from `floor` on.
+// Counts and weighs the scores from `floor` on; returns, where `all`, the sum of all weights.
 template <class T>
-void bin_scores(const ScoreRow& row, float floor, ScoreBin* bins) {
-  for (int64_t i = 0; i < row.count; i += kWidth) {
-    const Vec x = scaled_at<T>(row, i);
-    const uint32_t wanted = bits_of(x >= floor);
-    if (wanted == 0) continue;
-    const Weights w = weights_of(shares_of(x - row.top));
-    int32_t bin[kWidth], high[kWidth], low[kWidth];
-    store(bin, bins_of(row, x));
-    store(high, w.high);
-    store(low, w.low);
-    const auto put = [&](int j) {
-      ScoreBin& to = bins[bin[j]];
-      to.mass += int64_t(high[j]) << 20 | low[j];
-      ++to.count;
-    };
-    if (wanted == (1u << kWidth) - 1) {
+int64_t bin_scores(const ScoreRow& row, float floor, bool all, ScoreBin* bins) {
+  int64_t sum = 0;
+  for (int64_t first = 0; first < row.count; first += kScoreBlock) {
+    const int64_t end = first + kScoreBlock < row.count ? first + kScoreBlock : row.count;
+    VecInt sum_high = {}, sum_low = {};
+    for (int64_t i = first; i < end; i += kWidth) {
+      const Vec x = scaled_at<T>(row, i);
+      const uint32_t wanted = bits_of(x >= floor);
+      if (wanted == 0 && !all) continue;
+      const Weights w = weights_of(shares_of(x - row.top));
+      sum_high += w.high;
+      sum_low += w.low;
+      if (wanted == 0) continue;
+      int32_t bin[kWidth], high[kWidth], low[kWidth];
+      store(bin, bins_of(row, x));
+      store(high, w.high);
+      store(low, w.low);
+      const auto put = [&](int j) {
+        ScoreBin& to = bins[bin[j]];
+        to.mass += int64_t(high[j]) << 20 | low[j];
+        ++to.count;
+      };
+      if (wanted == (1u << kWidth) - 1) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j) put(j);
-    } else {
-      for (uint32_t left = wanted; left != 0; left &= left - 1) put(__builtin_ctz(left));
+        for (int j = 0; j < kWidth; ++j) put(j);
+      } else {
+        for (uint32_t left = wanted; left != 0; left &= left - 1) put(__builtin_ctz(left));
+      }
     }
+    sum += sum_of(sum_high, sum_low);
   }
+  return all ? sum : 0;
 }
 
 // Those of one bin.
