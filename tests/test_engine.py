@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,80 @@ def test_threads_of_an_engine(serve, tok):
     for wrong in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0}, {"seed": 1.5}):
         with pytest.raises(apr.InvalidInput, match=next(iter(wrong))):
             remote.Engine("http://127.0.0.1:9/v1", "m", **wrong)
+
+
+def test_a_task_may_stop_and_go_on(serve, tok):
+    """Another loop over the same run takes up where the last one stopped, at once."""
+    server = serve(pause=0.05)
+
+    async def main(engine):
+        thread = engine.thread(tok(PROMPT).input_ids)
+        with apr.stream(engine, [thread], tokenizer=tok, max_new_tokens=14) as run:
+            async for step in run:
+                if step.tokens:
+                    break
+            times = [time.monotonic()]
+            async for step in run:
+                times.append(time.monotonic())
+            return len(thread), times[1] - times[0]
+
+    with remote.Engine(server.url, "m") as engine:
+        length, seconds = asyncio.run(main(engine))
+    assert length > len(tok(PROMPT).input_ids) + 1 and seconds < 0.9  # a silent step is a second
+
+
+def test_a_run_has_one_reader(serve, tok):
+    server = serve(pause=0.1)
+
+    async def read(run):
+        async for _ in run:
+            pass
+
+    async def main(engine):
+        thread = engine.thread(tok(PROMPT).input_ids)
+        with apr.stream(engine, [thread], tokenizer=tok, max_new_tokens=30) as run:
+            return await asyncio.gather(read(run), read(run), return_exceptions=True)
+
+    with remote.Engine(server.url, "m") as engine:
+        first, second = asyncio.run(main(engine))
+    assert isinstance(first, apr.InvalidInput) and second is None
+
+
+def test_tasks_of_a_fast_server_let_others_run(serve, tok):
+    async def write(engine):
+        threads = [engine.thread(tok(f"How far is {i}?").input_ids) for i in range(3)]
+        async for _ in apr.astream(engine, threads, tokenizer=tok, max_new_tokens=200):
+            time.sleep(0.005)  # more than the server takes
+
+    async def main(engine):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(write(engine), 0.3)
+
+    with remote.Engine(serve().url, "m") as engine:
+        apr.stream(engine, [], tokenizer=tok)  # asks
+        begun = time.monotonic()
+        asyncio.run(main(engine))
+        assert time.monotonic() - begun < 2  # all of it takes three seconds and more
+
+
+def test_a_server_is_asked_once_by_many_tasks(serve, tok):
+    server = serve()
+
+    async def write(engine):
+        thread = engine.thread(tok(PROMPT).input_ids)
+        async for _ in apr.astream(engine, [thread], tokenizer=tok, **GREEDY):
+            pass
+
+    async def main(engine):
+        await asyncio.gather(*(write(engine) for _ in range(12)))
+
+    engine = remote.Engine(server.url, "m")
+    asyncio.run(main(engine))
+    assert len(server.requests) == 12 + 1
+    thread = engine.thread(tok(PROMPT).input_ids)
+    engine.close()
+    with pytest.raises(apr.InvalidInput, match="closed"):
+        asyncio.run(anext(apr.astream(engine, [thread], tokenizer=tok)))
 
 
 def test_inside_a_running_loop(serve, tok):

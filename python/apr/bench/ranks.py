@@ -178,7 +178,7 @@ def _measured_machine(
 def bench_ranks(options: argparse.Namespace) -> Iterator[Figure]:
     """Steps on one rank and, under torchrun, on all, beside what the model of a step foretells."""
     torch.manual_seed(0)
-    rounds = min(options.rounds, 20)
+    rounds = 20
     widths, prefixes = (1, 4, 16), (64, options.prefix)
     config = LlamaConfig(**(SMOKE if options.smoke else LARGE), **HEADS, vocab_size=16384)
     whole = LlamaForCausalLM(config).eval()

@@ -42,15 +42,15 @@ BENCHES = {
     "width": (kernels.bench_width, "seconds"),
     "gpu": (gpu.bench_gpu, "problem"),
     "methods": (methods.bench_methods, ""),
-    "ranks": (ranks.bench_ranks, "prefix rounds"),
+    "ranks": (ranks.bench_ranks, "prefix"),
     "adaptive": (adaptive.bench_adaptive, ""),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "seconds": {"type": float, "help": "for each table of kernels (4)"},
     "tokens": {"type": int, "help": "length of the forked thread (131072)"},
     "threads": {"type": int, "help": "threads of the planned step (64)"},
-    "prefix": {"type": int, "help": "tokens before those that are measured (4096)"},
-    "rounds": {"type": int, "help": "how often (300)"},
+    "prefix": {"type": int, "help": "shared tokens; of `drop` all of a thread's (4096)"},
+    "rounds": {"type": int, "help": "how often (300); whole steps a tenth of it"},
     "model": {"help": "a folder, instead of random weights"},
     "problem": {
         "action": "append",

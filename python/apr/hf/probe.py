@@ -60,8 +60,8 @@ class _Carried(Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
-        mask = args[0]
-        if func is not Tensor.to or not isinstance(mask, cls):
+        mask = args[0] if func is Tensor.to else None
+        if not isinstance(mask, cls):
             return out
         moved = out.dtype == mask.dtype and out.device != mask.device
         return cls.of(out, mask.note) if moved else out

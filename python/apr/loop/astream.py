@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,9 @@ async def astream(
     """
     served = getattr(session, "astream", None)
     if served is not None:  # an engine, whose tasks share no step
-        async for step in served(threads, generation_config, **options):
-            yield step
+        async with contextlib.aclosing(served(threads, generation_config, **options)) as steps:
+            async for step in steps:
+                yield step
         return
     with stream(session, threads, generation_config, **options) as run:
         while run.threads:

@@ -40,10 +40,12 @@ class Arena:
         ahead = max(self._least, 2 * threads)
         if not self._pools or self._present - used >= ahead // 2:
             return
+        if self._last is not None and self._last.is_alive():
+            return  # the next call catches up
         first, end = max(self._present, used), min(used + ahead, self._pools[0].num_pages)
         if first >= end:
             return
-        toucher = Thread(target=self._populate, args=(first, end, self._last), name="apr-pages")
+        toucher = Thread(target=self._populate, args=(first, end), name="apr-pages")
         try:
             toucher.start()
         except RuntimeError:  # the interpreter is ending, or the system has no thread left
@@ -51,9 +53,7 @@ class Arena:
             return
         self._last, self._present = toucher, end
 
-    def _populate(self, first: int, end: int, before: Thread | None) -> None:
-        if before is not None:
-            before.join()
+    def _populate(self, first: int, end: int) -> None:
         for pool in list(self._pools):
             pool.populate(first, end)
 
@@ -65,7 +65,7 @@ class Arena:
         self._pools = [pool for pool in pools if pool.k.device.type == "cpu"]
 
     def wait(self) -> None:
-        """Until what was started is present."""
+        """Until what was started is present, unless an interrupt comes between."""
         if self._last is not None:
             self._last.join()
 

@@ -53,7 +53,8 @@ class Dialect:
 
 
 async def listen(client: Any, model: str, ids: list[int], text: str, retries: int) -> Dialect:
-    """Ask a server for one token, as requests will, in one way after the other, until it answers.
+    """Ask a server for one token, with the sampling fields of requests, in one way after the other,
+    until it answers.
 
     Raises EngineError with its last words where it never does.
     """

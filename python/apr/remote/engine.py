@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from types import SimpleNamespace, TracebackType
 from typing import Any, TypeVar, cast
@@ -24,6 +24,14 @@ from apr.threads.thread import Thread, TokenIds, check_integer
 from apr.threads.trace import Trace
 
 Answer = TypeVar("Answer")
+_CLOSED = "engine: it was closed; open another one"
+
+
+def _result(future: Future[Answer]) -> Answer:
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise EngineError(_CLOSED) from error
 
 
 class Engine:
@@ -71,7 +79,7 @@ class Engine:
         # Its threads only queue, and take none of the pages; so many threads there may be.
         self.table = ThreadTable(1 << 20, 64, self.spec, seed)
         self.usage = Usage()
-        self._dialect: Dialect | None = None
+        self._asked: Future[Dialect] | None = None
         self._loop = asyncio.new_event_loop()
         self._worker = threading.Thread(
             target=self._loop.run_forever, name="apr-remote", daemon=True
@@ -97,7 +105,7 @@ class Engine:
         """Let the connections go; safe to call twice."""
         if self.table.is_open:
             self.table.close()
-            self.wait(self._end())
+            _result(self.begin(self._end()))
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._worker.join()
             self._loop.close()
@@ -176,31 +184,38 @@ class Engine:
         **options: Any,
     ) -> AsyncIterator[StreamStep]:
         """`apr.astream` on this engine: tasks wait for their own tokens, and for nobody's step."""
-        if options.get("tokenizer") is not None:  # how to speak is asked once, and takes a while
-            await asyncio.to_thread(self.dialect, options["tokenizer"])
+        self.table.ask()
+        if options.get("tokenizer") is not None:
+            asked = self._ask(options["tokenizer"])
+            try:
+                await asyncio.shield(asyncio.wrap_future(asked))  # others may wait for it too
+            except asyncio.CancelledError:
+                if asked.cancelled():
+                    raise EngineError(_CLOSED) from None
+                raise
         with self.stream(threads, generation_config, **options) as run:
             async for step in run:
                 yield step
 
     # ---- the server -----------------------------------------------------------------------------
 
-    def dialect(self, tokenizer: Any) -> Dialect:
-        """What the server takes; asked once."""
-        if self._dialect is None:
+    def _ask(self, tokenizer: Any) -> Future[Dialect]:
+        """What the server takes: asked once, and again where that failed."""
+        asked = self._asked
+        if asked is None or (asked.done() and (asked.cancelled() or asked.exception())):
             ids = tokenizer("One").input_ids
-            self._dialect = self.wait(listen(self.client, self.name, ids, "One", self.retries))
-        return self._dialect
+            asked = self._asked = self.begin(
+                listen(self.client, self.name, ids, "One", self.retries)
+            )
+        return asked
 
-    def wait(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """Do something in the engine's own loop, whichever loop the caller has."""
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except CancelledError as error:
-            raise EngineError("engine: it was closed; open another one") from error
+    def dialect(self, tokenizer: Any) -> Dialect:
+        """What the server takes."""
+        return _result(self._ask(tokenizer))
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start something there, and do not wait for it."""
-        asyncio.run_coroutine_threadsafe(work, self._loop)
+    def begin(self, work: Coroutine[Any, Any, Answer]) -> Future[Answer]:
+        """Start something in the engine's own loop, whichever loop the caller has."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, action: Callable[[], None]) -> None:
         """Do something at once there, where it is alone."""

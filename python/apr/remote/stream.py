@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,21 +206,26 @@ class ServedStream:
 
     async def __aiter__(self) -> AsyncIterator[StreamStep]:
         loop, came = asyncio.get_running_loop(), asyncio.Event()
-        self._told = partial(loop.call_soon_threadsafe, came.set)
-        try:
-            while self._lines:
-                silent = self._begin()
-                while isinstance(step := self._step(silent), float):
-                    # Not by asyncio.wait_for, which can lose a cancellation (before Python 3.12).
-                    timer = loop.call_later(step, came.set)
-                    try:
-                        await came.wait()
-                    finally:
-                        timer.cancel()
-                    came.clear()
-                yield step
-        finally:
-            self._told = lambda: None
+
+        def told() -> None:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile
+                loop.call_soon_threadsafe(came.set)
+
+        self._told = told
+        while self._lines:
+            await asyncio.sleep(0)  # others have their turn, however fast tokens come
+            silent = self._begin()
+            while isinstance(step := self._step(silent), float):
+                if self._told is not told:
+                    raise InvalidInput("stream: another task iterates this run; each needs its own")
+                # Not by asyncio.wait_for, which can lose a cancellation (before Python 3.12).
+                timer = loop.call_later(step, came.set)
+                try:
+                    await came.wait()
+                finally:
+                    timer.cancel()
+                came.clear()
+            yield step
 
     def _begin(self) -> float:
         """Ask for what is missing; when a step is made even if nothing comes."""
