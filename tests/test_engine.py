@@ -106,7 +106,7 @@ def test_a_task_may_stop_and_go_on(serve, tok):
                 if step.tokens:
                     break
             times = [time.monotonic()]
-            async for step in run:
+            async for _ in run:
                 times.append(time.monotonic())
             return len(thread), times[1] - times[0]
 
