@@ -27,6 +27,11 @@ async def write(s, threads, **options):
     return [t.own_tokens for t in threads]
 
 
+def test_what_is_no_session_is_refused(llama):
+    with pytest.raises(apr.InvalidInput, match="expected a Session"):
+        asyncio.run(anext(apr.astream(llama, [])))
+
+
 async def ask(s, thread):
     await anext(apr.astream(s, [thread], **SAMPLED))
 

@@ -44,6 +44,10 @@ async def astream(
             async for step in steps:
                 yield step
         return
+    if not isinstance(session, Session):
+        raise InvalidInput(
+            f"astream: got {type(session).__name__}; expected a Session or an Engine"
+        )
     with stream(session, threads, generation_config, **options) as run:
         while run.threads:
             yield await _next(run)
