@@ -18,7 +18,7 @@ from apr import hf
 from apr.ops import device as gpu
 from kernel_cases import emulate
 from models import build
-from ranks_program import PROMPT, SAMPLED, TOKENIZER, logits, texts
+from ranks_program import SAMPLED, SMALL, TOKENIZER, crowded, logits, texts
 from test_latent import _build as latents
 
 FIRST, SECOND = "pretend:0", "pretend:1"
@@ -110,20 +110,6 @@ def equal(make):
         assert places == sorted(places) and (len(places) < 2 or len(set(places)) == 2), places
 
 
-def crowded(model, **room):
-    """Threads of which more are asked for than a small pool holds."""
-    with apr.Session(model, page_size=16, seed=1, **room) as session:
-        kids = session.thread(TOKENIZER(PROMPT).input_ids).fork(12)
-        for _ in range(2):
-            apr.decode(session, kids, max_new_tokens=20, **SAMPLED)
-            spare = session.thread([3] * 200)
-            session.step([spare])
-            spare.release()
-        offload = session.memory.offload
-        assert offload is None or offload.nbytes
-        return [kid.tokens for kid in kids]
-
-
 def turned(model):
     """A thread whose vectors are added to keys that are turned."""
     with apr.Session(model, 4096, 16) as session:
@@ -149,7 +135,7 @@ def life():
     whole, parts = (build("llama", vocab_size=len(TOKENIZER)) for _ in range(2))
     parts = spread(parts)
     wanted = crowded(whole, max_tokens=4096)
-    assert crowded(parts, max_tokens=256, start_tokens=64, on_full="offload") == wanted
+    assert crowded(parts, **SMALL) == wanted
     assert crowded(parts, max_tokens=4096, kv_dtype=torch.int8) == crowded(
         whole, max_tokens=4096, kv_dtype=torch.int8
     )

@@ -50,7 +50,7 @@ def run(*arguments: str) -> str:
 
 
 # Several kinds of masks; learned positions and tied heads; states; rows of a cache of its own;
-# latents; the kernels of emulated GPUs.
+# latents; the kernels of an emulated GPU.
 @pytest.mark.parametrize("kernels", ["cpu", "90"])
 def test_layers_on_two_devices_are_one_model(library, kernels):
     names = {

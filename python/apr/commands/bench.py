@@ -45,12 +45,14 @@ BENCHES = {
     "ranks": (ranks.bench_ranks, "prefix"),
     "adaptive": (adaptive.bench_adaptive, ""),
 }
+SIZES = {"seconds": 4.0, "tokens": 131072, "threads": 64, "prefix": 4096, "rounds": 300}
+SMALL = {"seconds": 0.05, "tokens": 8192, "threads": 64, "prefix": 256, "rounds": 20}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "seconds": {"type": float, "help": "for each table of kernels (4)"},
-    "tokens": {"type": int, "help": "length of the forked thread (131072)"},
-    "threads": {"type": int, "help": "threads of the planned step (64)"},
-    "prefix": {"type": int, "help": "shared tokens; of `drop` all of a thread's (4096)"},
-    "rounds": {"type": int, "help": "how often (300); whole steps a tenth of it"},
+    "seconds": {"type": float, "help": "for each table of kernels"},
+    "tokens": {"type": int, "help": "length of the forked thread"},
+    "threads": {"type": int, "help": "threads of the planned step"},
+    "prefix": {"type": int, "help": "shared tokens; of `drop` all of a thread's"},
+    "rounds": {"type": int, "help": "how often; whole steps a tenth of it"},
     "model": {"help": "a folder, instead of random weights"},
     "problem": {
         "action": "append",
@@ -59,8 +61,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "deft)",
     },
 }
-SIZES = {"seconds": 4.0, "tokens": 131072, "threads": 64, "prefix": 4096, "rounds": 300}
-SMALL = {"seconds": 0.05, "tokens": 8192, "threads": 64, "prefix": 256, "rounds": 20}
+
+
+def _argument(option: str) -> dict[str, Any]:
+    about = dict(OPTIONS[option])
+    if option in SIZES:
+        about["help"] += f" ({SIZES[option]:g}; with --smoke {SMALL[option]:g})"
+    return about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         about = (measure.__doc__ or "").split("\n\n")[0]
         kind = kinds.add_parser(name, help=about, description=about)
         for option in takes.split():
-            kind.add_argument(f"--{option}", **OPTIONS[option])
+            kind.add_argument(f"--{option}", **_argument(option))
         kind.add_argument("--json", type=Path, help="write the figures here too")
         kind.add_argument("--smoke", action="store_true", help="small sizes, to see it run")
 

@@ -17,21 +17,20 @@ from apr.hf.ranks import Ranks
 from apr.loop.sampling import resolve
 from apr.loop.stream import StreamStep
 from apr.remote.dialect import Dialect, check_ends, listen
-from apr.remote.stream import ServedStream
+from apr.remote.stream import CLOSED, ServedStream
 from apr.remote.usage import ServedSpec, Usage
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Thread, TokenIds, check_integer
 from apr.threads.trace import Trace
 
 Answer = TypeVar("Answer")
-_CLOSED = "engine: it was closed; open another one"
 
 
 def _result(future: Future[Answer]) -> Answer:
     try:
         return future.result()
     except CancelledError as error:
-        raise EngineError(_CLOSED) from error
+        raise EngineError(CLOSED) from error
 
 
 class Engine:
@@ -191,7 +190,7 @@ class Engine:
                 await asyncio.shield(asyncio.wrap_future(asked))  # others may wait for it too
             except asyncio.CancelledError:
                 if asked.cancelled():
-                    raise EngineError(_CLOSED) from None
+                    raise EngineError(CLOSED) from None
                 raise
         with self.stream(threads, generation_config, **options) as run:
             async for step in run:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _SILENCE = 1.0  # seconds
+CLOSED = "engine: it was closed; open another one"
 
 
 @dataclass(eq=False)
@@ -180,7 +181,7 @@ class ServedStream:
                 async for item in answer(engine, request):
                     hand_on(item)
         except asyncio.CancelledError:
-            hand_on(EngineError("engine: it was closed; open another one"))
+            hand_on(EngineError(CLOSED))
             raise
         except Exception as error:  # whatever it is, it is raised where it is waited for
             hand_on(error)
