@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -164,7 +165,8 @@ def test_two_processes_do_not_share_a_file(prompts, tmp_path, capsys):
     assert "another process" in capsys.readouterr().err
 
 
-def test_a_server_that_is_gone_is_not_asked_for_each_prompt(prompts, tmp_path, capsys):
+def test_a_server_that_is_gone_is_not_asked_for_each_prompt(prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda least, most: 0.0)  # as long as it waits
     folder = tmp_path / "model"
     folder.mkdir()
     saved(folder, 2)

@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 build() {  # folder, flags
   "$python" -m pip install -q --no-deps --target "$work/$1" --config-settings=build-dir="$work/build-$1" \
     --config-settings=cmake.define.APR_CUDA=OFF --config-settings=cmake.build-type=None \
-    --config-settings=cmake.define.CMAKE_CXX_FLAGS="-O1 -g -DNDEBUG $2" .
+    --config-settings=cmake.define.CMAKE_CXX_FLAGS="-O1 -g1 -DNDEBUG $2" .
 }
 
 library() { g++ -print-file-name="$1.so"; }

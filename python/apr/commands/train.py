@@ -43,7 +43,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.rows is not None:
         given["rows"] = options.rows
     recipe = dataclasses.replace(recipe, **given)
-    every = max(1, recipe.steps // 40)
+    every = max(5, recipe.steps // 40)
     return train_guess.train(recipe, options.out, options.device, report_every=every)
 
 
