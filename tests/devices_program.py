@@ -7,11 +7,13 @@ from __future__ import annotations
 import sys
 import tempfile
 import types
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import dispatch_model
+from transformers import PreTrainedModel, masking_utils
 
 import apr
 from apr import hf
@@ -41,20 +43,18 @@ def pretend(library):
 
 def spread(model):
     """The model with its later layers, and its head, on the second device."""
-    base = model.get_submodule(model.base_model_prefix)
+    base, layers = next(x for x in model.named_children() if isinstance(x[1], PreTrainedModel))
     where = {}
-    for name, child in base.named_children():
+    for name, child in layers.named_children():
         place = SECOND if where and "embed" not in name and "rot" not in name else FIRST
         if isinstance(child, torch.nn.ModuleList):
             for i in range(len(child)):
-                where[f"{model.base_model_prefix}.{name}.{i}"] = [FIRST, SECOND][
-                    2 * i >= len(child)
-                ]
+                where[f"{base}.{name}.{i}"] = [FIRST, SECOND][2 * i >= len(child)]
         else:
-            where[f"{model.base_model_prefix}.{name}"] = place
+            where[f"{base}.{name}"] = place
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, _ in model.named_children():
-        if name != model.base_model_prefix:
+        if name != base:
             where[name] = FIRST if tied else SECOND
     return dispatch_model(model, where, main_device=FIRST, force_hooks=True)
 
@@ -101,7 +101,10 @@ def equal(make):
         run = written if reads and not one.spec.no_keys else lines
         wanted, said = run(one, Path(folder))
         for session in (other, two):
-            found, also = run(session, Path(folder))
+            # Of one device, as a user has it who made it torch's default.
+            default = nullcontext() if session is two else torch.device(SECOND)
+            with default:
+                found, also = run(session, Path(folder))
             apart = float((found.cpu() - wanted).abs().max() / wanted.std())
             assert apart < 1e-5, apart
             assert also == said, (also, said)
@@ -159,14 +162,40 @@ def life():
     assert "several devices" in refused(lambda: apr.Session(parts, 4096, cuda_graphs=True))
 
 
+def waits():
+    """What the host waits for in the steps of a run: its tokens, and nothing else."""
+    masking_utils.find_packed_sequence_indices = lambda _: None  # asks, in every forward
+    model = build("llama", vocab_size=len(TOKENIZER)).to(FIRST).bfloat16()
+    noted = torch.ops.pretend.waits
+    top_p = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    for graphs in (None, True):
+        with apr.Session(model, 4096, 16, cuda_graphs=graphs, self_test=False) as session:
+            kids = session.thread(list(range(3, 40))).fork(4)
+            for options in ({"do_sample": False}, top_p, {"repetition_penalty": 1.3}):
+                run = apr.stream(session, kids, max_new_tokens=30, eos_token_id=[], **options)
+                told = [noted() for _ in run]
+                # Before, threads and tables are made: a page lasts 16 tokens.
+                assert told[3:14] == [["a copy to the host"]] * 11, told[3:6]
+            for kid in kids:
+                kid.extend([5])
+            noted()
+            session.step(kids)
+            assert noted() == ["a number"]  # whether the logits are
+            told = []
+            beams = {"num_beams": 3, "max_new_tokens": 9, "eos_token_id": []}
+            beams["on_step"] = lambda _, told=told: told.append(noted())
+            apr.beam_search(session, TOKENIZER, [5, 6, 7], **beams)
+            assert told[3:] == [["a number", "a copy to the host"]] * len(told[3:]), told[3:6]
+
+
 def main():
     """The library, "cpu" or the emulated GPU whose kernels serve the devices, and models."""
     pretend(sys.argv[1])
     if sys.argv[2] != "cpu":
         emulate(int(sys.argv[2]))
     for name in sys.argv[3:]:
-        if name == "life":
-            life()
+        if name in ("life", "waits"):
+            globals()[name]()
         elif name == "deepseek":
             equal(partial(latents, "deepseek_v3"))
         else:

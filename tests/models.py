@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     JambaConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
@@ -91,6 +92,7 @@ FAMILIES: dict[str, Family] = {
 MORE: dict[str, Any] = {
     "gemma2": Gemma2Config(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     "gemma3": Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+    "llama4": Llama4TextConfig(**COMMON, head_dim=16, attention_chunk_size=8, num_local_experts=2),
 }
 CACHED = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "mixtral", "opt"]
 # Models that keep more than keys and values: gated delta rules, convolutions, a state space beside

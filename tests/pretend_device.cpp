@@ -1,6 +1,7 @@
 // Two devices that torch takes for accelerators and whose memory is the host's, so that a model can
 // be spread over several devices where there is none. Every operation runs on the CPU; one whose
-// tensors lie on different devices is refused, as it is on GPUs.
+// tensors lie on different devices is refused, as it is on GPUs; those for which the host would
+// have to wait for a GPU are noted.
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -17,13 +18,29 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace {
 
 constexpr auto kPretend = c10::DeviceType::PrivateUse1;
 thread_local c10::DeviceIndex current = 0;
+thread_local std::vector<std::string> waits;
+thread_local int falls_back = 0;  // while it does, copies are the CPU's own
+
+void wait_for(const std::string& what) {
+  if (falls_back == 0) waits.push_back(what);
+}
+
+struct FallsBack {
+  FallsBack() { ++falls_back; }
+  ~FallsBack() { --falls_back; }
+};
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kPretend; }
@@ -57,7 +74,28 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(kPretend, &memory);
 
+// Memory of the host that devices copy from while the host goes on.
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* p = bytes == 0 ? nullptr : std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    held.insert(p);
+    return {p, p, &let_go, c10::Device(c10::DeviceType::CPU)};
+  }
+  static void let_go(void* p) {
+    held.erase(p);
+    std::free(p);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &let_go; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
+  static inline std::set<const void*> held;
+};
+Pinned pinned;
+
 struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isPinnedPtr(const void* p) const override { return Pinned::held.count(p) != 0; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
@@ -93,7 +131,10 @@ at::Tensor host(const at::Tensor& x) {
   return at::from_blob(x.data_ptr(), x.sizes(), x.strides(), x.options().device(at::kCPU));
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool goes_on) {
+  const bool takes = from.device().is_privateuseone(), gives = to.device().is_privateuseone();
+  if (takes && !gives) wait_for("a copy to the host");
+  if (gives && !takes && !(goes_on && from.is_pinned())) wait_for("a copy from the host");
   host(to).copy_(host(from));
   return to;
 }
@@ -103,7 +144,10 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
-at::Scalar local_scalar(const at::Tensor& x) { return host(x).item(); }
+at::Scalar local_scalar(const at::Tensor& x) {
+  wait_for("a number");
+  return host(x).item();
+}
 
 at::Tensor& set_storage(at::Tensor& x, at::Storage from, int64_t offset, at::IntArrayRef size,
                         at::IntArrayRef stride) {
@@ -147,8 +191,21 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (value.isTensorList())
       for (const at::Tensor& x : value.toTensorVector()) see(x);
   }
-  at::native::cpu_fallback(op, stack);
+  const std::string& name = op.schema().name();
+  for (const char* sized : {"nonzero", "masked_select", "unique", "equal", "repeat_interleave"})
+    if (name == std::string("aten::") + sized) wait_for(name);
+  const FallsBack fallback;
+  try {
+    at::native::cpu_fallback(op, stack);
+  } catch (const c10::IndexError& error) {
+    std::fprintf(stderr, "an assertion of the device: %s\n", error.what());
+    std::abort();  // a GPU serves nobody after it
+  }
 }
+
+// What the host waited for since it was last asked.
+std::vector<std::string> told_waits() { return std::exchange(waits, {}); }
+TORCH_LIBRARY(pretend, m) { m.def("waits() -> str[]", &told_waits); }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());

@@ -49,12 +49,15 @@ def run(*arguments: str) -> str:
     return ran.stdout
 
 
-# Several kinds of masks; learned positions and tied heads; states; rows of a cache of its own;
-# latents; the kernels of an emulated GPU.
+STATES = ["lfm2", "qwen3_next", "mamba"]
+
+
+# Windows and chunks; learned positions and tied heads; rows of a cache of its own; latents;
+# states; the kernels of an emulated GPU.
 @pytest.mark.parametrize("kernels", ["cpu", "90"])
 def test_layers_on_two_devices_are_one_model(library, kernels):
     names = {
-        "cpu": ["llama", "gemma3", "gpt2", "lfm2", "qwen3_next", "mamba", "bloom", "deepseek"],
+        "cpu": ["llama", "gemma3", "llama4", "gpt2", "bloom", "deepseek", *STATES],
         "90": ["llama", "lfm2"],
     }[kernels]
     assert run(library, kernels, *names).split() == names
@@ -67,6 +70,11 @@ def test_a_pool_by_free_memory_fits_every_device(monkeypatch):
     alone = [pages.pages_for(None, {device: 4096}, 16) for device in (roomy, full)]
     assert pages.pages_for(None, {roomy: 4096, full: 4096}, 16) == alone[1] < alone[0]
     assert pages.pages_for(None, {roomy: 1 << 20, full: 4096}, 16) < alone[1]
+
+
+def test_a_step_waits_once(library):
+    """Planned or replayed, on an emulated GPU whose memory is not the host's."""
+    assert run(library, "90", "waits").split() == ["waits"]
 
 
 def test_what_a_session_does_on_two_devices(library):

@@ -140,6 +140,22 @@ def test_no_name_of_a_package_hides_a_module_of_it():
         assert getattr(package, parts[-1]) is module, ".".join(parts)
 
 
+def test_tensors_are_made_where_it_says():
+    """Torch's default device is the user's: what is the host's stays there."""
+    makers = {"tensor", "zeros", "ones", "full", "arange", "empty", "eye", "linspace"}
+    unnamed = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("bench", "countdown", "soak"):
+            continue  # programs of ours
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            made = ast.unparse(call.func) in {f"torch.{name}" for name in makers}
+            if made and not any(word.arg == "device" for word in call.keywords):
+                unnamed.append(f"{path.name}:{call.lineno}")
+    assert not unnamed
+
+
 def test_no_architecture_is_named():
     for path in PACKAGE.rglob("*.py"):
         assert "model_type" not in path.read_text(), path

@@ -43,7 +43,7 @@ class Flat:
     @property
     def loss_mask(self) -> Tensor:
         """bool [N]: the tokens that the model chose; those that the runtime put in are left out."""
-        mask = torch.zeros(len(self.ids), dtype=torch.bool)
+        mask = torch.zeros(len(self.ids), dtype=torch.bool, device="cpu")
         mask[self.targets] = True
         return mask
 
@@ -138,14 +138,14 @@ def flatten(record: Record) -> Flat:
     index = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     positions = np.concatenate([p.position + np.arange(len(p.ids)) for p in pieces])
     return Flat(
-        ids=torch.tensor([i for p in pieces for i in p.ids], dtype=torch.int64),
+        ids=torch.tensor([i for p in pieces for i in p.ids], dtype=torch.int64, device="cpu"),
         position_ids=torch.from_numpy(positions),
         piece=torch.from_numpy(np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)),
         index=torch.from_numpy(index),
         seen=torch.from_numpy(seen),
         starts=torch.from_numpy(starts),
-        sources=torch.tensor(sources, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
+        sources=torch.tensor(sources, dtype=torch.int64, device="cpu"),
+        targets=torch.tensor(targets, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -179,9 +179,9 @@ def collate(flats: Sequence[Flat], pad: int = 0, multiple: int = 1) -> Batch:
     nobody.
     """
     longest = -(-max(len(f) for f in flats) // multiple) * multiple
-    ids = torch.full((len(flats), longest), pad)
-    positions = torch.zeros(len(flats), longest, dtype=torch.int64)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(flats), 1, 1, 1)
+    ids = torch.full((len(flats), longest), pad, device="cpu")
+    positions = torch.zeros(len(flats), longest, dtype=torch.int64, device="cpu")
+    mask = torch.eye(longest, dtype=torch.bool, device="cpu").repeat(len(flats), 1, 1, 1)
     sources, labels = [], []
     for row, flat in enumerate(flats):
         n = len(flat)
@@ -190,7 +190,7 @@ def collate(flats: Sequence[Flat], pad: int = 0, multiple: int = 1) -> Batch:
         mask[row, 0, :n, :n] = flat.mask()
         sources.append(flat.sources + row * longest)
         labels.append(flat.ids[flat.targets])
-    numbers = torch.arange(len(flats))
+    numbers = torch.arange(len(flats), device="cpu")
     return Batch(ids, positions, mask, torch.cat(sources), torch.cat(labels), numbers)
 
 
@@ -207,6 +207,6 @@ def microbatches(
             groups.append([number])
     made = [collate([flats[i] for i in group], pad, multiple) for group in groups]
     return [
-        dataclasses.replace(batch, rows=torch.tensor(group))
+        dataclasses.replace(batch, rows=torch.tensor(group, device="cpu"))
         for batch, group in zip(made, groups, strict=True)
     ]

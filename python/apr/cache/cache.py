@@ -55,7 +55,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self.session, self.share_rows = session, share_rows
         self.threads: list[Thread] = []
         # [batch, length]: which places are no padding.
-        self._stored = torch.zeros(0, 0, dtype=torch.bool)
+        self._stored = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
         self._step: Step | None = None
         self._begun = False  # a generate() has begun, and fed nothing yet
         self._answered = False  # its prefill was told to leave nothing out
@@ -345,7 +345,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._release(self.threads)
         self.threads, self._embedded = [], False
         self._begun = self._answered = False
-        self._stored = torch.zeros(0, 0, dtype=torch.bool)
+        self._stored = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` places of every row; nothing is copied."""

@@ -57,7 +57,7 @@ class Call:
         tokens counted.
         """
         if counts_padding:
-            return (torch.arange(self.width) + self.past.shape[1]).expand_as(self.ids)
+            return (torch.arange(self.width, device="cpu") + self.past.shape[1]).expand_as(self.ids)
         everything = torch.cat([self.past, self.real], 1).long()
         return (everything.cumsum(1) - 1).clamp_min(0)[:, self.past.shape[1] :]
 
@@ -142,7 +142,7 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
         )
     if ids is None:
         assert embeddings is not None
-        ids = torch.zeros(embeddings.shape[:2], dtype=torch.long)
+        ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device="cpu")
     if ids.ndim != 2 or not ids.shape[1]:
         raise InvalidInput(
             f"apr.Cache: got ids {list(ids.shape)}; expected [batch, tokens] with at least one new "
@@ -154,7 +154,7 @@ def read_call(arguments: dict[str, Any], length: int, begun: bool, whole: bool =
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     whole = whole or (begun and _is_whole(mask, positions, width))
     length = 0 if whole else length
-    real = torch.ones(batch, length + width, dtype=torch.bool)
+    real = torch.ones(batch, length + width, dtype=torch.bool, device="cpu")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
             raise InvalidInput(
@@ -217,7 +217,7 @@ def follow(stored: Tensor, lengths: list[int]) -> Tensor:
         row = had[:end] if length < int(had.sum()) else had
         # Padding behind the last token that is left tells nothing.
         row = row[: int(row.nonzero()[-1]) + 1] if bool(row.any()) else row[:0]
-        more = torch.ones(length - int(row.sum()), dtype=torch.bool)
+        more = torch.ones(length - int(row.sum()), dtype=torch.bool, device="cpu")
         rows.append(torch.cat([row, more]))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

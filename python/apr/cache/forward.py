@@ -79,7 +79,7 @@ class Step:
             thread = session.thread(request=i)
             self._made.append(thread)
             self.threads.append(thread)
-        self.stored = torch.zeros(len(keys), call.past.shape[1], dtype=torch.bool)
+        self.stored = torch.zeros(len(keys), call.past.shape[1], dtype=torch.bool, device="cpu")
 
     def queue(self, session: Session, call: Call) -> None:
         """Queue each thread's tokens, at their positions."""
@@ -137,7 +137,7 @@ class Step:
         found = [next(ahead[writer], -1) for writer in plan.core.writers.tolist()]
         if min(found) < 0 or len(found) != sum(map(len, self.queued.values())):
             raise Error("apr.Cache: the step is not the batch; please report this")
-        return torch.tensor(found, dtype=torch.long)
+        return torch.tensor(found, dtype=torch.long, device="cpu")
 
     def copies(self) -> list[tuple[int, int]]:
         """(row, the row that it equals) for rows that share a thread with an earlier one."""

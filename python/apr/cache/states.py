@@ -9,7 +9,7 @@ import transformers
 
 from apr.cache.hooks import Layer
 from apr.errors import InvalidInput, UnsupportedModel
-from apr.hf.cache_rows import leaves, rebuild
+from apr.hf.cache_rows import picked, rebuild
 from apr.hf.compatibility import CACHE_ARGUMENTS
 from apr.hf.layer_states import adopt, empty_cache, lend
 from apr.hf.packed import changed
@@ -54,7 +54,7 @@ class BatchStates:
         )
 
     def _check_positions(self, call: Call, step: Step) -> None:
-        at = torch.tensor([[step.threads[owner].position] for owner in step.owners])
+        at = torch.tensor([[step.threads[owner].position] for owner in step.owners], device="cpu")
         assert call.positions is not None
         if bool(((at + call.real.cumsum(1) - 1 != call.positions) & call.real).any()):
             raise InvalidInput(
@@ -102,11 +102,8 @@ class BatchStates:
             raise changed(self._session.model, "other")
         after = adopt(after, self.spec.attends)
         rows = [step.owners.index(i) for i in range(len(step.threads))]
-        if len(rows) < len(step.owners):
-            at = torch.tensor(rows, device=leaves(after)[0].device)
-            after = rebuild(after, lambda x: x.detach().index_select(0, at.to(x.device)))
-        else:
-            after = rebuild(after, torch.Tensor.detach)
+        after = rebuild(after, torch.Tensor.detach)
+        after = picked(after, rows) if len(rows) < len(step.owners) else after
         held.put([end if end >= 0 else None for end in step.core.ends], after)
         return output
 

@@ -138,8 +138,8 @@ class Attachment:
         """One packed forward; logits [len(rows), vocab] of the plan's `rows`, unchecked."""
         device = self.spec.device
         packed = PackedForward(self, pools, plan, vectors)
-        ids = torch.from_numpy(plan.core.ids).to(device)[None]
-        positions = torch.from_numpy(plan.core.positions).to(device)[None]
+        ids = gpu.uploaded(plan.core.ids, device)[None]
+        positions = gpu.uploaded(plan.core.positions, device)[None]
         keep = self.spec.rows_to_keep(rows)
         if self.spec.keeps_rows:
             return self._run(packed, ids, positions, {"logits_to_keep": keep})

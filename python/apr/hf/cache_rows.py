@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from apr.ops.device import Copies
+
 if TYPE_CHECKING:
     from apr import _core
 
@@ -78,6 +80,12 @@ def replaced(cache: Any, tensors: Iterable[Tensor]) -> Any:
     """A copy of a cache with these tensors in place of its own."""
     given = iter(tensors)
     return rebuild(cache, lambda _: next(given))
+
+
+def picked(cache: Any, rows: Sequence[int]) -> Any:
+    """A copy of a cache with these of its rows."""
+    at = Copies(rows)
+    return rebuild(cache, lambda x: x.index_select(0, at.on(x.device)))
 
 
 @dataclass(eq=False)
@@ -152,8 +160,7 @@ class CacheRows:
         if all(b is batch for b, _ in places):
             if rows == list(range(len(batch.states))) and not batch.fixed:
                 return rebuild(batch.cache, lambda x: x)
-            at = torch.tensor(rows, device=leaves(batch.cache)[0].device)
-            return rebuild(batch.cache, lambda x: x.index_select(0, at.to(x.device)))
+            return picked(batch.cache, rows)
         sources = {id(b): leaves(b.cache) for b, _ in places}
         columns = zip(*([x[row] for x in sources[id(b)]] for b, row in places), strict=True)
         return replaced(batch.cache, (torch.stack(column) for column in columns))
@@ -208,6 +215,4 @@ class CacheRows:
     def _move(self, batch: Batch, rows: list[int]) -> None:
         """Let states lie in a batch of their own."""
         states = [batch.states[row] for row in rows]
-        at = torch.tensor(rows, device=leaves(batch.cache)[0].device)
-        cache = rebuild(batch.cache, lambda x: x.index_select(0, at.to(x.device)))
-        self.place(states, Batch(cache, states))
+        self.place(states, Batch(picked(batch.cache, rows), states))

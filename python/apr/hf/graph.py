@@ -101,8 +101,7 @@ class ViewPlan(ops.Plan):
         """Copy the tables of the views to the device, lengths included."""
         for core, (_, tables, _) in self._views.values():
             core.update(views)
-            upload = torch.from_numpy(core.upload)
-            tables[: len(upload)].copy_(upload)
+            gpu.refresh_tables(tables, core)
 
     def step(self) -> None:
         """The device's part before the layers; lengths grow by one."""
@@ -136,8 +135,6 @@ class StepGraph:
         device = attachment.spec.device
         ids = torch.zeros(1, plan.num_rows, dtype=torch.long, device=device)
         self._ids, self._device = ids, device
-        on_gpu = device.type == "cuda"
-        self._host_ids = torch.zeros(plan.num_rows, dtype=torch.long, pin_memory=on_gpu)
 
         def forward() -> Tensor:
             plan.step()
@@ -173,9 +170,8 @@ class StepGraph:
     def run(self, ids: Tensor) -> Tensor:
         """Logits [len(ids), vocab], of memory that the next run of any graph writes over."""
         count = len(ids)
-        self._host_ids[:count] = ids  # the last step's copy is over: its logits were waited for
         with gpu.on(self._device):
-            self._ids[0, :count].copy_(self._host_ids[:count], non_blocking=True)
+            self._ids[0, :count].copy_(gpu.pinned(ids, self._device), non_blocking=True)
             return self._replay()[:count]
 
 

@@ -116,11 +116,12 @@ def _measure_visibility(
     model: Any, function: Callable[..., Tensor]
 ) -> tuple[int | None, int | None]:
     """(window, chunk) of a mask function: evaluated far out, no configuration is read."""
-    zero, far = torch.zeros((), dtype=torch.long), 1 << 20
-    line = torch.arange(far + 2)
+    device = input_device(model)  # such functions hold tensors of it
+    zero, far = torch.zeros((), dtype=torch.long, device=device), 1 << 20
+    line = torch.arange(far + 2, device=device)
 
     def visible(query: int) -> Tensor:
-        row = function(zero, zero, torch.tensor(query), line)
+        row = function(zero, zero, torch.tensor(query, device=device), line)
         return torch.as_tensor(row).expand(len(line))
 
     try:

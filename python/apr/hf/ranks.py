@@ -35,7 +35,7 @@ class RankGroup:
 
     def exchange(self, told: Sequence[int], timeout: float) -> list[list[int]]:
         """What each rank tells, and before it how many exchanges it has made."""
-        rows = [torch.zeros(1 + len(told), dtype=torch.int64) for _ in self.members]
+        rows = [torch.zeros(1 + len(told), dtype=torch.int64, device="cpu") for _ in self.members]
 
         def begin() -> Any:
             self._count += 1
@@ -107,7 +107,9 @@ class Ranks:
 
     def first_number(self, value: float) -> float:
         """The number that the first rank has."""
-        return value if self.size == 1 else float(self.first(torch.tensor([value]).double()))
+        if self.size == 1:
+            return value
+        return float(self.first(torch.tensor([value], dtype=torch.float64, device="cpu")))
 
     def least(self, value: int) -> int:
         """The least number that any rank has."""

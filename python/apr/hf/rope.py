@@ -55,7 +55,7 @@ def fit(queries: Tensor, candidates: list[tuple[float, ...]]) -> Rotation | Posi
     layout; the winner must explain all rows.
     """
     q = queries.double()
-    first, positions = q[0], torch.tensor(PROBE_POSITIONS)
+    first, positions = q[0], torch.tensor(PROBE_POSITIONS, device="cpu")
     size = q.abs().max().clamp_min(1e-30)
     tolerance = _TOLERANCE.get(queries.dtype, 1e-3)
     if ((q - first).abs().max() / size).item() < tolerance * 0.1:

@@ -15,6 +15,7 @@ from apr.hf.cache_rows import CacheRows
 from apr.hf.interface import own_attention, own_mask
 from apr.hf.layer_states import run
 from apr.hf.probe import chosen_keys
+from apr.ops import device as gpu
 
 if TYPE_CHECKING:
     from apr.hf.attachment import Attachment
@@ -68,12 +69,12 @@ def forward_rows(
     """
     spec = attachment.spec
     assert spec.states is not None
-    ids = torch.from_numpy(plan.core.ids).to(spec.device).view(len(starts), -1)
-    positions = torch.from_numpy(plan.core.positions).to(spec.device).view(ids.shape)
+    ids = gpu.uploaded(plan.core.ids, spec.device).view(len(starts), -1)
+    positions = gpu.uploaded(plan.core.positions, spec.device).view(ids.shape)
     groups = held.groups(starts)
     if spec.states.attends and len(groups) > 1:
         raise Error("step: layer states of several kinds in one forward; please report this")
-    found: list[Tensor] = [torch.empty(0)] * len(starts)
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(starts)
     for group in groups:
         first = starts[group[0]]
         cache = None if first < 0 else held.gather([starts[i] for i in group])
@@ -81,8 +82,8 @@ def forward_rows(
         if spec.keeps_rows:
             more["logits_to_keep"] = spec.rows_to_keep(columns)
         if spec.states.attends and spec.takes_positions:
-            more["position_ids"] = positions[group]
-        part = ids if len(group) == len(ids) else ids[group]
+            more["position_ids"] = positions
+        part = ids if len(groups) == 1 else ids[gpu.uploaded(group, spec.device)]
         call, eager = attachment.call, _ANYHOW
         if spec.states.chooses:  # in a compiled model an index's numbers do not reach KeepsAll
             call, eager = attachment.model, torch.compiler.set_stance("force_eager")

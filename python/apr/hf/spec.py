@@ -14,6 +14,7 @@ from apr.hf.latent import Latent
 from apr.hf.layer_states import StateSpec
 from apr.ops import Pool, Rotation, empty_pool
 from apr.ops.codes import check_kv_dtype, groups_of
+from apr.ops.device import uploaded
 
 # Names under which attention calls bring their sinks.
 SINKS = ("s_aux", "sinks")
@@ -104,7 +105,7 @@ class ModelSpec:
         """
         if self.spread:
             return list(rows)
-        return torch.tensor(list(rows), dtype=torch.long, device=self.device)
+        return uploaded(list(rows), self.device)
 
     def kept_in(self, kv_dtype: torch.dtype | None) -> ModelSpec:
         """The same for a session that keeps keys and values so; raises InvalidInput where it

@@ -53,7 +53,7 @@ class RowVectors:
     def __init__(self, plan: Plan, vectors: Mapping[int, PathVectors], spec: ModelSpec) -> None:
         writers = plan.core.writers.tolist()
         rows = [i for i, writer in enumerate(writers) if writer in vectors]
-        self._rows = Copies(torch.tensor(rows, dtype=torch.long))
+        self._rows = Copies(torch.tensor(rows, dtype=torch.long, device="cpu"))
         self._owners = [vectors[writers[i]] for i in rows]
         self._positions = torch.from_numpy(plan.core.positions)[rows][:, None]
         self._spec = spec

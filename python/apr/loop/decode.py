@@ -71,7 +71,7 @@ def decode(
         streamers = {thread: streamer(thread) for thread in threads}
     run = stream(session, threads, generation_config, tokenizer=tokenizer, stop=stop, **options)
     for thread, its in streamers.items():
-        its.put(torch.tensor([thread.tokens]))
+        its.put(torch.tensor([thread.tokens], device="cpu"))
 
     def finish(thread: Thread, reason: str) -> None:
         result = results[thread]
@@ -87,7 +87,7 @@ def decode(
                 results[thread].tokens.append(token)
                 results[thread].logprobs.append(step.logprobs[thread])
                 if thread in streamers:
-                    streamers[thread].put(torch.tensor([token]))
+                    streamers[thread].put(torch.tensor([token], device="cpu"))
             ended = dict(step.finished)
             for thread, reason in ended.items():
                 finish(thread, reason)

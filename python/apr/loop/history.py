@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apr.ops.device import uploaded
 from apr.threads.thread import Thread
 
 
@@ -44,7 +45,7 @@ class History:
     def _write(self, thread: Thread, row: int) -> _Line:
         tokens, own = thread.tokens, thread.table.ask().own_length(thread._id)
         self._make_room(row + 1, len(tokens) + 1)
-        self._ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        self._ids[row, : len(tokens)] = uploaded(tokens, self._ids.device)
         return _Line(row, len(tokens), own, thread.trims)
 
     def leave(self, thread: Thread) -> None:
@@ -73,7 +74,8 @@ class History:
         rows = [line.row for line, new in news for _ in new]
         places = [line.length + i for line, new in news for i in range(len(new))]
         tokens = [token for _, new in news for token in new]
-        self._ids[rows, places] = torch.tensor(tokens, device=self._ids.device)
+        at_rows, at_places, given = uploaded([rows, places, tokens], self._ids.device)
+        self._ids[at_rows, at_places] = given
         for line, new in news:
             line.length, line.own = line.length + len(new), line.own + len(new)
 
@@ -87,7 +89,7 @@ class History:
         rows, length = [line.row for line in lines], lines[0].length
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return self._ids[rows[0] : rows[0] + len(rows), :length]
-        return self._ids[rows, :length]
+        return self._ids[uploaded(rows, self._ids.device), :length]
 
     def ids_with(self, thread: Thread, token: int) -> Tensor:
         """[1, length + 1], a copy: with a token that it is about to write."""

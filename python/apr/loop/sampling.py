@@ -305,7 +305,7 @@ def late_ones(every: Sequence[Rules], ranks: Ranks) -> list[bool]:
     late = [rules.deadline is not None and now > rules.deadline for rules in every]
     if all(rules.deadline is None for rules in every):
         return late
-    told: list[bool] = ranks.first(torch.tensor(late)).tolist()
+    told: list[bool] = ranks.first(torch.tensor(late, device="cpu")).tolist()
     return told
 
 

@@ -100,5 +100,5 @@ def measure_width(
                     thread.release()
     finally:
         root.release()
-    seconds = session.ranks.first(torch.tensor(medians, dtype=torch.float64))
+    seconds = session.ranks.first(torch.tensor(medians, dtype=torch.float64, device="cpu"))
     return WidthCurve(possible, seconds.tolist(), context)

@@ -24,6 +24,7 @@ _DTYPES = {
     torch.float16: _core.DType.float16,
 }
 MOST_HEAD_DIM = 576
+Host = Any  # a tensor or array in host memory, or a list
 EMULATED = "cuda_emulated"  # the name by which machine.use_kernels knows it
 
 
@@ -95,19 +96,32 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def pinned(x: Host, device: torch.device) -> Tensor:
+    """Numbers of the host as a device can copy them while the host goes on."""
+    host = torch.as_tensor(x, device="cpu")  # whatever torch's default device is
+    return host if device.type == "cpu" else host.pin_memory()
+
+
+def uploaded(x: Host, device: torch.device) -> Tensor:
+    """Numbers of the host on a device. The copy takes its turn behind what the device was given
+    before, and is not waited for: torch's own `to` would wait for all of it.
+    """
+    return pinned(x, device).to(device, non_blocking=True)
+
+
 class Copies:
-    """A tensor of the host, copied once to each device that asks for it: layers of one model may
+    """Numbers of the host, copied once to each device that asks for it: layers of one model may
     lie on several.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
+    def __init__(self, x: Host) -> None:
+        self._x = torch.as_tensor(x, device="cpu")
         self._there: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The tensor on this device."""
         if device not in self._there:
-            self._there[device] = self._x.to(device)
+            self._there[device] = uploaded(self._x, device)
         return self._there[device]
 
 
@@ -154,10 +168,15 @@ def kind_of(pool: Pool, heads: int, window: int, chunk: int, invariant: bool) ->
 def memory_of(core: _core.GpuPlan, device: torch.device) -> Pass:
     """Device memory for a plan, with its tables copied there."""
     tables = torch.empty(core.table_bytes, dtype=torch.uint8, device=device)
-    upload = torch.from_numpy(core.upload)
-    tables[: len(upload)].copy_(upload)
+    refresh_tables(tables, core)
     parts = torch.empty(max(core.part_bytes, 1), dtype=torch.uint8, device=device)
     return Pass(core, tables, parts)
+
+
+def refresh_tables(tables: Tensor, core: _core.GpuPlan) -> None:
+    """Copy a plan's tables to their device memory."""
+    upload = pinned(core.upload, tables.device)
+    tables[: len(upload)].copy_(upload, non_blocking=True)
 
 
 class DevicePlan:
@@ -185,7 +204,7 @@ class DevicePlan:
         """Write new keys and values to their pages."""
         device = pool.k.device
         if device not in self._slots:
-            self._slots[device] = torch.from_numpy(self._core.slots).to(device)
+            self._slots[device] = uploaded(self._core.slots, device)
         slots = self._slots[device]
         with on(device):
             gpu.append(k, v, pool.core, slots.data_ptr(), len(slots), stream(device))
@@ -193,7 +212,7 @@ class DevicePlan:
     def copy_tokens(self, gpu: _core.GpuBackend, pool: Pool) -> None:
         """Do the token copies that a step planned."""
         device = pool.k.device
-        copies = torch.from_numpy(self._core.copies).to(device)
+        copies = uploaded(self._core.copies, device)
         with on(device):
             gpu.copy_tokens(pool.core, copies.data_ptr(), len(copies), stream(device))
 

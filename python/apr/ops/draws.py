@@ -172,7 +172,7 @@ def sample(scores: Tensor, draws: Draws | None = None, *, logits: Tensor | None 
     backend = gpu.backend(scores.device)
     memory = torch.empty(20 * rows, dtype=torch.uint8, device=scores.device)
     sampled = Sampled.of(memory)
-    table = torch.from_numpy(draws.table.view(np.uint8)).to(scores.device)
+    table = gpu.uploaded(draws.table.view(np.uint8), scores.device)
     call = _core.SampleCall(
         scores=scores.data_ptr(),
         row_stride=scores.stride(0),

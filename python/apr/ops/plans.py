@@ -98,7 +98,7 @@ class Plan:
                 self._rotations.astype(np.float64), np.asarray(rotation.inv_freq, dtype=np.float64)
             )
             table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
-            self._tables[key] = torch.from_numpy(np.ascontiguousarray(table)).to(device)
+            self._tables[key] = gpu.uploaded(table, device)
         return self._tables[key]
 
     def turn(self, rotation: Rotation | None, device: torch.device) -> _core.RotationTable | None:

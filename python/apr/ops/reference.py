@@ -72,13 +72,14 @@ def attention(
                     if chunk and at // chunk != key_at // chunk:
                         continue
                     keep.append(j)
-                index = torch.tensor(keep, dtype=torch.long)
-                pages = torch.tensor(list(view.pages), dtype=torch.long)[index // pool.page_size]
+                index = torch.tensor(keep, dtype=torch.long, device=q.device)
+                pages = torch.tensor(list(view.pages), dtype=torch.long, device=q.device)
+                pages = pages[index // pool.page_size]
                 k, v = (x.double() for x in pool.read(pages, index % pool.page_size))
                 turn = own_difference - (view.offset - view.base)
                 query = q[row].double()
                 if rotation is not None and turn:
-                    query = rotate(query, torch.full((heads,), turn), rotation)
+                    query = rotate(query, torch.full((heads,), turn, device=q.device), rotation)
                     query = query.to(turned_dtype or query.dtype).double()
                 k = k.repeat_interleave(group, 1)
                 scores.append(torch.einsum("hd,thd->ht", query, k) * scale)

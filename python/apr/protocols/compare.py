@@ -49,7 +49,7 @@ def _after_joins(played: Replay) -> tuple[Tensor, Tensor]:
         raise InvalidInput(
             "compare_joins: the run wrote nothing after a join; there is nothing to compare"
         )
-    return torch.cat(rows), torch.tensor(tokens)
+    return torch.cat(rows), torch.tensor(tokens, device="cpu")
 
 
 def _variant(grammar: Grammar, returns: Returns) -> Grammar:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from apr.errors import InvalidInput
 from apr.loop.decode import Decoded
 from apr.loop.sampling import Rules, late_ones, make_rules, resolve
 from apr.loop.stream import StreamStep
+from apr.ops.device import uploaded
 from apr.strategies._requests import Result, Writing, let_go, run_requests
 from apr.threads.session import Session
 from apr.threads.thread import Thread
@@ -32,6 +33,15 @@ class _Hypothesis:
     item: Decoded
 
 
+class _Next(NamedTuple):
+    """A beam, and a token that it may go on with."""
+
+    beam: int
+    token: int
+    score: float  # of the whole beam, by processed log-probabilities
+    logprob: float  # of the token, by the model
+
+
 @dataclass
 class _Search:
     """Beams of one prompt."""
@@ -42,7 +52,7 @@ class _Search:
     early_stopping: bool | str
     request: int
     threads: list[Thread]
-    scores: Tensor  # [beams]
+    scores: Tensor  # [beams], in host memory
     texts: list[list[int]] = field(default_factory=lambda: [[]])
     logprobs: list[list[float]] = field(default_factory=lambda: [[]])
     finished: list[_Hypothesis] = field(default_factory=list)
@@ -57,73 +67,72 @@ class _Search:
         """
         self.steps += 1
         self.sampled += len(self.threads)
-        logprobs = self._processed(logits)
-        total = (logprobs + self.scores[:, None]).flatten()
-        vocab = logits.shape[-1]
+        own = logits.log_softmax(-1)
+        processed = self._processed(own)
+        total = (processed + uploaded(self.scores, logits.device)[:, None]).flatten()
         keep = max(2, 1 + len(self.rules.eos)) * self.num_beams
         best, where = total.topk(min(keep, len(total)))
-        reasons = [
-            self._reason(place // vocab, place % vocab, logprobs, late) for place in where.tolist()
+        told = torch.stack([where.double(), best.double(), own.flatten()[where].double()])
+        nexts = [
+            _Next(*divmod(int(place), logits.shape[-1]), score, logprob)
+            for place, score, logprob in told.T.tolist()
         ]
+        reasons = [self._reason(one, processed, late) for one in nexts]
         ends = [reason is not None for reason in reasons]
-        self._collect(best, where, reasons, vocab, logits)
-        going = (best + torch.tensor(ends, device=best.device) * _NEVER).topk(
-            min(self.num_beams, len(best))
+        self._collect(nexts, reasons)
+        scores = (
+            torch.tensor([one.score for one in nexts], device="cpu")
+            + torch.tensor(ends, device="cpu") * _NEVER
         )
-        chosen = [(int(where[i]) // vocab, int(where[i]) % vocab) for i in going.indices]
-        self._check_end(going.values, all(ends))
-        self._move(chosen, going.values, logits)
+        going = scores.topk(min(self.num_beams, len(nexts)))
+        self._check_end(float(going.values[0]), all(ends))
+        self._move([nexts[i] for i in going.indices.tolist()], going.values)
 
-    def _processed(self, logits: Tensor) -> Tensor:
-        logprobs = logits.log_softmax(-1)
+    def _processed(self, own: Tensor) -> Tensor:
+        logprobs = own.clone() if self.rules.history else own
         for row, thread in enumerate(self.threads if self.rules.history else ()):
-            ids = torch.tensor([thread.tokens], device=logits.device)
+            ids = uploaded([thread.tokens], own.device)
             for processor in self.rules.history:
                 logprobs[row : row + 1] = processor(ids, logprobs[row : row + 1])
         renormalized: Tensor = self.rules.warpers(None, logprobs)
         return renormalized
 
-    def _reason(self, beam: int, token: int, processed: Tensor, late: bool) -> str | None:
+    def _reason(self, one: _Next, processed: Tensor, late: bool) -> str | None:
         """Why a beam would end with a token, or None."""
 
         def all_tokens() -> Tensor:
-            return torch.tensor([[*self.threads[beam].tokens, token]])
+            return torch.tensor([[*self.threads[one.beam].tokens, one.token]], device="cpu")
 
-        scores = processed[beam : beam + 1]
-        return self.rules.finish_reason(self.texts[beam], token, late, all_tokens, lambda: scores)
+        scores, text = processed[one.beam : one.beam + 1], self.texts[one.beam]
+        return self.rules.finish_reason(text, one.token, late, all_tokens, lambda: scores)
 
-    def _collect(
-        self, best: Tensor, where: Tensor, reasons: list[str | None], vocab: int, logits: Tensor
-    ) -> None:
+    def _collect(self, nexts: list[_Next], reasons: list[str | None]) -> None:
         """Finished continuations among the best `num_beams`, kept where they beat what is kept."""
         if not self.improvable or (self.early_stopping is True and self._full()):
             return
         length = len(self.texts[0]) + 1
-        for i, reason in enumerate(reasons[: self.num_beams]):
+        for one, reason in zip(nexts[: self.num_beams], reasons, strict=False):
             if reason is None:
                 continue
-            beam, token = int(where[i]) // vocab, int(where[i]) % vocab
-            logprob = float(logits[beam].log_softmax(-1)[token])
             item = Decoded(
-                self.threads[beam],
-                [*self.texts[beam], token],
-                [*self.logprobs[beam], logprob],
+                self.threads[one.beam],
+                [*self.texts[one.beam], one.token],
+                [*self.logprobs[one.beam], one.logprob],
                 reason,
                 request=self.request,
             )
-            score = float(best[i]) / length**self.length_penalty
-            self.finished.append(_Hypothesis(score, item))
+            self.finished.append(_Hypothesis(one.score / length**self.length_penalty, item))
         # Sorting is stable: of equals the earlier stays ahead, as topk has it.
         self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
 
     def _full(self) -> bool:
         return len(self.finished) == self.num_beams
 
-    def _check_end(self, running: Tensor, nothing_goes_on: bool) -> None:
+    def _check_end(self, running: float, nothing_goes_on: bool) -> None:
         length = len(self.texts[0]) + 1
         if self.early_stopping == "never" and self.length_penalty > 0.0:
             length = self.rules.limit
-        possible = float(running[0]) / length**self.length_penalty
+        possible = running / length**self.length_penalty
         worst = self.finished[-1].score if self._full() else -math.inf
         self.improvable = self.improvable and possible > worst
         stop_now = self.early_stopping is True and self._full()
@@ -133,26 +142,25 @@ class _Search:
         for thread in self.threads:
             let_go(thread)
 
-    def _move(self, chosen: list[tuple[int, int]], scores: Tensor, logits: Tensor) -> None:
-        """Threads, texts and scores of the chosen (beam, token); the others are released."""
+    def _move(self, chosen: list[_Next], scores: Tensor) -> None:
+        """Threads, texts and scores of those that go on; the others are released."""
         if self.done:
             return
         users: dict[int, list[Thread]] = {}
-        for beam, _ in chosen:
-            users.setdefault(beam, []).append(self.threads[beam])
+        for one in chosen:
+            users.setdefault(one.beam, []).append(self.threads[one.beam])
         for beam, taken in users.items():
             taken[1:] = self.threads[beam].fork(len(taken) - 1) if len(taken) > 1 else []
         for beam, thread in enumerate(self.threads):
             if beam not in users:
                 thread.release()
-        table = logits.log_softmax(-1)
         threads, texts, logprobs = [], [], []
-        for beam, token in chosen:
-            threads.append(users[beam].pop())
-            texts.append([*self.texts[beam], token])
-            logprobs.append([*self.logprobs[beam], float(table[beam, token])])
-        for thread, (_, token) in zip(threads, chosen, strict=True):
-            thread.extend([token])
+        for one in chosen:
+            threads.append(users[one.beam].pop())
+            texts.append([*self.texts[one.beam], one.token])
+            logprobs.append([*self.logprobs[one.beam], one.logprob])
+        for thread, one in zip(threads, chosen, strict=True):
+            thread.extend([one.token])
         self.threads, self.texts, self.logprobs, self.scores = threads, texts, logprobs, scores
 
 
@@ -235,7 +243,7 @@ def beam_search(
                     ends_early,
                     request,
                     [root],
-                    torch.zeros(1, device=device),
+                    torch.zeros(1, device="cpu"),
                 )
             )
             made.append(searches[-1])

@@ -43,7 +43,7 @@ def write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
         filled[name] = tensor.contiguous()
         if tensor.nbytes % _ALIGNED:
             size = _ALIGNED - tensor.nbytes % _ALIGNED
-            filled[_FILLING + name] = torch.zeros(size, dtype=torch.uint8)
+            filled[_FILLING + name] = torch.zeros(size, dtype=torch.uint8, device="cpu")
     beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with beside.open("wb") as file:

@@ -42,7 +42,7 @@ class _Slab:
         if sides[0].device.type == "cpu":
             memory = torch.frombuffer(_mapped(size), dtype=torch.uint8)
         else:
-            memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.sides, at = [], 0
         for side in sides:
             part = memory[at : at + pages * side[0].nbytes]
@@ -133,15 +133,15 @@ class Offload:
         slots = sorted(slab.free)[: len(here)]
         self._kept[number] = _Kept(slab, dict(zip((i for i, _ in here), slots, strict=True)))
         slab.free.difference_update(slots)
-        from_, to = Copies(torch.tensor([page for _, page in here])), torch.tensor(slots)
+        from_, to = Copies([page for _, page in here]), torch.tensor(slots, device="cpu")
         for side, place in zip(self._sides, slab.sides, strict=True):
             place[to] = side[from_.on(side.device)].to(place.device)
         core.send_away(number)
 
     def _bring(self, core: _core.ThreadTable, number: int) -> None:
-        pages, kept = Copies(torch.tensor(core.make_place(number))), self._kept[number]
+        pages, kept = Copies(core.make_place(number)), self._kept[number]
         away = [i for i, page in enumerate(core.segment_pages(number)) if page == _core.AWAY_PAGE]
-        slots = torch.tensor([kept.slots[i] for i in away])
+        slots = torch.tensor([kept.slots[i] for i in away], device="cpu")
         for side, place in zip(self._sides, kept.slab.sides, strict=True):
             side[pages.on(side.device)] = place[slots].to(side.device)
         core.bring_back(number)

@@ -51,8 +51,9 @@ def save(session: Session, path: str | Path, named: Named, keys: bool) -> None:
     )
     tensors = {"table": torch.from_numpy(numbers)}
     tensors["answers"] = _answers(session.spec, session.attachment.model)
-    index = Copies(torch.tensor(pages, dtype=torch.long))
-    behind = torch.arange(session.page_size) >= torch.tensor(filled).reshape(-1, 1)
+    index = Copies(torch.tensor(pages, dtype=torch.long, device="cpu"))
+    offsets = torch.arange(session.page_size, device="cpu")
+    behind = offsets >= torch.tensor(filled, device="cpu").reshape(-1, 1)
     page, slot = behind.nonzero(as_tuple=True)
     for i, pool in enumerate(session.pools if keys else ()):
         for name, side in pool.sides.items():
@@ -137,7 +138,7 @@ def _model_facts(spec: ModelSpec, model: Any) -> dict[str, Any]:
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta" and weight.numel():
             flat = weight.detach().reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+            places = _samples_of(flat.numel())
             digest.update(flat[places.to(flat.device)].to("cpu", torch.float64).numpy().tobytes())
     shapes = [
         [x.kv_heads, x.head_dim, x.head_dim_v, x.window, x.chunk, x.latent is not None]
@@ -157,9 +158,14 @@ def _answers(spec: ModelSpec, model: Any) -> torch.Tensor:
     ids = torch.tensor([[(7 * i + 3) % spec.vocab_size for i in range(16)]], device=spec.device)
     with torch.no_grad(), undisturbed(spec.device):
         logits = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-    places = torch.linspace(0, spec.vocab_size - 1, _SAMPLES, dtype=torch.float64).long()
-    some: torch.Tensor = logits[places]
+    some: torch.Tensor = logits[_samples_of(spec.vocab_size)]
     return some
+
+
+def _samples_of(count: int) -> torch.Tensor:
+    """Places of _SAMPLES of `count` numbers, from the first to the last."""
+    ends = torch.linspace(0, count - 1, _SAMPLES, dtype=torch.float64, device="cpu")
+    return ends.long()
 
 
 def open_saved(
@@ -245,7 +251,7 @@ def _run_again(session: Session, threads: list[Thread]) -> None:
 
 def _copy(session: Session, slots: list[int], other: Session, theirs: list[int]) -> None:
     """Take the keys and values of another session's slots into those of this one."""
-    places = Copies(torch.tensor([slots, theirs]))
+    places = Copies([slots, theirs])
     size = session.page_size
     for pool, ran in zip(session.pools, other.pools, strict=True):
         for name, side in pool.sides.items():
@@ -268,7 +274,7 @@ def _place(session: Session, opened: files.Opened, mapped: bool) -> dict[str, Th
         session.memory.arena.wait()
         files.map_pages(opened, sides)
     else:
-        index = Copies(torch.tensor(pages, dtype=torch.long))
+        index = Copies(torch.tensor(pages, dtype=torch.long, device="cpu"))
         for name, side in sides.items():
             side[index.on(side.device)] = tensors[name].to(side.device)
     distinct = [
