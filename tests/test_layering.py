@@ -141,8 +141,9 @@ def test_no_name_of_a_package_hides_a_module_of_it():
 
 
 def test_tensors_are_made_where_it_says():
-    """Torch's default device is the user's: what is the host's stays there."""
-    makers = {"tensor", "zeros", "ones", "full", "arange", "empty", "eye", "linspace"}
+    """Torch's default device and dtype are the user's: none of ours depends on them."""
+    of_their_values = {"tensor", "full", "arange"}  # the dtype, if it is not named
+    makers = of_their_values | {"zeros", "ones", "empty", "eye", "linspace"}
     unnamed = []
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] in ("bench", "countdown", "soak"):
@@ -150,8 +151,10 @@ def test_tensors_are_made_where_it_says():
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
-            made = ast.unparse(call.func) in {f"torch.{name}" for name in makers}
-            if made and not any(word.arg == "device" for word in call.keywords):
+            if ast.unparse(call.func) not in {f"torch.{name}" for name in makers}:
+                continue
+            needed = {"device"} if call.func.attr in of_their_values else {"device", "dtype"}
+            if not needed <= {word.arg for word in call.keywords}:
                 unnamed.append(f"{path.name}:{call.lineno}")
     assert not unnamed
 

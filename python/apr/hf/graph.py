@@ -84,7 +84,8 @@ class ViewPlan(ops.Plan):
             turn = layer.rotation
             if turn is not None and turn not in self._turns:
                 frequencies = torch.tensor(turn.inv_freq, dtype=torch.float64, device=device)
-                table = torch.zeros(capacity.entries, len(turn.inv_freq), 2, device=device)
+                shape = (capacity.entries, len(turn.inv_freq), 2)
+                table = torch.zeros(shape, dtype=torch.float32, device=device)
                 self._turns[turn] = (frequencies, table)
         self.part_bytes = sum(core.part_bytes for core in kinds.values())
         if self.part_bytes <= _MOST_PART_BYTES:

@@ -52,7 +52,7 @@ def _check_device(device: str, ranks: int) -> None:
     if device == "auto":
         return
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.uint8, device=device)
         gpu.backend(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise InvalidInput(f"device: got {device!r}: {str(error).splitlines()[0]}") from error

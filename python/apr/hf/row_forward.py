@@ -74,7 +74,7 @@ def forward_rows(
     groups = held.groups(starts)
     if spec.states.attends and len(groups) > 1:
         raise Error("step: layer states of several kinds in one forward; please report this")
-    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(starts)
+    found: dict[int, Tensor] = {}
     for group in groups:
         first = starts[group[0]]
         cache = None if first < 0 else held.gather([starts[i] for i in group])
@@ -92,9 +92,10 @@ def forward_rows(
         logits = logits.to(spec.device)
         if not spec.keeps_rows:
             logits = logits[:, columns]
-        for i, row in zip(group, logits, strict=True):
-            found[i] = row
+        found.update(zip(group, logits, strict=True))
         wanted = [ends[i] if ends[i] >= 0 else None for i in group]
         if any(end is not None for end in wanted):
             held.put(wanted, after)
-    return logits if len(groups) == 1 else torch.stack(found), len(groups)
+    if len(groups) > 1:
+        logits = torch.stack([found[i] for i in range(len(starts))])
+    return logits, len(groups)

@@ -312,6 +312,6 @@ def _reads(thread: Thread, token: int) -> tuple[Callable[[], Tensor], Callable[[
     """What stopping criteria are given: the tokens; scores there are none."""
 
     def scores() -> Tensor:
-        return torch.full((1, 1), math.nan, device="cpu")
+        return torch.full((1, 1), math.nan, dtype=torch.float32, device="cpu")
 
     return lambda: torch.tensor([[*thread.tokens, token]], device="cpu"), scores

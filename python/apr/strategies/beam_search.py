@@ -52,7 +52,7 @@ class _Search:
     early_stopping: bool | str
     request: int
     threads: list[Thread]
-    scores: Tensor  # [beams], in host memory
+    scores: list[float]
     texts: list[list[int]] = field(default_factory=lambda: [[]])
     logprobs: list[list[float]] = field(default_factory=lambda: [[]])
     finished: list[_Hypothesis] = field(default_factory=list)
@@ -69,7 +69,8 @@ class _Search:
         self.sampled += len(self.threads)
         own = logits.log_softmax(-1)
         processed = self._processed(own)
-        total = (processed + uploaded(self.scores, logits.device)[:, None]).flatten()
+        scores = torch.tensor(self.scores, dtype=torch.float32, device="cpu")
+        total = (processed + uploaded(scores, logits.device)[:, None]).flatten()
         keep = max(2, 1 + len(self.rules.eos)) * self.num_beams
         best, where = total.topk(min(keep, len(total)))
         told = torch.stack([where.double(), best.double(), own.flatten()[where].double()])
@@ -78,15 +79,13 @@ class _Search:
             for place, score, logprob in told.T.tolist()
         ]
         reasons = [self._reason(one, processed, late) for one in nexts]
-        ends = [reason is not None for reason in reasons]
         self._collect(nexts, reasons)
-        scores = (
-            torch.tensor([one.score for one in nexts], device="cpu")
-            + torch.tensor(ends, device="cpu") * _NEVER
-        )
-        going = scores.topk(min(self.num_beams, len(nexts)))
-        self._check_end(float(going.values[0]), all(ends))
-        self._move([nexts[i] for i in going.indices.tolist()], going.values)
+        ends = [reason is not None for reason in reasons]
+        running = [one.score + _NEVER * end for one, end in zip(nexts, ends, strict=True)]
+        # Stable: of equals the earlier goes on, as topk has it.
+        going = sorted(range(len(nexts)), key=running.__getitem__, reverse=True)[: self.num_beams]
+        self._check_end(running[going[0]], all(ends))
+        self._move([nexts[i] for i in going], [running[i] for i in going])
 
     def _processed(self, own: Tensor) -> Tensor:
         logprobs = own.clone() if self.rules.history else own
@@ -122,7 +121,6 @@ class _Search:
                 request=self.request,
             )
             self.finished.append(_Hypothesis(one.score / length**self.length_penalty, item))
-        # Sorting is stable: of equals the earlier stays ahead, as topk has it.
         self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
 
     def _full(self) -> bool:
@@ -142,7 +140,7 @@ class _Search:
         for thread in self.threads:
             let_go(thread)
 
-    def _move(self, chosen: list[_Next], scores: Tensor) -> None:
+    def _move(self, chosen: list[_Next], scores: list[float]) -> None:
         """Threads, texts and scores of those that go on; the others are released."""
         if self.done:
             return
@@ -243,7 +241,7 @@ def beam_search(
                     ends_early,
                     request,
                     [root],
-                    torch.zeros(1, device="cpu"),
+                    [0.0],
                 )
             )
             made.append(searches[-1])
