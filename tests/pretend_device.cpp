@@ -165,6 +165,7 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                        c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                        c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  const FallsBack fallback;
   std::optional<at::Tensor> there;
   if (bias && bias->defined()) there = host(*bias);
   return at::convolution_symint(host(x), host(weight), there, stride, padding, dilation, transposed,
@@ -175,6 +176,7 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
 // Experts are counted so, in whole numbers, which the CPU does not do.
 at::Tensor histc(const at::Tensor& x, int64_t bins, const at::Scalar& least,
                  const at::Scalar& most) {
+  const FallsBack fallback;
   return host(x).to(at::kFloat).histc(bins, least, most).to(x.options());
 }
 
@@ -192,8 +194,9 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const at::Tensor& x : value.toTensorVector()) see(x);
   }
   const std::string& name = op.schema().name();
-  for (const char* sized : {"nonzero", "masked_select", "unique", "equal", "repeat_interleave"})
-    if (name == std::string("aten::") + sized) wait_for(name);
+  for (const char* sized :
+       {"nonzero", "masked_select", "_unique", "unique_", "equal", "repeat_inter"})
+    if (name.rfind(std::string("aten::") + sized, 0) == 0) wait_for(name);
   const FallsBack fallback;
   try {
     at::native::cpu_fallback(op, stack);

@@ -74,7 +74,8 @@ def test_a_pool_by_free_memory_fits_every_device(monkeypatch):
 
 def test_a_step_waits_once(library):
     """Planned or replayed, on an emulated GPU whose memory is not the host's."""
-    assert run(library, "90", "waits").split() == ["waits"]
+    names = ["waits:llama", "waits:lfm2"]
+    assert run(library, "90", *names).split() == names
 
 
 def test_what_a_session_does_on_two_devices(library):

@@ -159,7 +159,9 @@ class StepGraph:
             forward()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, stream=side):
+        # Other Python threads may use the GPU meanwhile, and allocate.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode=mode):
             logits = forward()
 
         def replay() -> Tensor:

@@ -91,7 +91,7 @@ def forward_rows(
             logits, after = run(call, spec.states, cache, part, **more)
         logits = logits.to(spec.device)
         if not spec.keeps_rows:
-            logits = logits[:, columns]
+            logits = logits[:, gpu.uploaded(columns, logits.device)]
         found.update(zip(group, logits, strict=True))
         wanted = [ends[i] if ends[i] >= 0 else None for i in group]
         if any(end is not None for end in wanted):

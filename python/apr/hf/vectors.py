@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from apr.errors import InvalidInput, UnsupportedModel
 from apr.hf.spec import ModelSpec
 from apr.ops import Plan
-from apr.ops.device import Copies
+from apr.ops.device import Copies, uploaded
 from apr.ops.reference import rotate
 
 
@@ -61,16 +62,27 @@ class RowVectors:
     def __bool__(self) -> bool:
         return bool(self._owners)
 
+    @cached_property
+    def _host(self) -> PathVectors:
+        """Of each row [rows, layers, kv_heads, head_dim], float32 in host memory."""
+        distinct = {id(x): x for x in self._owners}
+        place = {key: i for i, key in enumerate(distinct)}
+        which = [place[id(x)] for x in self._owners]
+        keys, values = (
+            torch.stack([x.to("cpu", torch.float32) for x in side])[which]
+            for side in zip(*distinct.values(), strict=True)
+        )
+        return PathVectors(keys, values)
+
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k [rows, kv_heads, head_dim], rotated, and v, with the rows' vectors added. Rotation is
         linear, so that a vector is turned like the key that it would have been added to.
         """
-        keys = torch.stack([x.keys[layer] for x in self._owners]).to(k.device, torch.float32)
-        values = torch.stack([x.values[layer] for x in self._owners]).to(v.device, torch.float32)
+        keys, values = self._host.keys[:, layer], self._host.values[:, layer]
         rotation = self._spec.layers[layer].rotation
         if rotation is not None:
             keys = rotate(keys, self._positions, rotation)
         k, v, rows = k.clone(), v.clone(), self._rows.on(k.device)
-        k[rows] = (k[rows].float() + keys).to(k.dtype)
-        v[rows] = (v[rows].float() + values).to(v.dtype)
+        k[rows] = (k[rows].float() + uploaded(keys, k.device)).to(k.dtype)
+        v[rows] = (v[rows].float() + uploaded(values, v.device)).to(v.dtype)
         return k, v

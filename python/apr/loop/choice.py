@@ -16,6 +16,7 @@ from apr.errors import InvalidInput, NonFiniteLogits
 from apr.hf.ranks import Ranks
 from apr.loop.history import History
 from apr.loop.sampling import Rules
+from apr.ops.device import uploaded
 from apr.threads.table import ThreadTable
 from apr.threads.thread import Thread
 
@@ -104,12 +105,13 @@ def _apply(
     processors: Iterable[Any], ids: Tensor | None, scores: Tensor, rows: list[int]
 ) -> Tensor:
     """The scores with some rows of them processed."""
-    part = scores if len(rows) == len(scores) else scores[rows]
+    at = None if len(rows) == len(scores) else uploaded(rows, scores.device)
+    part = scores if at is None else scores[at]
     for processor in processors:
         part = processor(ids, part)
-    if len(rows) == len(scores):
+    if at is None:
         return part
-    scores[rows] = part
+    scores[at] = part
     return scores
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from apr.ops.device import uploaded
+
 if TYPE_CHECKING:
     from apr import _core
 
@@ -96,5 +98,6 @@ class HeldLogits:
         first = rows[0][0]
         if all(tensor is first for tensor, _ in rows):
             places = [row for _, row in rows]
-            return first if places == list(range(len(first))) else first[places]
+            whole = places == list(range(len(first)))
+            return first if whole else first[uploaded(places, first.device)]
         return torch.stack([tensor[row] for tensor, row in rows])
