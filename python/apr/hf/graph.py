@@ -250,7 +250,8 @@ class StepGraphs:
     def _ready(self, held: CacheRows | None) -> StepGraph | None:
         capacity = capacity_of(self._views.sizes)
         if capacity not in self._graphs:
-            self._graphs[capacity] = self._make(capacity, held)
+            with gpu.lasting():
+                self._graphs[capacity] = self._make(capacity, held)
         graph = self._graphs.pop(capacity)
         self._graphs[capacity] = graph  # the last used one stands last
         if len(self._graphs) > _MOST_GRAPHS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apr.ops.device import uploaded
+from apr.ops.device import lasting, uploaded
 from apr.threads.thread import Thread
 
 
@@ -30,7 +30,8 @@ class History:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._ids = torch.zeros(0, 0, dtype=torch.long, device=device)
+        with lasting():
+            self._ids = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._lines: dict[Thread, _Line] = {}
         self._free: list[int] = []
 
@@ -102,6 +103,7 @@ class History:
         if rows <= have_rows and length <= have_length:
             return
         size = (max(have_rows, 2 * rows), have_length if length <= have_length else 2 * length)
-        grown = self._ids.new_zeros(size)
+        with lasting():
+            grown = self._ids.new_zeros(size)
         grown[:have_rows, :have_length] = self._ids
         self._ids = grown

@@ -96,6 +96,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def lasting() -> contextlib.AbstractContextManager[Any]:
+    """Tensors that are made in the block may be written at any time, whether the caller is in
+    inference mode then or not.
+    """
+    return torch.inference_mode(False)
+
+
 def pinned(x: Host, device: torch.device) -> Tensor:
     """Numbers of the host as a device can copy them while the host goes on."""
     host = torch.as_tensor(x, device="cpu")  # whatever torch's default device is

@@ -200,13 +200,14 @@ def empty_pool(
         )
     shape = (num_pages, num_kv_heads, page_size)
     kept = dtype if kv_dtype is None else kv_dtype
-    k = _untouched((*shape, head_dim), kept, device)
-    v = k if values_are_keys else _untouched((*shape, dims_v), kept, device)
     scales = None
-    if kv_dtype is not None:
-        of_k = _untouched((*shape, groups_of(head_dim)), torch.float32, device)
-        of_v = _untouched((*shape, groups_of(dims_v)), torch.float32, device)
-        scales = (of_k, of_k if values_are_keys else of_v)
+    with gpu.lasting():
+        k = _untouched((*shape, head_dim), kept, device)
+        v = k if values_are_keys else _untouched((*shape, dims_v), kept, device)
+        if kv_dtype is not None:
+            of_k = _untouched((*shape, groups_of(head_dim)), torch.float32, device)
+            of_v = _untouched((*shape, groups_of(dims_v)), torch.float32, device)
+            scales = (of_k, of_k if values_are_keys else of_v)
     pool = Pool(k, v, scales, dtype)
     for side in pool.sides.values() if k.device.type == "cpu" else ():
         _core.use_huge_pages(side.data_ptr(), side.numel() * side.element_size())

@@ -17,7 +17,7 @@ from apr import _core
 from apr.errors import InvalidInput, OutOfPages
 from apr.hf.spec import ModelSpec
 from apr.ops import Pool
-from apr.ops.device import Copies
+from apr.ops.device import Copies, lasting
 
 ON_FULL = ("raise", "offload")
 _SLAB = 64 << 20  # bytes that are taken at once
@@ -39,15 +39,16 @@ class _Slab:
 
     def __init__(self, sides: Sequence[Tensor], pages: int) -> None:
         size = pages * sum(side[0].nbytes for side in sides)
-        if sides[0].device.type == "cpu":
-            memory = torch.frombuffer(_mapped(size), dtype=torch.uint8)
-        else:
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self.sides, at = [], 0
-        for side in sides:
-            part = memory[at : at + pages * side[0].nbytes]
-            self.sides.append(part.view(side.dtype).view(pages, *side.shape[1:]))
-            at += part.nbytes
+        with lasting():
+            if sides[0].device.type == "cpu":
+                memory = torch.frombuffer(_mapped(size), dtype=torch.uint8)
+            else:
+                memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            parts = torch.split(memory, [pages * side[0].nbytes for side in sides])
+            self.sides = [
+                part.view(side.dtype).view(pages, *side.shape[1:])
+                for part, side in zip(parts, sides, strict=True)
+            ]
         self.free = set(range(pages))
         self.pages = pages
 
