@@ -4,19 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-object=$(mktemp)
-trap 'rm -f "$object"' EXIT
-compile() {
-  "$python" -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -Wextra -Werror -Wno-psabi \
-    -fno-math-errno -Icsrc -c -o "$object" "$@"
-}
+objects=$(mktemp -d)
+trap 'rm -rf "$objects"' EXIT
 for file in csrc/core/*.cpp csrc/kernels/cpu/*.cpp; do
   case $file in
-    */tile.cpp)
-      compile -DAPR_ISA=portable "$file"
-      compile -DAPR_ISA=amx_emulated -DAPR_MATRIX "$file"
-      ;;
-    *) compile "$file" ;;
+    */tile.cpp) printf '%s\n' "-DAPR_ISA=portable $file" "-DAPR_ISA=amx_emulated -DAPR_MATRIX $file" ;;
+    *) echo "$file" ;;
   esac
-  echo "aarch64: $file"
-done
+done | xargs -P "$(nproc)" -I {} sh -c "echo 'aarch64: {}' && $python -m ziglang c++ -target aarch64-linux-gnu \
+  -std=c++20 -O2 -Wall -Wextra -Werror -Wno-psabi -fno-math-errno -Icsrc -c -o '$objects/'\$\$ {}"

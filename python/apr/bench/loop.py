@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     Qwen2Config,
@@ -191,7 +192,7 @@ def copies(model: Any, threads: int, prefix: int) -> Figure | None:
     return Figure(f"a cache copied a branch, step, {threads} x {prefix}", times[1:])
 
 
-def whole_runs(model: Any, threads: int, prefix: int, tokens: int) -> Iterator[Figure]:
+def whole_runs(model: Any, threads: int, prefix: int, tokens: int, smoke: bool) -> Iterator[Figure]:
     """`threads` answers of `tokens` tokens to one prompt, prefill included, once each."""
     prompt = _prompt(prefix, model.config.vocab_size)
 
@@ -212,7 +213,11 @@ def whole_runs(model: Any, threads: int, prefix: int, tokens: int) -> Iterator[F
 
     def by_generate_batch() -> None:
         config = GenerationConfig(max_new_tokens=tokens, pad_token_id=0, **SAMPLING)
-        done = model.generate_batch([prompt] * threads, generation_config=config)
+        # By default it takes, and fills, most of the memory.
+        small = ContinuousBatchingConfig(num_blocks=64) if smoke else None
+        done = model.generate_batch(
+            [prompt] * threads, generation_config=config, continuous_batching_config=small
+        )
         assert len(done) == threads
 
     runs: dict[str, Callable[[], None]] = {
@@ -338,7 +343,8 @@ def bench_loop(options: argparse.Namespace) -> Iterator[Figure]:
             sizes = (lengths[0], 16, 5) if options.smoke else (512, 256, 16)
             yield from map(shown, hogwild(model, workers, *sizes))
     middle = lengths[len(lengths) // 2]
-    yield from map(shown, whole_runs(model, widths[-1 if options.smoke else 2], middle, tokens))
+    width = widths[-1 if options.smoke else 2]
+    yield from map(shown, whole_runs(model, width, middle, tokens, options.smoke))
 
 
 def shown(figure: Figure) -> Figure:
