@@ -9,17 +9,19 @@ python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-build() {  # folder, flags; without them for the bindings, which take most of the time
+build() {  # folder, flags, more flags of the bindings
   "$python" -m pip install -q --no-deps --target "$work/$1" --config-settings=build-dir="$work/build-$1" \
     --config-settings=cmake.define.APR_CUDA=OFF --config-settings=cmake.build-type=None \
-    --config-settings=cmake.define.APR_BINDINGS_OPTIONS=-fno-sanitize=all \
+    --config-settings=cmake.define.APR_BINDINGS_OPTIONS="${3:-}" \
     --config-settings=cmake.define.CMAKE_CXX_FLAGS="-O1 -g1 -DNDEBUG $2" .
 }
 
 library() { g++ -print-file-name="$1.so"; }
 
 memory() {
-  build memory "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr,alignment"
+  # Not the bindings, which would take most of the time.
+  build memory "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr,alignment" \
+    -fno-sanitize=all
   # torch keeps memory to the end, and a forked child of a checked process is another story.
   ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(library libasan) $(library libubsan)" \
     PYTHONPATH="$work/memory" "$python" -m pytest -q -n 2 -p no:cacheprovider \
