@@ -72,31 +72,6 @@ def test_methods_run_on_the_emulated_gpu_by_graphs():
         _core.force_instruction_set("")
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "90"])
-def test_switches_of_torch_do_not_reach_a_run(kernels):
-    """Its default dtype and device, whatever the methods run on; replayed steps turn keys too."""
-    model, prompt = build("llama").to(torch.bfloat16), tokens(9, 1)
-
-    def written():
-        graphs = None if kernels == "cpu" else True
-        with apr.Session(model, max_tokens=4096, cuda_graphs=graphs, self_test=False) as s:
-            for name, options in METHODS.items():
-                result = getattr(apr, name)(s, Words(), prompt, **SHORT, **options)
-                yield name, [(item.tokens, item.logprobs) for item in result.threads], result.scores
-
-    try:
-        if kernels != "cpu":
-            emulate(int(kernels))
-        want = list(written())
-        torch.set_default_dtype(torch.float16)
-        torch.set_default_device("meta")
-        assert list(written()) == want
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-        _core.force_instruction_set("")
-
-
 def test_hundreds_of_runs_leave_nothing():
     model = build("llama")
     with apr.Session(model, max_tokens=2048, page_size=16) as s:

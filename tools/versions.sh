@@ -31,7 +31,7 @@ for version in "${versions[@]}"; do
   echo
   "$work/$name/bin/python" -m pytest -q -n 2 --disable-warnings -p no:cacheprovider \
     tests/test_session.py tests/test_cache.py tests/test_cache_contract.py \
-    tests/test_beside.py tests/test_changed_models.py tests/test_compiled.py \
+    tests/test_beside.py tests/test_changed_models.py tests/test_compiled.py tests/test_settings.py \
     tests/test_decode.py tests/test_text.py tests/test_strategies.py tests/test_oracles.py \
     tests/test_states.py tests/test_states_proof.py tests/test_states_cache.py
 done
