@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# sanitize.sh memory: builds the extension with address and undefined-behaviour checks and runs the core's and the
-# kernels' tests on it: reads and writes outside of pools, pages and tables end the run. sanitize.sh threads: with a
+# sanitize.sh memory: builds core and kernels with address and undefined-behaviour checks and runs the core's and the
+# kernels' tests on them: reads and writes outside of pools, pages and tables end the run. sanitize.sh threads: with a
 # thread sanitizer, for what several Python threads do at once (tests/threads_program.py); it must also see a race that
 # is there. Wants g++ and its libraries.
 set -euo pipefail
